@@ -18,10 +18,11 @@ from nanocascade.chat import parse_response
 from nanocascade.checkpoint import load_model
 from nanocascade.config import parse_args, run_main
 from nanocascade.data import conversation, read_rows, sft_conversation
+from nanocascade.rewards import kind_of
 from nanocascade.rollout import Rollout, Sampling, Scorer, roll_out
-from nanocascade.run import show_rollout
 from nanocascade.sampler import generate
 from nanocascade.tokenizer import Tokenizer
+from nanocascade.training import show_rollout
 
 
 @dataclass
@@ -134,6 +135,8 @@ def task_rows(cfg: Config, sft: bool) -> list[dict]:
 def evaluate_tasks(cfg: Config, model, tokenizer) -> None:
     """avg@k and pass@k of each domain with 95 % intervals over prompts, and some responses."""
     rows = task_rows(cfg, sft=False)
+    if any(kind_of(row) == "preference" and "reference" not in row for row in rows):
+        raise ValueError("preference rows are graded against an answer: each needs a reference")
     sampling = Sampling(
         cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_turns, cfg.max_rows,
         cfg.thinking,

@@ -124,10 +124,9 @@ def train(cfg: Config, dist: distributed.Dist):
         # One gradient step. Both counts of the denominator are known before the first backward.
         num_responses = max(dist.sum(sum(x.num_loss_tokens > 0 for x in rollouts)), 1)
         num_tokens = torch.tensor([x.num_loss_tokens for x in rollouts], device=dist.device)  # (o,)
-        metrics, load = Mean(), no_load(model)
+        metrics, load, start = Mean(), no_load(model), 0
         for name, part in teachers.split(rollouts):  # one teacher resident at a time
             teacher = teachers.load(name)
-            start = rollouts.index(part[0])
             for batch in make_batches(part, cfg.micro_tokens, dist.device, cfg.routing_replay):
                 with torch.no_grad():
                     teacher_logprobs, _ = score_tokens(teacher, batch, cfg.temperature)
@@ -144,6 +143,7 @@ def train(cfg: Config, dist: distributed.Dist):
                 values[f"mopd/reverse_kl/{name}"] = values["mopd/reverse_kl"]
                 metrics.add(values, weight=int(batch.mask.sum()))
                 load += routing.load(batch.valid, model.config.num_experts)
+            start += len(part)
         dist.sum_gradients(model)
         lr = learning_rate(
             step, lr=cfg.lr, min_lr=cfg.lr, warmup=cfg.warmup, warmup_from=cfg.warmup_from,

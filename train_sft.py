@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 train_sft.py --config full --init HF_DIR --data ROWS.jsonl --out OUT
 
 A step: draw conversations until they hold batch_tokens tokens, pack them into rows of row_tokens
-(attention, convolution and SSM state start anew at each document), one gradient step.
+(attention, convolution and SSM state start anew at each document), take one gradient step.
 """
 
 import random
@@ -38,7 +38,7 @@ from nanocascade.training import (
 class Config(RunConfig):
     steps: int = 33000  # optimizer steps to take
     batch_tokens: int = 64 * 262144  # tokens a step, over all ranks
-    row_tokens: int = 262144  # longest conversation
+    row_tokens: int = 262144  # of a packed row, and so of the longest conversation
     schedule_steps: int = 40000  # steps of the cosine (the report stops before its end)
     lr: float = 5e-5  # peak learning rate
     min_lr: float = 5e-6  # at the end of the cosine
@@ -75,10 +75,11 @@ def main():
 def train(cfg: Config, dist: distributed.Dist):
     # ---- Setup -----------------------------------------------------------------------------------
     run = Run(cfg, "sft", dist)
-    tokenizer, scorer = run.tokenizer, Scorer()
+    tokenizer = run.tokenizer
 
     # ---- Data ------------------------------------------------------------------------------------
     rows = run.train_rows(tasks.DOMAINS, per_domain=cfg.toy_rows, sft=True)
+    scorer = Scorer(run.judge(()))
     if cfg.dry_run:
         return run.describe()
 
@@ -109,7 +110,9 @@ def train(cfg: Config, dist: distributed.Dist):
 
         # One gradient step. The denominator was counted over all micro-batches and ranks.
         metrics, load = Mean(), no_load(model)
-        for batch in make_batches(documents, cfg.micro_tokens, dist.device):
+        for batch in make_batches(
+            documents, cfg.micro_tokens, dist.device, row=cfg.row_tokens
+        ):
             routing = new_routing(model, batch)
             train_logprobs, entropy = score_tokens(model, batch, routing=routing)
             loss, values = sft_loss(train_logprobs, batch.mask, num_tokens=num_tokens)
@@ -131,7 +134,7 @@ def train(cfg: Config, dist: distributed.Dist):
         values = metrics.result(dist) | {"batch/tokens": size}
         values |= {"grad_norm": norm, "lr": lr, "moe/load_max": load_imbalance(load)}
         if cfg.stop_score and (step + 1) % cfg.stop_every == 0:
-            scores = run.evaluate(model, scorer, ())
+            scores = run.evaluate(model, scorer, tasks.DOMAINS)
             values["score"] = sum(x["mean"] for x in scores.values()) / len(scores)
         run.log_step(step, values, [], began)
         run.save(step + 1, model, optimizer, stream)
@@ -139,7 +142,7 @@ def train(cfg: Config, dist: distributed.Dist):
             break
 
     # ---- Finish ----------------------------------------------------------------------------------
-    run.finish(model, scorer, ())
+    run.finish(model, scorer, tasks.DOMAINS)
 
 
 def render(tokenizer, row: dict, thinking: bool, longest: int) -> Rollout:

@@ -14,7 +14,7 @@ class Cache:
     """States of `rows` sequences of at most `max_len` tokens, for the blocks of a ModelConfig.
 
     layers[i] is a dict for block i: {"k", "v"} (b, k, t, c) for attention, {"conv" (b, w-1, m),
-    "ssm" (b, h, c, s)} for Mamba-2, {} otherwise. SSM states are at least fp32 (DESIGN rule 4.5).
+    "ssm" (b, h, c, s)} for Mamba-2, {} otherwise. SSM states are at least fp32 (as the scan).
     """
 
     def __init__(self, config, rows: int, max_len: int, dtype=torch.float32, device="cpu"):

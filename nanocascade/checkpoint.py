@@ -21,7 +21,7 @@ from torch import Tensor
 from nanocascade.model import Model, ModelConfig
 from nanocascade.state import read_json, unfinished_dir, write_json_atomic, write_tensors
 
-# Small, and ruinous when rounded (MODEL.md): at least fp32 in memory and on disk.
+# Small, and ruinous when rounded: at least fp32 in memory and on disk.
 KEEP_FP32 = (".gate.weight", ".e_score_correction_bias", ".A_log", ".D", ".dt_bias")
 IGNORED = re.compile(r"mtp\.|.*\.rotary_emb\.inv_freq$")  # multi-token prediction; old Llama files
 

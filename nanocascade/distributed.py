@@ -61,7 +61,11 @@ class Dist:
 
 def find_device(name: str) -> str:
     """The device asked for, or the best there is: cuda, mps, cpu."""
-    if name and name != "cuda":
+    if name and name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: expected cuda, mps or cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch finds no such device")
+    if name and name != "cuda":  # of several processes each takes its own
         return name
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

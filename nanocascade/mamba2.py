@@ -1,4 +1,4 @@
-"""Mamba-2: one scan for sequences, one step for decoding, one dt for both (MODEL.md, nemotron_h).
+"""Mamba-2: one scan for sequences, one step for decoding, one dt for both (nemotron_h).
 
 The recurrence, a head at a time, with state h (c, s), input x (c), and B, C (s) shared by a group:
 
@@ -134,7 +134,7 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def reset_parameters(self, std: float) -> None:
-        """MODEL.md: A = -(1..h), D = 1, dt log-uniform in [time_step_min, time_step_max]."""
+        """As nemotron_h: A = -(1..h), D = 1, dt log-uniform in [time_step_min, time_step_max]."""
         cfg = self.config
         nn.init.normal_(self.in_proj.weight, std=std)
         nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))

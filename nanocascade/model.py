@@ -3,7 +3,8 @@
 Every block is x + mixer(rmsnorm(x)), with mixer M = Mamba-2, E = mixture of experts, * = attention,
 - = dense MLP. nemotron_h is written in this alphabet; a Qwen3 or Llama layer is two blocks, `*-` or
 `*E`. The sampler runs these same modules with a cache, so the distribution it samples from is the
-one that is scored. Semantics: MODEL.md; nothing here knows about ranks or devices.
+one that is scored. The semantics are those of the published models: tests/test_model.py compares
+with transformers. Nothing here knows about ranks or devices.
 """
 
 import math
@@ -87,7 +88,7 @@ class ModelConfig:
         return self.pattern.count("E")
 
     def num_parameters(self, active: bool = False) -> int:
-        """Parameters in all, or those a token uses (its own experts only); MODEL.md's counts."""
+        """Parameters in all, or active: those that a token uses, its own experts only."""
         with torch.device("meta"):
             model = Model(self)
         total = sum(p.numel() for p in model.parameters())
@@ -248,7 +249,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> "Model":
-        """Random weights: normal(initializer_range), norms 1, Mamba's own (MODEL.md)."""
+        """Random weights: normal(initializer_range), norms 1, Mamba's own."""
         torch.manual_seed(seed)
         std = self.config.initializer_range
         for module in self.modules():

@@ -1,7 +1,7 @@
 """Mixture of experts: two routers, one expert computation in two exact forms, the balancing bias.
 
 nemotron_h: sigmoid scores, a correction bias that enters the CHOICE of experts only, one shared
-expert. qwen3_moe: softmax over all experts, none shared. MODEL.md has both.
+expert. qwen3_moe: softmax over all experts, none shared.
 """
 
 import math
@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanocascade.mamba2 import upcast
-
-GROUPED_MIN_TOKENS = 64  # below this a loop over experts beats grouped_mm on a CPU (LOG.md)
 
 
 class Routing:
@@ -90,8 +88,8 @@ class Experts(nn.Module):
         token = order // a  # (n*a,) whose pair this is
         inputs = x[token]  # (n*a, d)
         ends = group_ends(flat[order], len(self.up_proj))  # (e,)
-        grouped = len(x) >= GROUPED_MIN_TOKENS and x.dtype != torch.float64
-        outputs = (self.grouped if grouped else self.looped)(inputs, ends)  # (n*a, d)
+        looped = x.dtype == torch.float64  # which grouped_mm does not know
+        outputs = (self.looped if looped else self.grouped)(inputs, ends)  # (n*a, d)
         outputs = outputs * weights.flatten()[order, None].to(x.dtype)  # (n*a, d)
         return torch.zeros_like(x).index_add(0, token, outputs)  # (n, d)
 

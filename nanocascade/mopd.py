@@ -67,7 +67,7 @@ def compute_mopd_loss(
         num_tokens = valid.new_zeros(int(response_ids.max()) + 1)  # (o,)
         num_tokens = num_tokens.scatter_add(0, response_ids.flatten(), valid.flatten())  # (o,)
     if num_responses is None:
-        num_responses = (num_tokens > 0).sum()  # ()
+        num_responses = (num_tokens > 0).sum().clamp(min=1)  # ()
 
     # where(), so that an infinite log-prob on a position without loss cannot become NaN * 0
     student_logprobs = student_logprobs.where(valid > 0, 0.0)  # (b, t)

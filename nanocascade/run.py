@@ -8,12 +8,11 @@ beside the weights; state/ exists until the run is finished.
 import json
 import os
 import platform
+import resource
 import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ from nanocascade.state import (
     write_json_atomic,
 )
 from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
-from nanocascade.training import Log, check_settings
+from nanocascade.training import Log, check_settings, evaluation_table, show_rollout
 
 TOY = "toy"  # as a data source: rows of tasks.py
 
@@ -133,7 +132,7 @@ class Run:
 
         Those of --eval_data are read too: what is wrong with them is said before the training.
         """
-        self.evaluation_rows(() if sft else domains)
+        self.evaluation_rows(domains)
         if self.cfg.data == (TOY,):
             seed = f"{self.cfg.seed} {self.stage}"  # no stage trains on another's problems
             made = [tasks.make_rows(d, per_domain, "train", seed) for d in domains]
@@ -143,6 +142,8 @@ class Run:
             found = {r["domain"] for r in rows}
             if not sft and not set(domains) & found:
                 raise ValueError(f"stage {self.stage} trains {domains}; --data holds {found}")
+            if not sft and (others := found - set(domains)) and self.dist.is_main:
+                print(f"left out, not of this stage: rows of {', '.join(sorted(others))}")
             rows = rows if sft else [r for r in rows if r["domain"] in domains]
             self.check_lengths(rows, 0 if sft else self.cfg.max_new_tokens, sft)
         return self.with_references(rows)
@@ -201,10 +202,13 @@ class Run:
 
     def judge(self, rows: list[dict]):
         """The judge of preference rows: the toy's rule, or the endpoint of --judge_url."""
-        if self.cfg.judge_url:
-            return EndpointJudge(self.cfg.judge_url, self.cfg.judge_model)
-        if self.cfg.data != (TOY,) and any(kind_of(row) == "preference" for row in rows):
-            raise ValueError("--data has preference rows: --judge_url and --judge_model are needed")
+        cfg, evaluated = self.cfg, [row for part in self.eval_rows.values() for row in part]
+        if cfg.judge_url:
+            return EndpointJudge(cfg.judge_url, cfg.judge_model)
+        real = [] if cfg.data == (TOY,) else list(rows)
+        real += [] if cfg.eval_data == (TOY,) else evaluated
+        if any(kind_of(row) == "preference" for row in real):
+            raise ValueError("preference rows need --judge_url and --judge_model")
         return rule_judge
 
     # ---- Model and checkpoints ----
@@ -233,10 +237,10 @@ class Run:
         self.started = time.perf_counter()
         return rows, stream, first
 
-    def save(self, done: int, model, optimizer, stream, rows=None, force: bool = False) -> None:
+    def save(self, done: int, model, optimizer, stream, rows=None) -> None:
         """Checkpoint the training state every save_every steps; the last good one is kept."""
         every = self.cfg.save_every
-        if not self.dist.is_main or not (force or (every and done % every == 0)):
+        if not self.dist.is_main or not every or done % every:
             return
         extra = {
             "step": done,
@@ -251,8 +255,8 @@ class Run:
 
     def progress(self, first: int, steps: int):
         self.bar = tqdm(
-            range(first, steps), initial=first, total=steps, desc=self.stage, disable=not
-            self.dist.is_main, dynamic_ncols=True,
+            range(first, steps), initial=first, total=steps, desc=self.stage,
+            disable=not self.dist.is_main, dynamic_ncols=True,
         )  # fmt: skip
         return self.bar
 
@@ -310,6 +314,7 @@ class Run:
         after = self.evaluate(model, scorer, own) if self.cfg.eval_data else {}
         for domain, result in after.items():
             self.evaluation.setdefault(domain, {"before": None})["after"] = result
+        peaks = self.dist.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB a rank
         if not self.dist.is_main:
             return
         save_model(model, self.out, self.tokenizer)
@@ -324,12 +329,14 @@ class Run:
             "evaluation": self.evaluation,
             "references": self.reference_path(),
             "seconds": seconds,
+            "peak_kib": max(peaks),
             "commit": commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         write_json_atomic(self.out / "manifest.json", manifest)
         remove_state(self.out)
-        print(evaluation_table(self.evaluation))
+        if self.evaluation:
+            print(evaluation_table(self.evaluation))
 
     def reference_path(self) -> str:
         own = self.out / "references.jsonl"
@@ -340,7 +347,7 @@ class Run:
     def write_references(self, model, scorer) -> None:
         """Store the SFT model's answers to the preference questions: later stages are judged by
         how often they are preferred to these."""
-        rows = self.evaluation_rows(())["preference"]
+        rows = self.eval_rows["preference"]
         most = tasks.make_rows("preference", self.cfg.reference_samples, "test", 0)
         rows = most if self.cfg.eval_data == (TOY,) else rows
         sampling = Sampling(self.cfg.eval_max_new_tokens, max_rows=self.cfg.max_rows)
@@ -349,8 +356,9 @@ class Run:
                    for g in groups]  # fmt: skip
         records = [x for part in self.dist.gather(records) for x in part]
         if self.dist.is_main:
-            with open(self.out / "references.jsonl", "w") as file:
-                file.writelines(json.dumps(x) + "\n" for x in records)
+            part = self.out / "references.jsonl.part"  # a kill leaves a whole file or none
+            part.write_text("".join(json.dumps(x) + "\n" for x in records))
+            os.replace(part, self.out / "references.jsonl")
         self.dist.barrier()
         self.references = self.read_references(self.out / "references.jsonl")
 
@@ -367,28 +375,6 @@ class Run:
 
 def question_of(row: dict) -> str:
     return conversation(row)[0][-1]["content"]
-
-
-def show_rollout(x: Rollout, tokenizer, step: int) -> str:
-    """One whole episode with its verdict; what carries loss is printed in green."""
-    text = ""
-    for trained, run in groupby(zip(x.mask, x.tokens, strict=True), key=itemgetter(0)):
-        part = tokenizer.decode([token for _, token in run])  # a character may span tokens
-        text += f"\033[32m{part}\033[0m" if trained else part
-    verdict = f"reward {x.reward:.2f} ({x.reason}), advantage {x.advantage:+.2f}, {x.stop_reason}"
-    return f"--- step {step}, {x.domain}: {verdict}\n{text}"
-
-
-def evaluation_table(evaluation: dict[str, dict]) -> str:
-    """Before and after by domain, as text."""
-    lines = [f"{'domain':<14} {'before':>16} {'after':>16}"]
-    for domain, x in evaluation.items():
-        cells = [
-            f"{y['mean']:.3f} +- {y['interval']:.3f}" if y else "-"
-            for y in (x.get("before"), x.get("after"))
-        ]
-        lines.append(f"{domain:<14} {cells[0]:>16} {cells[1]:>16}")
-    return "\n".join(lines)
 
 
 def commit() -> str:

@@ -93,8 +93,8 @@ class Decoder:
     def __init__(self, model: Model, rows: int, max_len: int, max_new: int, options: dict):
         self.model, self.max_new, self.options = model, max_new, options
         weight = model.embed.weight
-        self.device = weight.device
-        self.cache = Cache(model.config, rows, max_len, weight.dtype, self.device)
+        self.device, self.dtype = weight.device, weight.dtype
+        self.cache = Cache(model.config, rows, max_len, self.dtype, self.device)
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.state = {  # per row; everything of a row moves together when the batch shrinks
             "owner": torch.full((rows,), -1, device=self.device),  # flat rollout index, -1 = idle
@@ -123,7 +123,7 @@ class Decoder:
         width = int(lengths.max())
         ids = torch.tensor([x + [0] * (width - len(x)) for x in prompts], device=self.device)
         valid = torch.arange(width, device=self.device) < lengths[:, None]  # (p, t)
-        cache = Cache(self.model.config, len(prompts), width, self.cache_dtype, self.device)
+        cache = Cache(self.model.config, len(prompts), width, self.dtype, self.device)
         routing = self.routing()
         hidden = self.model(ids, cache=cache, mask=valid, routing=routing)  # (p, t, d)
         ends = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]  # (p, d)
@@ -138,10 +138,6 @@ class Decoder:
         if routing is None:
             return []
         return [x[:n] for x, n in zip(routing.experts(), lengths.tolist(), strict=True)]
-
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        return self.model.embed.weight.dtype
 
     def step(self) -> None:
         """Feed every row its last token and draw the next one. Idle rows decode junk in slot 0."""

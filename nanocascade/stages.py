@@ -3,7 +3,7 @@
     base -> SFT -> IF-RL -> multi-domain RL -> MOPD -> RLHF -> long-context RL -> code RL -> SWE RL
 
 A pair (report, toy) is read by `settings`; a single value serves both. Sources are the sections of
-the Nemotron-Cascade 2 report; where it prints two values, ours is marked.
+the Nemotron-Cascade 2 report; where it prints two values, ours is named beside it.
 """
 
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ THOUSAND = 1024  # the report's 49K is 49,152 tokens
 
 @dataclass(frozen=True)
 class Stage:
-    """Settings of one RL stage (MOPD and SFT have the few of their own below)."""
+    """Settings of one RL stage. Those of SFT and MOPD stand at the top of their scripts."""
 
     domains: dict[str, float]  # share of each domain in a batch of prompts
     prompts: int  # a step
@@ -55,10 +55,12 @@ RL_STAGES = {
         domains={"long_context": 1.0}, prompts=(128, 16), rollouts=(16, 8),
         max_new_tokens=(48 * THOUSAND, 24), lr=(3e-6, 2e-4), steps=(30, 25),
     ),
-    "code_rl": dict(  # problems a strong model always solves are removed; strict binary reward
+    # OURS: code problems that the stage's own start always solves are dropped; the report asks a
+    # strong model. Strict binary reward.
+    "code_rl": dict(
         domains={"code": 1.0}, prompts=(128, 48), rollouts=(16, 8),
         max_new_tokens=(116 * THOUSAND, 40), lr=(3e-6, 2e-4), steps=(22, 15),
-        top_p=(0.95, 1.0), overlong="filter", max_pass_rate=(1.0, 0.99),
+        top_p=(0.95, 1.0), overlong="filter", max_pass_rate=0.99,
     ),
     "swe_rl": dict(  # agentless repair; a prompt none of whose rollouts exceeds 0.5 is masked
         domains={"swe": 1.0}, prompts=(128, 48), rollouts=(16, 8),

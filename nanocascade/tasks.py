@@ -2,9 +2,9 @@
 
 Each generator draws one problem and returns (row, good, slip): the row carries what its verifier
 needs and nothing of the toy, `good` is a correct solution with a short thought, `slip` one with a
-mistake. SFT rows take the slip with the domain's probability, as web-scale SFT data does:
-imitation then ends between 0.2 and 0.8, and RL has something to do. # OURS: the report's SFT data
-is filtered, its model is just not perfect at what it was shown.
+mistake. An SFT row takes the slip with the domain's probability: imitation then ends between 0.2
+and 0.8, and RL has something to do.
+# OURS: a share of the SFT solutions is wrong on purpose; the report filters its data.
 
 Whether a problem is a training or a test problem is decided by a hash of its text, so the two
 cannot overlap whatever the seeds.
@@ -328,7 +328,7 @@ def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0
         row |= {"id": f"{domain}-{split}-{seed}-{len(rows)}", "domain": domain}
         without = [m | {"reasoning_content": None} if m["role"] == "assistant" else m
                    for m in chosen]  # fmt: skip
-        row["solutions"] = {"on": chosen, "off": without, "good": good}
+        row["solutions"] = {"on": chosen, "off": without}
         rows.append(row)
     return rows
 

@@ -36,10 +36,8 @@ class Teachers:
         for name in sorted(set(self.teacher_of.values())):
             domains = [d for d, x in self.teacher_of.items() if x == name]
             self.paths[name] = best_checkpoint(paths[name].split("+"), domains)
-        self.manifest = {
-            d: {"path": self.paths[x], "sha256": sha256_of(self.paths[x])}
-            for d, x in self.teacher_of.items()
-        }
+        known = {x: {"path": path, "sha256": sha256_of(path)} for x, path in self.paths.items()}
+        self.manifest = {d: known[x] for d, x in self.teacher_of.items()}
 
     def check_tokenizer(self, tokenizer) -> None:
         """A teacher must read the very ids the student writes: vocabulary, specials, template."""

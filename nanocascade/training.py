@@ -3,8 +3,9 @@
 import json
 import math
 import os
-import time
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -38,31 +39,31 @@ class Batch:
         return self.segments >= 0  # (b, t)
 
 
-def make_batches(rollouts: list[Rollout], micro_tokens: int, device="cpu", replay=False):
-    """Pack documents into rows, rows into micro-batches of about `micro_tokens` tokens.
+def make_batches(rollouts: list[Rollout], micro_tokens: int, device="cpu", replay=False, row=256):
+    """Pack documents into rows of `row` tokens, rows into micro-batches of about `micro_tokens`.
 
-    A document of n tokens is n - 1 predictions. Rows are as long as the longest document, or a
-    quarter of a micro-batch at most, so that short ones share rows.
+    A document of n tokens is n - 1 predictions. Rows are longer where a document is, and no longer
+    than a micro-batch where none is.
     """
     if not rollouts:  # a rank that dynamic filtering left without groups
         return []
     lengths = [len(x.tokens) - 1 for x in rollouts]
-    width = max(max(lengths), min(256, micro_tokens))
+    width = max(max(lengths), min(row, micro_tokens))
     packed = pack(lengths, width)
     per_batch = max(micro_tokens // width, 1)
     layers = rollouts[0].experts.shape[1:] if replay else None
     batches = []
     for first in range(0, len(packed), per_batch):
         rows = packed[first : first + per_batch]
-        t = max(sum(lengths[i] for i in row) for row in rows)
+        t = max(sum(lengths[i] for i in members) for members in rows)
         ids, targets, responses = (torch.zeros(len(rows), t, dtype=torch.long) for _ in range(3))
         segments = torch.full((len(rows), t), -1)  # (b, t)
         mask = torch.zeros(len(rows), t, dtype=torch.bool)
         sampler, advantages = torch.zeros(len(rows), t), torch.zeros(len(rows), t)
         experts = torch.zeros(len(rows), t, *layers, dtype=torch.long) if replay else None
-        for j, row in enumerate(rows):
+        for j, members in enumerate(rows):
             start = 0
-            for k, i in enumerate(row):
+            for k, i in enumerate(members):
                 x, span = rollouts[i], slice(start, start + lengths[i])
                 tokens = torch.tensor(x.tokens)
                 ids[j, span], targets[j, span] = tokens[:-1], tokens[1:]
@@ -197,7 +198,7 @@ class Log:
     """metrics.jsonl and rollouts.jsonl of a run, one object a step or rollout, and the console."""
 
     def __init__(self, out: str, start: int):
-        self.out, self.began = out, time.perf_counter()
+        self.out = out
         for name in ("metrics.jsonl", "rollouts.jsonl"):  # resuming: later lines never happened
             path = os.path.join(out, name)
             kept = []
@@ -226,3 +227,25 @@ class Log:
                     "stop_reason": x.stop_reason,
                 }
                 file.write(json.dumps(record) + "\n")
+
+
+def show_rollout(x: Rollout, tokenizer, step: int) -> str:
+    """One whole episode with its verdict; what carries loss is printed in green."""
+    text = ""
+    for trained, run in groupby(zip(x.mask, x.tokens, strict=True), key=itemgetter(0)):
+        part = tokenizer.decode([token for _, token in run])  # a character may span tokens
+        text += f"\033[32m{part}\033[0m" if trained else part
+    verdict = f"reward {x.reward:.2f} ({x.reason}), advantage {x.advantage:+.2f}, {x.stop_reason}"
+    return f"--- step {step}, {x.domain}: {verdict}\n{text}"
+
+
+def evaluation_table(evaluation: dict[str, dict]) -> str:
+    """Before and after by domain, as text."""
+    lines = [f"{'domain':<14} {'before':>16} {'after':>16}"]
+    for domain, x in evaluation.items():
+        cells = [
+            f"{y['mean']:.3f} +- {y['interval']:.3f}" if y else "-"
+            for y in (x.get("before"), x.get("after"))
+        ]
+        lines.append(f"{domain:<14} {cells[0]:>16} {cells[1]:>16}")
+    return "\n".join(lines)

@@ -171,7 +171,7 @@ def race_table(runs: dict) -> str:
 
 
 def stage_table(runs: dict) -> str:
-    """First and last steps of each run: length, entropy, mismatch, gradient norm, time."""
+    """First and last steps of each run: length, entropy, mismatch, gradient norm; time, memory."""
     rows = []
     for name, run in runs.items():
         metrics, cells = run["metrics"], [name]
@@ -181,9 +181,10 @@ def stage_table(runs: dict) -> str:
             cells.append(" -> ".join(format(x, form) for x in ends) or "-")
         steps = len(metrics)
         times = [sum(m.get(f"time/{x}", 0) for m in metrics) for x in ("rollout", "score", "train")]
-        rows.append(cells + [str(steps), " / ".join(f"{t:.0f}" for t in times)])
+        memory = f"{run['manifest']['peak_kib'] / 2**20:.2f}"
+        rows.append(cells + [str(steps), " / ".join(f"{t:.0f}" for t in times), memory])
     head = ["run", "length", "entropy", "grad norm", "mismatch", "load max", "steps",
-            "s: rollout / score / train"]  # fmt: skip
+            "s: rollout / score / train", "GiB a rank"]  # fmt: skip
     return table(head, rows)
 
 
@@ -205,8 +206,8 @@ def example_text(runs: dict) -> str:
             for when, x in (("first", run["rollouts"][0]), ("last", run["rollouts"][-1])):
                 text = x["prompt"][-400:] + x["response"]
                 verdict = f"reward {x['reward']:.2f} ({x['reason']}), {x['stop_reason']}"
-                parts.append(f"**{name}, {when}**: {verdict}\n\n```text\n{text}\n```")
-    return "\n\n".join(parts).replace("```python", "'''python").replace("\n```<|im", "\n'''<|im")
+                parts.append(f"**{name}, {when}**: {verdict}\n\n````text\n{text}\n````")
+    return "\n\n".join(parts)  # four ticks: an answer may hold a fence of three
 
 
 def write_scores(runs: dict, path: Path) -> None:

@@ -2,7 +2,7 @@
 # The whole cascade on a laptop: a fresh machine to a finished report. No GPU, no download of
 # weights or data. An interrupted run goes on where it stopped when the command is given again.
 #
-#   bash runs/toy.sh              every stage, about 20 minutes on 2 cores
+#   bash runs/toy.sh              every stage, about 18 minutes on 2 cores
 #   bash runs/toy.sh --short      every stage for a few steps, to see that it all works
 #   bash runs/toy.sh --thorough   2,000 evaluation samples for every domain after every stage
 #   bash runs/toy.sh --seed 1     another seed
@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --seed) SEED=$2; OUT=runs/out-seed$2; shift 2 ;;
     --out) OUT=$2; shift 2 ;;
-    --thorough) EVAL=(--eval_samples 2000); shift ;;
+    --thorough) EVAL=(--eval_samples 2000 --own_eval_samples 2000); shift ;;
     --short)
       OUT=runs/out-short FINAL=()
       EVAL=(--eval_samples 8 --own_eval_samples 8 --save_every 1)
@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-# Two processes of one thread beat one process of two threads at this size (LOG.md): the toy runs
+# Two processes of one thread beat one of two threads at this size (LOG.md): the toy runs
 # data parallel, as the full run does. torchrun would do the same, a few seconds later.
 RANKS=${RANKS:-$(python -c 'import os; print(min(2, os.cpu_count()))')}
 export PYTHONPATH=$PWD OMP_NUM_THREADS=1 MASTER_ADDR=127.0.0.1 WORLD_SIZE=$RANKS

@@ -38,7 +38,7 @@ def test_parity_scan(t, chunk_size):
 
 
 def one_by_one(experts, x, chosen, weights):
-    """Every token through its experts, straight from MODEL.md."""
+    """Every token through its experts, straight from the definition."""
     rows = []
     for token, picks, shares in zip(x, chosen.tolist(), weights, strict=True):
         row = 0
@@ -66,8 +66,9 @@ def test_parity_experts(gated, n, top, monkeypatch):
     x, weights = torch.randn(n, 16, requires_grad=True), torch.rand(n, 2, requires_grad=True)
     inputs = [x, weights, *experts.parameters()]
     results = []
-    for form, least in ((one_by_one, 0), (Experts.__call__, 0), (Experts.__call__, 1000)):
-        monkeypatch.setattr(moe, "GROUPED_MIN_TOKENS", least)
+    products = (Experts.grouped, Experts.looped)
+    for form, product in ((one_by_one, None), *((Experts.__call__, x) for x in products)):
+        monkeypatch.setattr(Experts, "grouped", product)
         y = form(experts, x, chosen, weights)  # (n, d)
         slope = torch.linspace(-1, 1, y.numel()).view_as(y)
         results.append([y, *torch.autograd.grad((y * slope).sum(), inputs)])

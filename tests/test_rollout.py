@@ -1,5 +1,6 @@
 """Episodes: what carries loss over several turns, which groups a step keeps, what is measured."""
 
+import random
 from functools import partial
 
 import pytest
@@ -16,8 +17,10 @@ from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
 from nanocascade.training import make_batches
 
 ALONE = Dist(0, 1, "cpu")
-ROW = next(x for x in tasks.make_rows("tools", 40) if len(x["ground_truth"]) == 2)  # look, order
-SPOKEN = [x for x in ROW["solutions"]["good"] if x["role"] == "assistant"]
+ROWS = (tasks.tools(random.Random(i)) for i in range(40))  # (row, good, slip)
+ROW, GOOD, _ = next(x for x in ROWS if len(x[0]["ground_truth"]) == 2)  # look, order
+ROW["domain"] = "tools"
+SPOKEN = [x for x in GOOD if x["role"] == "assistant"]
 RIGHT, WRONG, MIXED = (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)
 
 
@@ -58,7 +61,7 @@ def test_parity_episode(tokenizer, monkeypatch):
     """Three turns with tool results between them are, token by token, the rendered conversation,
     and exactly the model's own tokens carry loss and log-probs; the right calls earn 1."""
     (x,), (messages, tools) = play(tokenizer, monkeypatch, 500, SPOKEN), conversation(ROW)
-    ids, mask = tokenizer.render(messages + ROW["solutions"]["good"], tools)
+    ids, mask = tokenizer.render(messages + GOOD, tools)
     n, said = len(x.tokens), written(tokenizer, *SPOKEN)
     assert x.tokens == ids[:n] and x.mask == [bool(y) for y in mask[:n]] and not any(mask[n:])
     assert [t["role"] for t in x.turns] == ["assistant", "tool", "assistant", "tool", "assistant"]

@@ -22,9 +22,9 @@ FILES = {"config.json", "generation_config.json", "manifest.json", "metrics.json
          "model.safetensors", "rollouts.jsonl", "tokenizer.json", "tokenizer_config.json"}
 rows, sft, skilled = toy_runs.rows, toy_runs.sft, toy_runs.skilled  # fixtures
 MANIFEST = {"stage", "parent", "teachers", "data", "seed", "config", "evaluation", "references",
-            "seconds", "commit", "versions"}  # fmt: skip
+            "seconds", "peak_kib", "commit", "versions"}  # fmt: skip
 
-# DESIGN.md 4.8 and the README's table: what each script logs at every step.
+# The README's table: what each script logs at every step.
 ALWAYS = {"step", "entropy", "grad_norm", "lr", "moe/load_max", "tokens_per_s", "time/train",
           "time/elapsed"}  # fmt: skip
 ROLLOUT = {
@@ -156,9 +156,13 @@ def test_run_sample(skilled, rows, tmp_path, monkeypatch, capsys):
     mask = said("--tasks", rows, "--show_mask", 2)
     assert mask.count("<|im_end|>\033[0m") == 2 and mask.count("\033[32m") == 2
     assert "<|im_start|>assistant\n<think>\n\033[32m" in mask
-    with open(tmp_path / "prompts") as lines:  # the empty line ends the chat
+    answer = said("--prompt", "What is 27+48?", "--temperature", 0).partition("\n")[2].strip("\n")
+    with open(tmp_path / "prompts") as lines:  # the empty line ends the chat; its answer is streamed
         monkeypatch.setattr(sys, "stdin", lines)
-        assert len(said().splitlines()) >= 1
+        assert said("--temperature", 0) == answer + "\n"
+    with pytest.raises(SystemExit):
+        said("--tasks", "toy:preference")
+    assert "error: preference rows are graded against an answer" in capsys.readouterr().err
 
 
 def test_parity_transformers(skilled):

@@ -67,7 +67,7 @@ def test_describe_and_refuse(monkeypatch, box):
         return {"refused": ["signals"], "landlock": False} if "refused" in heard else heard
 
     monkeypatch.setattr(sandbox.Server, "hear", weak)
-    with pytest.raises(RuntimeError, match="files, network, processes.*--allow_unprotected"):
+    with pytest.raises(OSError, match="files, network, processes.*--allow_unprotected"):
         Sandbox(1)
     with Sandbox(1, allow_unprotected=True) as weak_box:
         assert "does not let us confine" in weak_box.describe()

@@ -1,6 +1,6 @@
 """Rewards: one folder, one signature. `score(row, response) -> Reward(value, reason)`.
 
-A row's verifier is chosen by what the row carries (NeMo Gym form, PAPER.md section 4). Three rules
+A row's verifier is chosen by what the row carries (NeMo Gym form). Three rules
 hold for all of them:
 1. The thought is never graded: only what follows `</think>` can earn anything.
 2. A response may be anything, so it gets a Reward and never an exception; a 0 has a reason. A row
@@ -25,8 +25,8 @@ VERIFIERS = {
     "mcqa": ({"options"}, choice.verify_choice, choice.check_choice_row),
     "structured": ({"schema_str"}, structured.verify_structured, structured.check_schema_row),
     "tools": ({"ground_truth"}, tools.verify_calls, tools.check_calls_row),
-    "swe": ({"verifier_metadata.files"}, code.verify_repair, None),
-    "code": ({"verifier_metadata.unit_tests"}, code.verify_program, None),
+    "swe": ({"verifier_metadata.files"}, code.verify_repair, code.check_tests),
+    "code": ({"verifier_metadata.unit_tests"}, code.verify_program, code.check_tests),
     "long_context": ({"problem_type", "expected_answer"},
                      retrieval.verify_retrieval, retrieval.check_retrieval_row),
     "math": ({"expected_answer"}, math.verify_math, math.check_math_row),

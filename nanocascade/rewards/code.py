@@ -36,7 +36,7 @@ shared = {}  # process id -> Sandbox; a fork of ours starts its own
 def shared_sandbox(num_servers=2, allow_unprotected=False):
     """The sandbox of all rewards, made by the first call: a script's, to set it up and describe it.
 
-    RuntimeError where programs cannot be confined and the script does not allow that.
+    OSError where programs cannot be confined and the script does not allow that.
     """
     with lock:
         if os.getpid() not in shared:

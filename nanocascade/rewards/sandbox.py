@@ -174,7 +174,7 @@ class Sandbox:
             self.idle.put(server)
         if self.missing and not allow_unprotected:
             self.close()
-            raise RuntimeError(
+            raise OSError(
                 f"{self.describe()}. Programs that a model wrote are not run without; "
                 "--allow_unprotected runs them all the same."
             )

@@ -1,0 +1,117 @@
+"""Every flag of the train scripts does something: runs without and with it, and what differs."""
+
+import hashlib
+import json
+
+import pytest
+from fixtures import toy_runs
+from fixtures.toy_runs import run_here
+
+from nanocascade import tasks
+
+rows, sft, skilled, refused = toy_runs.rows, toy_runs.sft, toy_runs.skilled, toy_runs.refused
+RL = ("train_rl.py", "--stage", "if_rl", "--init", "SKILLED", "--data", "ROWS", "--prompts", 4,
+      "--rollouts", 4, "--steps", 2, "--show_every", 0)  # fmt: skip
+RLHF = ("train_rl.py", "--stage", "rlhf", "--init", "SKILLED", "--prompts", 3, "--rollouts", 4,
+        "--steps", 2, "--toy_rows", 12, "--show_every", 0)  # fmt: skip
+MOPD = ("train_mopd.py", "--init", "SKILLED", "--teachers", "multi_domain=SFT", "--data", "UNEVEN",
+        "--prompts", 6, "--rollouts", 2, "--steps", 2, "--show_every", 0)  # fmt: skip
+SFT = ("train_sft.py", "--data", "ROWS", "--batch_tokens", 400, "--steps", 2, "--warmup", 1)
+EVAL = ("--eval_data", "toy", "--eval_samples", 2, "--own_eval_samples", 3,
+        "--eval_max_new_tokens", 8, "--reference_samples", 2)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcome_of(tmp_path_factory, sft, skilled, rows):
+    """outcome_of(args): what a run left, by kind; each command line runs once."""
+    known, uneven = {}, tmp_path_factory.mktemp("rows") / "uneven.jsonl"
+    found = [x for d, n in (("if", 4), ("mcqa", 12)) for x in tasks.make_rows(d, n)]
+    uneven.write_text("".join(json.dumps(x) + "\n" for x in found))
+    paths = {"SKILLED": skilled, "SFT": sft, "ROWS": rows, "UNEVEN": uneven}
+
+    def outcome(args, capsys):
+        if args not in known:
+            out = tmp_path_factory.mktemp("run") / "out"
+            words = [str(paths.get(x, x)).replace("=SFT", f"={sft}") for x in args]
+            words += [] if "--eval_data" in words else ["--eval_data", ""]
+            capsys.readouterr()
+            with pytest.MonkeyPatch.context() as patch:
+                run_here(patch, *words, "--out", out)
+            records = [json.loads(x) for x in (out / "metrics.jsonl").open()]
+            known[args] = {
+                "weights": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
+                "metrics": [{k: v for k, v in x.items() if "time/" not in k and k != "tokens_per_s"}
+                            for x in records],
+                "rollouts": (out / "rollouts.jsonl").read_text(),
+                "manifest": json.loads((out / "manifest.json").read_text()),
+                "printed": capsys.readouterr().out,
+            }  # fmt: skip
+        return known[args]
+
+    return outcome
+
+
+CHANGES = [  # command line, flag and value, what must differ
+    (RL, ("--betas", "0.1,0.1"), "weights"), (RL, ("--bias_rate", 0), "weights"),
+    (RL, ("--weight_decay", 5), "weights"), (RL, ("--max_norm", 1e-6), "weights"),
+    (RL, ("--normalize_std", "false"), "weights"), (RL, ("--train_router",), "weights"),
+    (RL, ("--dynamic_filtering", "false"), "metrics"), (RL, ("--top_p", 0.3), "rollouts"),
+    (RL, ("--schedule", "linear", "--min_lr", 1e-2), "weights"), (RL, ("--seed", 3), "rollouts"),
+    (RL, ("--mask_unsolved", 1), "weights"), (RL, ("--log_groups", 0), "rollouts"),
+    (RL, ("--show_every", 1), "printed"), (RL, ("--warmup", 2), "weights"),
+    (RLHF, ("--kl_coef", 0), "weights"), (RLHF, ("--pairing", "circle"), "rollouts"),
+    (MOPD, ("--balance",), "metrics"), (MOPD, ("--warmup_from", 1e-2), "weights"),
+    (MOPD, ("--gate", "none", "--gate_low", 0.9999999, "--gate_high", 1.0), "metrics"),
+    (SFT, ("--strip_thinking", 1), "weights"), (SFT, ("--micro_tokens", 64), "weights"),
+    ((*SFT, *EVAL), ("--eval_max_new_tokens", 1), "manifest"),
+    ((*SFT, *EVAL), ("--own_eval_samples", 2), "manifest"),
+    ((*SFT, *EVAL), ("--stop_score", 1e-9, "--stop_every", 1), "metrics"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args, flag, kind", CHANGES, ids=lambda x: x[0] if "--" in x[0] else "")
+def test_flag_changes(args, flag, kind, outcome_of, capsys):
+    """With the flag the run's weights, metrics, rollouts, manifest or output are others."""
+    assert outcome_of(args, capsys)[kind] != outcome_of((*args, *flag), capsys)[kind]
+
+
+def test_flags_close_the_loss(outcome_of, capsys):
+    """A gate that no ratio passes, and masking all prompts, leave no gradient."""
+    closed = ("--gate_low", 0.1, "--gate_high", 0.9)
+    for flag in (("--gate_low", 1.5), ("--mask_unsolved", 1), closed):
+        assert all(x["grad_norm"] == 0 for x in outcome_of((*RL, *flag), capsys)["metrics"]), flag
+    assert any(x["grad_norm"] > 0 for x in outcome_of(RL, capsys)["metrics"])
+
+
+def test_flags_that_only_cost(outcome_of, capsys):
+    """Rows decoded at once and tokens of a micro-batch change neither samples nor, but for the last
+    bits, gradients; replayed experts are those that were chosen."""
+    plain = outcome_of(RL, capsys)
+    for flag in (("--max_rows", 3), ("--micro_tokens", 64), ("--routing_replay",)):
+        other = outcome_of((*RL, *flag), capsys)
+        for x, y in zip(plain["metrics"], other["metrics"], strict=True):
+            assert {k: pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in x.items()} == y, flag
+        assert other["rollouts"] == plain["rollouts"]
+
+
+def test_flags_of_judges(refused, sft, skilled, tmp_path, outcome_of, capsys):
+    """Preference rows of a file need a named judge; stored answers turn outcomes into wins."""
+    row = tasks.make_rows("preference", 1)[0]
+    (tmp_path / "rows").write_text(json.dumps(row))
+    args = ("train_rl.py", "--stage", "rlhf", "--init", skilled, "--data", tmp_path / "rows")
+    refused("preference rows need --judge_url and --judge_model", *args)
+    refused("expected an address like http", *args, "--judge_url", "here", "--judge_model", "x")
+    refused("preference rows need --judge_url", "train_sft.py", "--init", sft, "--eval_data",
+            tmp_path / "rows")  # fmt: skip
+    assert all(x["outcome/preference"] == 0 for x in outcome_of(RLHF, capsys)["metrics"])
+    stored = [{"question": f"Tell me about the {x}.", "answer": "<think>\nno"} for x in tasks.NOUNS]
+    (tmp_path / "stored").write_text("".join(json.dumps(x) + "\n" for x in stored))
+    compared = outcome_of((*RLHF, "--references", tmp_path / "stored"), capsys)["metrics"]
+    assert all(x["outcome/preference"] >= 0.5 for x in compared)  # nobody loses to half a thought
+
+
+def test_flags_of_devices(refused, sft):
+    """A device that does not exist, or is not here, is named."""
+    stage = ("train_rl.py", "--stage", "if_rl", "--init", sft)
+    refused("--device tpu: expected cuda, mps or cpu", *stage, "--device", "tpu")
+    refused("--device cuda: this torch finds no such device", *stage, "--device", "cuda")
