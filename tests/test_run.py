@@ -157,7 +157,7 @@ def test_run_sample(skilled, rows, tmp_path, monkeypatch, capsys):
     assert mask.count("<|im_end|>\033[0m") == 2 and mask.count("\033[32m") == 2
     assert "<|im_start|>assistant\n<think>\n\033[32m" in mask
     answer = said("--prompt", "What is 27+48?", "--temperature", 0).partition("\n")[2].strip("\n")
-    with open(tmp_path / "prompts") as lines:  # the empty line ends the chat; its answer is streamed
+    with open(tmp_path / "prompts") as lines:  # the empty line ends the chat, which streams
         monkeypatch.setattr(sys, "stdin", lines)
         assert said("--temperature", 0) == answer + "\n"
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The toy's tasks: the released form, right answers paid and slips not, training apart from test."""
+"""The toy's tasks: the released form, right answers paid, slips not, training apart from test."""
 
 import json
 import random
