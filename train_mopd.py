@@ -19,7 +19,7 @@ import torch
 from nanocascade import distributed, stages
 from nanocascade.config import parse_args, run_main
 from nanocascade.moe import load_imbalance, update_correction_bias
-from nanocascade.mopd import compute_mopd_loss
+from nanocascade.mopd import compute_mopd_loss, masked_mean
 from nanocascade.rollout import Sampling, Scorer, collect_groups, rollout_metrics
 from nanocascade.run import Run, RunConfig
 from nanocascade.teachers import Teachers, token_shares
@@ -28,12 +28,12 @@ from nanocascade.training import (
     check_finite,
     freeze_routers,
     learning_rate,
-    make_batches,
     make_optimizer,
     new_routing,
     no_load,
     optimizer_step,
     score_tokens,
+    step_batches,
 )
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ PRESETS = {
 
 def main():
     cfg = parse_args(Config, presets=PRESETS)
-    with distributed.start(cfg.device) as dist:
+    with distributed.start(cfg) as dist:
         train(cfg, dist)
 
 
@@ -103,7 +103,9 @@ def train(cfg: Config, dist: distributed.Dist):
         freeze_routers(model)
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(model, cfg.lr, cfg.betas, cfg.weight_decay)
+    optimizer = make_optimizer(
+        model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer
+    )
 
     # ---- Resume ----------------------------------------------------------------------------------
     weights = dict.fromkeys(teachers.domains, 1.0) if cfg.balance else None
@@ -123,11 +125,12 @@ def train(cfg: Config, dist: distributed.Dist):
 
         # One gradient step. Both counts of the denominator are known before the first backward.
         num_responses = max(dist.sum(sum(x.num_loss_tokens > 0 for x in rollouts)), 1)
-        num_tokens = torch.tensor([x.num_loss_tokens for x in rollouts], device=dist.device)  # (o,)
+        counts = [x.num_loss_tokens for x in rollouts] + [1]  # the last of an empty micro-batch
+        num_tokens = torch.tensor(counts, device=dist.device)  # (o,)
         metrics, load, start = Mean(), no_load(model), 0
         for name, part in teachers.split(rollouts):  # one teacher resident at a time
             teacher = teachers.load(name)
-            for batch in make_batches(part, cfg.micro_tokens, dist.device, cfg.routing_replay):
+            for batch in step_batches(model, dist, part, cfg.micro_tokens, cfg.routing_replay):
                 with torch.no_grad():
                     teacher_logprobs, _ = score_tokens(teacher, batch, cfg.temperature)
                 routing = new_routing(model, batch)
@@ -139,17 +142,16 @@ def train(cfg: Config, dist: distributed.Dist):
                 )  # fmt: skip
                 check_finite(loss, step, batch, part)
                 loss.backward()
-                values["entropy"] = entropy[batch.mask].mean()
+                values["entropy"] = masked_mean(entropy, batch.mask)
                 values[f"mopd/reverse_kl/{name}"] = values["mopd/reverse_kl"]
                 metrics.add(values, weight=int(batch.mask.sum()))
                 load += routing.load(batch.valid, model.config.num_experts)
             start += len(part)
-        dist.sum_gradients(model)
         lr = learning_rate(
             step, lr=cfg.lr, min_lr=cfg.lr, warmup=cfg.warmup, warmup_from=cfg.warmup_from,
             total=cfg.steps, shape="constant",
         )  # fmt: skip
-        norm = optimizer_step(model, optimizer, lr, cfg.max_norm)
+        norm = optimizer_step(model, optimizer, lr, cfg.max_norm, dist)
         load = dist.sum(load)
         update_correction_bias(model, load, cfg.bias_rate)
 

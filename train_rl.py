@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from nanocascade import distributed, stages
-from nanocascade.checkpoint import load_model
 from nanocascade.config import parse_args, run_main
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.moe import load_imbalance, update_correction_bias
+from nanocascade.mopd import masked_mean
 from nanocascade.rewards.code import shared_sandbox
 from nanocascade.rollout import (
     Sampling,
@@ -36,12 +36,12 @@ from nanocascade.training import (
     check_finite,
     freeze_routers,
     learning_rate,
-    make_batches,
     make_optimizer,
     new_routing,
     no_load,
     optimizer_step,
     score_tokens,
+    step_batches,
 )
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def main():
     cfg = parse_args(Config, presets=PRESETS)
     stage = stages.settings(cfg.stage, toy=cfg.config == "toy")
     stages.apply_stage(cfg, stage)
-    with distributed.start(cfg.device) as dist:
+    with distributed.start(cfg) as dist:
         train(cfg, stage, dist)
 
 
@@ -114,7 +114,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.model
-    reference = load_model(cfg.init, device=dist.device) if cfg.kl_coef else None
+    reference = distributed.load(cfg.init, dist, frozen=True) if cfg.kl_coef else None
     if not cfg.train_router:
         freeze_routers(model)
     if cfg.max_pass_rate < 1 and not run.resumes:
@@ -123,7 +123,9 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         )
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(model, cfg.lr, cfg.betas, cfg.weight_decay)
+    optimizer = make_optimizer(
+        model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer
+    )
 
     # ---- Resume ----------------------------------------------------------------------------------
     rows, stream, first = run.resume(model, optimizer, rows, weights=stage.domains)
@@ -151,7 +153,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
 
         # One gradient step. The denominator is counted before the first backward.
         num_tokens = max(dist.sum(sum(x.num_loss_tokens for x in rollouts)), 1)
-        batches = make_batches(rollouts, cfg.micro_tokens, dist.device, cfg.routing_replay)
+        batches = step_batches(model, dist, rollouts, cfg.micro_tokens, cfg.routing_replay)
         metrics, load = Mean(), no_load(model)
         for batch in batches:
             routing = new_routing(model, batch)
@@ -168,15 +170,14 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
             )  # fmt: skip
             check_finite(loss, step, batch, rollouts)
             loss.backward()
-            values["entropy"] = entropy[batch.mask].mean() if batch.mask.any() else 0.0
+            values["entropy"] = masked_mean(entropy, batch.mask)
             metrics.add(values, weight=int(batch.mask.sum()))
             load += routing.load(batch.valid, model.config.num_experts)
-        dist.sum_gradients(model)
         lr = learning_rate(
             step, lr=cfg.lr, min_lr=cfg.min_lr, warmup=cfg.warmup, total=cfg.steps,
             shape=cfg.schedule,
         )  # fmt: skip
-        norm = optimizer_step(model, optimizer, lr, cfg.max_norm)
+        norm = optimizer_step(model, optimizer, lr, cfg.max_norm, dist)
         load = dist.sum(load)
         update_correction_bias(model, load, cfg.bias_rate)
 

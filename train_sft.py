@@ -16,6 +16,7 @@ from nanocascade import distributed, tasks
 from nanocascade.config import parse_args, run_main
 from nanocascade.data import conversation, sft_conversation
 from nanocascade.moe import load_imbalance, update_correction_bias
+from nanocascade.mopd import masked_mean
 from nanocascade.rollout import Rollout, Scorer
 from nanocascade.run import Run, RunConfig
 from nanocascade.sft import sft_loss
@@ -23,12 +24,12 @@ from nanocascade.training import (
     Mean,
     check_finite,
     learning_rate,
-    make_batches,
     make_optimizer,
     new_routing,
     no_load,
     optimizer_step,
     score_tokens,
+    step_batches,
 )
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ PRESETS = {
 
 def main():
     cfg = parse_args(Config, presets=PRESETS)
-    with distributed.start(cfg.device) as dist:
+    with distributed.start(cfg) as dist:
         train(cfg, dist)
 
 
@@ -87,7 +88,9 @@ def train(cfg: Config, dist: distributed.Dist):
     model = run.model
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(model, cfg.lr, cfg.betas, cfg.weight_decay)
+    optimizer = make_optimizer(
+        model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer
+    )
 
     # ---- Resume ----------------------------------------------------------------------------------
     weights = tasks.SFT_SHARES if cfg.data == ("toy",) else None
@@ -110,23 +113,20 @@ def train(cfg: Config, dist: distributed.Dist):
 
         # One gradient step. The denominator was counted over all micro-batches and ranks.
         metrics, load = Mean(), no_load(model)
-        for batch in make_batches(
-            documents, cfg.micro_tokens, dist.device, row=cfg.row_tokens
-        ):
+        for batch in step_batches(model, dist, documents, cfg.micro_tokens, row=cfg.row_tokens):
             routing = new_routing(model, batch)
             train_logprobs, entropy = score_tokens(model, batch, routing=routing)
             loss, values = sft_loss(train_logprobs, batch.mask, num_tokens=num_tokens)
             check_finite(loss, step, batch, documents)
             loss.backward()
-            values["entropy"] = entropy[batch.mask].mean()
+            values["entropy"] = masked_mean(entropy, batch.mask)
             metrics.add(values, weight=int(batch.mask.sum()))
             load += routing.load(batch.valid, model.config.num_experts)
-        dist.sum_gradients(model)
         lr = learning_rate(
             step, lr=cfg.lr, min_lr=cfg.min_lr, warmup=cfg.warmup, total=cfg.schedule_steps,
             shape="cosine",
         )  # fmt: skip
-        norm = optimizer_step(model, optimizer, lr, cfg.max_norm)
+        norm = optimizer_step(model, optimizer, lr, cfg.max_norm, dist)
         load = dist.sum(load)
         update_correction_bias(model, load, cfg.bias_rate)
 

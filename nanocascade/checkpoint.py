@@ -11,12 +11,16 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as torch_dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanocascade.model import Model, ModelConfig
 from nanocascade.state import read_json, unfinished_dir, write_json_atomic, write_tensors
@@ -282,29 +286,59 @@ def check_fit(path: Path, model: Model, stored: dict[str, Stored]) -> None:
         raise ValueError(f"{path}: tensors do not fit config.json; {'; '.join(texts)}")
 
 
-def load_model(path, dtype=torch.float32, device="cpu") -> Model:
-    """The model of a published directory, read tensor by tensor into parameters of `dtype`."""
+def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
+    """The model of a published directory, read tensor by tensor into parameters of `dtype`.
+
+    place: lays the model out over ranks while it has shapes only (distributed.parallelize); each
+    rank then takes memory for its shards, and reads no more than these.
+    """
     path, config = Path(path), load_config(path)
     with torch.device("meta"):
         model = Model(config)  # shapes only
     stored, files = read_headers(path)
     check_fit(path, model, stored)
-    shapes, state = model.state_dict(), {}
-    for name, published in disk_names(model).items():
-        kept = kept_dtype(name, dtype)
-        state[name] = torch.empty(shapes[name].shape, dtype=kept, device=device)
-        for key, target in zip(published, experts_of(name, state[name]), strict=True):
+    names = disk_names(model)
+    model = place(model) if place else model
+    layout, state = model.state_dict(), {}
+    for name, published in names.items():
+        kept, spec = kept_dtype(name, dtype), layout[name]
+        shape, start = own_part(spec)
+        local = torch.empty(shape, dtype=kept, device=device)
+        first = start[0] if len(published) > 1 else 0  # of several tensors: this rank's experts
+        targets = experts_of(name, local)
+        for key, target in zip(published[first:], targets, strict=False):
             file, inside, index, _ = stored[key]
-            target.copy_(files[file].get_slice(inside)[index or ...])  # casts
+            cut = within(index, start[-target.ndim :], target.shape)
+            target.copy_(files[file].get_slice(inside)[cut])  # casts
             # Extremes tell as much as isfinite() of every number, without a mask of their size.
-            if not torch.isfinite(torch.stack(target.aminmax())).all():
+            ends = target.aminmax() if target.numel() else (target.sum(),)
+            if not torch.isfinite(torch.stack(tuple(ends))).all():
                 raise ValueError(f"{file}: {inside} holds NaN or infinity, read as {kept}")
+        state[name] = local if not isinstance(spec, DTensor) else DTensor.from_local(
+            local, spec.device_mesh, spec.placements, run_check=False, shape=spec.shape,
+            stride=spec.stride())
     if config.tie_word_embeddings:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)  # in place of the meta tensors
     if config.tie_word_embeddings:
         model.head.weight = model.embed.weight  # assigning made two parameters of them
     return model
+
+
+def own_part(x: Tensor) -> tuple[tuple, tuple]:
+    """Shape and start, in the whole tensor, of what this rank holds of it."""
+    if not isinstance(x, DTensor):
+        return tuple(x.shape), (0,) * x.ndim
+    return compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+
+
+def within(index: tuple, start, shape) -> tuple:
+    """The part (start, shape) of a published tensor, itself the cut `index` of a stored one."""
+    rows = [slice(i, i + n) for i, n in zip(start, shape, strict=True)]
+    if index[1:]:  # gate or up of a stacked gate_up_proj: its rows begin further down
+        begin = index[1].start
+        rows[0] = slice(rows[0].start + begin, rows[0].stop + begin)
+    return (*index[:1], *rows) or (...,)
 
 
 def save_model(model: Model, path, tokenizer=None, *, dtype=None, max_shard_bytes=5_000_000_000):
@@ -314,6 +348,10 @@ def save_model(model: Model, path, tokenizer=None, *, dtype=None, max_shard_byte
     renames of several weight files old and new would mix, so config.json is away meanwhile.
     """
     path, dtype = Path(path), dtype or model.embed.weight.dtype
+    if torch_dist.is_initialized() and torch_dist.get_rank():  # only helps the first rank to gather
+        for _ in whole_tensors(model, dtype):
+            pass
+        return
     config = config_json(model.config, dtype)
     sampling = {key: config[key] for key in ("eos_token_id", "pad_token_id") if config.get(key)}
     if model.config.model_type == "nemotron_h":  # as the model's card recommends
@@ -334,21 +372,31 @@ def save_model(model: Model, path, tokenizer=None, *, dtype=None, max_shard_byte
         os.replace(new / "config.json", path / "config.json")
 
 
+def whole_tensors(model: Model, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor as it stands on disk, one parameter gathered at a time: all ranks must ask."""
+    state = model.state_dict()
+    for name, published in disk_names(model).items():
+        x = state[name].to(kept_dtype(name, dtype))
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        yield from zip(published, experts_of(name, x), strict=True)
+
+
 def write_weights(model: Model, path: Path, dtype: torch.dtype, max_bytes: int) -> set[str]:
     """model.safetensors, or shards of at most max_bytes and their index; the names of the files."""
-    state, shards, sizes = model.state_dict(), [{}], [0]  # shards: {name: (tensor, dtype)}
+    state, shards, sizes = model.state_dict(), [[]], [0]  # shards: names on disk, in order
     for name, published in disk_names(model).items():
-        kept = kept_dtype(name, dtype)
-        for key, part in zip(published, experts_of(name, state[name]), strict=True):
-            if shards[-1] and sizes[-1] + part.numel() * kept.itemsize > max_bytes:
-                shards.append({})
+        size = state[name].numel() * kept_dtype(name, dtype).itemsize // len(published)
+        for key in published:
+            if shards[-1] and sizes[-1] + size > max_bytes:
+                shards.append([])
                 sizes.append(0)
-            shards[-1][key] = (part, kept)
-            sizes[-1] += part.numel() * kept.itemsize
+            shards[-1].append(key)
+            sizes[-1] += size
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
+    tensors = whole_tensors(model, dtype)
     for file, shard in zip(names, shards, strict=True):
-        write_tensors(path / file, {key: part.to(kept) for key, (part, kept) in shard.items()})
+        write_tensors(path / file, dict(islice(tensors, len(shard))))
     if len(shards) > 1:
         where = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
         names.append("model.safetensors.index.json")

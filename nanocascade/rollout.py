@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanocascade.chat import parse_response
 from nanocascade.data import conversation
+from nanocascade.distributed import Dist, unsharded
 from nanocascade.rewards import Reward, kind_of, score, score_group
 from nanocascade.rewards.preference import rule_judge, win_rate
 from nanocascade.rewards.tools import run_tool
@@ -108,13 +109,15 @@ class Scorer:
         )
 
 
-def roll_out(model, tokenizer, rows, num_samples, sampling: Sampling, seed, row_ids, scorer=None):
+def roll_out(
+    model, tokenizer, rows, num_samples, sampling: Sampling, seed, row_ids, scorer=None, dist=None
+):
     """`num_samples` episodes of each row: groups[p][r], scored where a scorer is given.
 
     seed already holds the training step, row_ids name the rows for the sampler's hash. Returns the
     groups and {"time/rollout", "time/score"} in seconds.
     """
-    start = time.perf_counter()
+    start, dist = time.perf_counter(), dist or Dist()
     prompts = [tokenizer.render(*conversation(x), sampling.thinking, True)[0] for x in rows]
     groups = [
         [Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
@@ -141,25 +144,27 @@ def roll_out(model, tokenizer, rows, num_samples, sampling: Sampling, seed, row_
         "stop_ids": tokenizer.eos_ids, "max_rows": sampling.max_rows, "seed": seed,
         "return_experts": sampling.return_experts,
     }  # fmt: skip
-    generate(
-        model, prompts, num_samples=num_samples, max_new_tokens=sampling.max_new_tokens,
-        row_ids=row_ids, on_sample=finish, **options,
-    )  # fmt: skip
-    everyone = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
-    pending = [(p, r) for p, r in everyone if wants_tool(groups[p][r], sampling)]
-    while pending:  # the next turn of every episode whose last one called a tool
-        for p, r in pending:
-            answer_calls(groups[p][r], tokenizer, sampling)
-        pending = [(p, r) for p, r in pending if not groups[p][r].truncated]
-        open_rollouts = [groups[p][r] for p, r in pending]
-        left = [sampling.max_new_tokens - (len(x.tokens) - x.prompt_length) for x in open_rollouts]
+    with unsharded(model):
         generate(
-            model, [x.tokens for x in open_rollouts], max_new_tokens=left,
-            # a name of its own for each episode; positions differ from turn to turn
-            row_ids=[(row_ids[p] + 1) * (1 << 20) + r for p, r in pending],
-            on_sample=lambda i, _, sample, who=tuple(pending): finish(*who[i], sample), **options,
+            model, prompts, num_samples=num_samples, max_new_tokens=sampling.max_new_tokens,
+            row_ids=row_ids, on_sample=finish, keep_going=dist.keep_going(), **options,
         )  # fmt: skip
-        pending = [(p, r) for p, r in pending if wants_tool(groups[p][r], sampling)]
+        everyone = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
+        pending = [(p, r) for p, r in everyone if wants_tool(groups[p][r], sampling)]
+        while dist.any(pending):  # the next turn of every episode whose last one called a tool
+            for p, r in pending:
+                answer_calls(groups[p][r], tokenizer, sampling)
+            pending = [(p, r) for p, r in pending if not groups[p][r].truncated]
+            texts = [groups[p][r] for p, r in pending]
+            left = [sampling.max_new_tokens - len(x.tokens) + x.prompt_length for x in texts]
+            generate(
+                model, [x.tokens for x in texts], max_new_tokens=left,
+                # a name of its own for each episode; positions differ from turn to turn
+                row_ids=[(row_ids[p] + 1) * (1 << 20) + r for p, r in pending],
+                on_sample=lambda i, _, sample, who=tuple(pending): finish(*who[i], sample),
+                keep_going=dist.keep_going(), **options,
+            )  # fmt: skip
+            pending = [(p, r) for p, r in pending if wants_tool(groups[p][r], sampling)]
     sampled = time.perf_counter()
     for group in groups if scorer is not None else ():
         for rollout in group:  # some ran out of turns or tokens while a call was open
@@ -227,7 +232,7 @@ def collect_groups(
         mine = dist.shard(drawn)
         groups, spent = roll_out(
             model, tokenizer, [row for _, row in mine], num_samples, sampling,
-            step_seed(seed, step), [i for i, _ in mine], scorer,
+            step_seed(seed, step), [i for i, _ in mine], scorer, dist,
         )  # fmt: skip
         timing = {name: timing[name] + spent[name] for name in timing}
         drawn_outcomes += [x.outcome for group in groups for x in group]
@@ -253,7 +258,7 @@ def drop_easy(model, tokenizer, rows, sampling, scorer, max_pass_rate, seed, dis
     mine = dist.shard(list(range(len(rows))))
     groups, _ = roll_out(
         model, tokenizer, [rows[i] for i in mine], PASS_SAMPLES, sampling, step_seed(seed, -1),
-        mine, scorer,
+        mine, scorer, dist,
     )  # fmt: skip
     rates = {i: mean(x.outcome for x in group) for i, group in zip(mine, groups, strict=True)}
     rates = {i: rate for part in dist.gather(rates) for i, rate in part.items()}
@@ -315,11 +320,12 @@ def evaluate(model, tokenizer, rows, num_samples, sampling, seed, scorer, dist=N
     The interval is 1.96 standard errors of the mean over prompts: a prompt's samples are averaged
     first, since they are not independent.
     """
-    indices = list(range(len(rows))) if dist is None else dist.shard(list(range(len(rows))))
+    dist = dist or Dist()
+    indices = dist.shard(list(range(len(rows))))
     mine = [rows[i] for i in indices]
-    groups, _ = roll_out(model, tokenizer, mine, num_samples, sampling, seed, indices, scorer)
+    groups, _ = roll_out(model, tokenizer, mine, num_samples, sampling, seed, indices, scorer, dist)
     outcomes = [(g[0].domain, mean(x.outcome for x in g)) for g in groups]
-    outcomes = outcomes if dist is None else [x for part in dist.gather(outcomes) for x in part]
+    outcomes = [x for part in dist.gather(outcomes) for x in part]
     result = {}
     for domain in sorted({d for d, _ in outcomes}):
         means = torch.tensor([x for d, x in outcomes if d == domain], dtype=torch.float64)  # (p,)

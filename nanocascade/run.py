@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from nanocascade import tasks
-from nanocascade.checkpoint import load_config, load_model, save_model, sha256_of
+from nanocascade.checkpoint import load_config, save_model, sha256_of
 from nanocascade.config import describe
 from nanocascade.data import PromptStream, conversation, read_rows, sft_conversation
+from nanocascade.distributed import LAYOUT, load, parallelize
 from nanocascade.model import Model, ModelConfig
 from nanocascade.rewards import kind_of
 from nanocascade.rewards.preference import EndpointJudge, rule_judge
@@ -60,6 +61,13 @@ class RunConfig:
     micro_tokens: int = 8192  # tokens of a micro-batch; changes memory and speed, not gradients
     max_rows: int = 512  # rows decoded at once
     device: str = ""  # cuda, mps or cpu; found if empty
+    shard: bool = False  # FSDP2: weights, gradients and moments in shards over the ranks
+    expert_parallel: int = 1  # ranks that share the experts of one copy (8: within a node)
+    replicas: int = 1  # copies of the sharded weights, one a group of nodes
+    dtype: str = "float32"  # of products: float32, or bfloat16 with fp32 master weights
+    checkpoint_blocks: bool = False  # keep only the blocks' inputs for backward, and recompute
+    offload_blocks: bool = False  # and keep these in host memory
+    offload_optimizer: bool = False  # moments in host memory, on the device one at a time
     save_every: int = 10  # steps between checkpoints of the training state (0 = none)
     log_groups: int = 1  # groups a domain and step that go to rollouts.jsonl
     show_every: int = 10  # steps between rollouts printed in full (0 = never)
@@ -99,7 +107,9 @@ class Run:
             raise ValueError(f"--config {cfg.config} needs {', '.join(missing)}")
         check_settings(cfg)
         # What a resumed run must share with the one that was cut off, to go on to the same bits.
+        # Layouts are free too: other ranks go on with the same weights, moments and data order.
         free = ("out", "resume", "dry_run", "device", "save_every", "log_groups", "show_every")
+        free += tuple(x for x in LAYOUT if x != "dtype")
         identity = {k: v for k, v in asdict(cfg).items() if k not in free}
         identity |= {"stage": stage, "teachers": self.teachers}
         self.out = Path(cfg.out)
@@ -123,7 +133,7 @@ class Run:
         self.references = self.read_references(self.reference_path())
         self.evaluation: dict[str, dict] = {}
         self.eval_rows: dict[str, list[dict]] = {}
-        self.seconds = 0.0
+        self.seconds, self.stopping = 0.0, False
 
     # ---- Data ----
 
@@ -217,8 +227,9 @@ class Run:
     def model(self) -> Model:
         """The model to start from (a resumed run overwrites its weights)."""
         if self.toy_start:
-            return Model(self.model_config).reset_parameters(self.cfg.seed).to(self.dist.device)
-        return load_model(self.cfg.init, device=self.dist.device)
+            model = Model(self.model_config).reset_parameters(self.cfg.seed).to(self.dist.device)
+            return parallelize(model, self.dist)
+        return load(self.cfg.init, self.dist)
 
     def resume(self, model, optimizer, rows, weights=None):
         """(rows, stream, first step): where the last checkpoint left off, or the beginning."""
@@ -238,9 +249,10 @@ class Run:
         return rows, stream, first
 
     def save(self, done: int, model, optimizer, stream, rows=None) -> None:
-        """Checkpoint the training state every save_every steps; the last good one is kept."""
+        """Checkpoint the training state every save_every steps, and where the run was told to stop;
+        the last good one is kept."""
         every = self.cfg.save_every
-        if not self.dist.is_main or not every or done % every:
+        if not self.stopping and (not every or done % every):
             return
         extra = {
             "step": done,
@@ -254,16 +266,24 @@ class Run:
     # ---- Seeing the run ----
 
     def progress(self, first: int, steps: int):
+        """The steps left to do; after a SIGTERM (preemption) the one that was saved is the last."""
         self.bar = tqdm(
             range(first, steps), initial=first, total=steps, desc=self.stage,
             disable=not self.dist.is_main, dynamic_ncols=True,
         )  # fmt: skip
-        return self.bar
+        for step in self.bar:
+            yield step
+            if self.stopping:
+                raise SystemExit(0)
 
     def log_step(self, step: int, values: dict, groups: list[list[Rollout]], began: float) -> None:
         """metrics.jsonl, rollouts.jsonl, the bar, and now and then whole rollouts."""
         elapsed = time.perf_counter() - began
-        tokens = self.dist.sum(sum(len(x.tokens) for group in groups for x in group))
+        told = torch.zeros(2 + self.dist.world_size, dtype=torch.float64, device=self.dist.device)
+        told[0] = sum(len(x.tokens) for group in groups for x in group)
+        told[1], told[2 + self.dist.rank] = self.dist.stop_asked, peak_gib(self.dist.device)
+        tokens, stop, *values["memory/peak_gib"] = self.dist.sum(told).tolist()  # one collective
+        self.stopping = stop > 0  # on all ranks after the same step
         tokens = values.get("batch/tokens", tokens)  # SFT has no groups
         values["tokens_per_s"] = tokens / elapsed
         values["time/train"] = elapsed - values.get("time/rollout", 0) - values.get("time/score", 0)
@@ -314,10 +334,10 @@ class Run:
         after = self.evaluate(model, scorer, own) if self.cfg.eval_data else {}
         for domain, result in after.items():
             self.evaluation.setdefault(domain, {"before": None})["after"] = result
-        peaks = self.dist.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB a rank
+        peaks = self.dist.gather(peak_gib("cpu"))
+        save_model(model, self.out, self.tokenizer)  # of all ranks
         if not self.dist.is_main:
             return
-        save_model(model, self.out, self.tokenizer)
         init = self.cfg.init
         manifest = {
             "stage": self.stage,
@@ -329,7 +349,7 @@ class Run:
             "evaluation": self.evaluation,
             "references": self.reference_path(),
             "seconds": seconds,
-            "peak_kib": max(peaks),
+            "peak_kib": round(max(peaks) * 2**20),
             "commit": commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
@@ -371,6 +391,13 @@ class Run:
         size = 4  # bytes: weights, gradients and both moments are fp32
         print(f"bytes: weights {total * size:,}, gradients {total * size:,}, "
               f"optimizer {2 * total * size:,}")  # fmt: skip
+
+
+def peak_gib(device: str) -> float:
+    """The most memory this process has used: of its device, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
 
 
 def question_of(row: dict) -> str:

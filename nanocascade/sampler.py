@@ -215,20 +215,23 @@ def generate(
     max_rows: int = 512,
     on_sample: Callable[[int, int, Sample], None] | None = None,
     on_token: Callable[[int], None] | None = None,
+    keep_going: Callable[[bool], bool] = bool,
 ) -> list[list[Sample]]:
     """Draw `num_samples` responses to each prompt from pi_inf: samples[p][r].
 
     max_new_tokens: of every response, or one limit a prompt; temperature 0 is greedy; top_k 0 and
     top_p 1 are off; row_ids: names of the prompts for the random hash; max_rows: decoded at once;
     on_sample: called with (p, r, sample) as each finishes; on_token: with each token of a single
-    response. Raises ValueError for an empty prompt or one beyond the context length.
+    response; keep_going: given whether rows are left, says whether to decode on: ranks that share a
+    model end together, and one that is done decodes padding. Raises ValueError for an empty prompt
+    or one beyond the context length.
     """
     p, r, longest = len(prompts), num_samples, max((len(x) for x in prompts), default=0)
     limits = [max_new_tokens] * p if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    max_new_tokens = max(limits, default=0)
+    max_new_tokens = max(limits, default=1)
     check_prompts(prompts, limits, model.config.max_position_embeddings)
     options = dict(temperature=temperature, top_p=top_p, top_k=top_k, return_experts=return_experts)
-    rows = min(max(max_rows // r, 1), p) * r
+    rows = max(min(max_rows // r, p), 1) * r
     decoder = Decoder(model, rows, longest + max_new_tokens, max_new_tokens, options)
     keys = sample_keys(seed, range(p) if row_ids is None else row_ids, r, decoder.device)  # (p, r)
     owners = torch.arange(p * r, device=decoder.device).view(p, r)
@@ -236,7 +239,7 @@ def generate(
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=decoder.device)
     samples, prompt_experts = [[None] * r for _ in prompts], []  # samples[p][r]
     waiting, idle, active = 0, rows, 0
-    while waiting < p or active:
+    while keep_going(waiting < p or active > 0):
         # Moving in pays once an eighth of the rows is free: a prefill call has a fixed cost.
         if waiting < p and idle >= r and (idle * 8 >= rows or not active):
             size = min(idle // r, max(PREFILL_TOKENS // longest, 1), p - waiting)

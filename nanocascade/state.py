@@ -10,9 +10,13 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+import torch.distributed as torch_dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 
 def check_out_dir(out, resume: bool, identity: dict) -> bool:
@@ -45,40 +49,61 @@ def check_out_dir(out, resume: bool, identity: dict) -> bool:
 def save_state(out, *, model: nn.Module, optimizer, extra: dict) -> None:
     """What a run needs to go on: weights, moments and `extra` (JSON), in a new numbered directory.
 
-    It gets its number when it is complete, by one rename, and only then its predecessor goes:
-    killed at any instant, the highest number is a whole state.
+    All ranks call it, each writes its shards. The directory gets its number when it is complete, by
+    one rename, and only then its predecessor goes: killed at any instant, the highest number is a
+    whole state, from which any number of ranks can go on.
     """
-    # A tied head is one tensor under two names, and written once, under the first.
-    weights = {x.data_ptr(): (name, x) for name, x in reversed(model.state_dict().items())}
-    inner = optimizer.state_dict()
-    moments = {f"{i}.{key}": x for i, of in inner["state"].items() for key, x in of.items()}
-    with unfinished_dir(Path(out) / "state") as new:
-        write_tensors(new / "model.safetensors", dict(weights.values()))
-        write_tensors(new / "optimizer.safetensors", moments)
-        write_json_atomic(new / "state.json", {"groups": inner["param_groups"], "extra": extra})
-        old = state_dirs(out)
-        os.rename(new, new.with_name(str(int(old[-1].name) + 1 if old else 0)))
+    several = torch_dist.is_initialized()
+    main, new = not several or torch_dist.get_rank() == 0, Path(out) / "state" / ".saving"
+    if main:
+        shutil.rmtree(new, ignore_errors=True)  # left by a killed save
+        new.mkdir(parents=True)
+    if several:
+        torch_dist.barrier()
+    moments = {f"optimizer.{name}.{key}": x for name, p in model.named_parameters()
+               for key, x in optimizer.state.get(p, {}).items()}  # fmt: skip
+    writer = dcp.HuggingFaceStorageWriter(new, save_distributed=True)
+    dcp.save(weights_of(model) | moments, storage_writer=writer, no_dist=not several)
+    if not main:  # the save above ends when everyone's part is written
+        return
+    write_json_atomic(new / "state.json", extra)
+    old = state_dirs(out)
+    os.rename(new, new.with_name(str(int(old[-1].name) + 1 if old else 0)))
     for done in old:
         shutil.rmtree(done)
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers; a tied head is one tensor under two names, stored under the first."""
+    found = {id(x): (name, x) for name, x in reversed(model.state_dict(keep_vars=True).items())}
+    return {f"model.{name}": x.detach() for name, x in found.values()}
+
+
 def load_state(out, model: nn.Module, optimizer) -> dict | None:
-    """Put the newest state into model and optimizer and return its `extra`; None without any."""
+    """Put the newest state into model and optimizer and return its `extra`; None without any.
+
+    Each rank reads what its own shards need, however many ranks wrote them.
+    """
     if not state_dirs(out):
         return None
-    last = state_dirs(out)[-1]
-    known, moments = read_json(last / "state.json"), {}
+    last, home = state_dirs(out)[-1], getattr(optimizer, "home", None)
+    tensors, moments = weights_of(model), {}
     try:
-        for key, x in load_file(last / "optimizer.safetensors").items():
-            i, name = key.split(".")
-            moments.setdefault(int(i), {})[name] = x.clone()  # off the mapped file
-        absent, unknown = model.load_state_dict(load_file(last / "model.safetensors"), strict=False)
-        if absent not in ([], ["head.weight"]) or unknown:
-            raise ValueError(f"missing {absent}, unknown {unknown}")
-        optimizer.load_state_dict({"state": moments, "param_groups": known["groups"]})
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reader = dcp.HuggingFaceStorageReader(last)
+        known = reader.read_metadata().state_dict_metadata
+        for name, p in model.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):  # AdamW's, but for a frozen parameter
+                if (full := f"optimizer.{name}.{key}") in known:
+                    like = p.new_zeros(()) if key == "step" else torch.zeros_like(p)
+                    tensors[full] = like.detach().to(home or p.device)
+                    moments.setdefault(p, {})[key] = tensors[full]
+        if tensors.keys() != known.keys():
+            raise ValueError(f"other tensors: {sorted(tensors.keys() ^ known.keys())[:8]}")
+        dcp.load(tensors, storage_reader=reader, no_dist=not torch_dist.is_initialized())
+        optimizer.state.update(moments)
+        return read_json(last / "state.json")
+    except (CheckpointException, SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{last} is not a state of this run: {error}") from None
-    return known["extra"]
 
 
 def remove_state(out) -> None:

@@ -1,10 +1,10 @@
 """The teachers of MOPD: which checkpoint teaches a domain, and one of them in memory at a time."""
 
 from collections import Counter
-from itertools import groupby
 from pathlib import Path
 
-from nanocascade.checkpoint import load_config, load_model, sha256_of
+from nanocascade.checkpoint import load_config, sha256_of
+from nanocascade.distributed import load
 from nanocascade.rollout import Rollout
 from nanocascade.state import read_json
 from nanocascade.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ class Teachers:
     """
 
     def __init__(self, cfg, teacher_of: dict[str, str], dist):
-        self.dist, self.loaded = dist, ("", None)
+        self.dist, self.models, self.resident = dist, {}, ""
         names = sorted(set(teacher_of.values()))
         paths = {}
         for item in cfg.teachers:
@@ -53,16 +53,18 @@ class Teachers:
         return self.teacher_of[domain]
 
     def split(self, rollouts: list[Rollout]):
-        """(name, rollouts) of each teacher; the rollouts must be sorted by teacher."""
-        return [(name, list(part)) for name, part in groupby(rollouts, lambda x: self.of(x.domain))]
+        """(name, rollouts) of every teacher, on all ranks in one order, with none or many."""
+        of = [self.of(x.domain) for x in rollouts]
+        return [(t, [x for x, y in zip(rollouts, of, strict=True) if y == t]) for t in self.paths]
 
-    def load(self, name: str):
-        """The teacher's model; the one before it is dropped first. Small ones load in no time."""
-        if self.loaded[0] != name:
-            self.loaded = ("", None)
-            model = load_model(self.paths[name], device=self.dist.device)
-            self.loaded = (name, model.requires_grad_(False).eval())
-        return self.loaded[1]
+    def load(self, name: str = ""):
+        """The teacher's model; the one before it goes to host memory first. "": all of them do."""
+        if self.resident and self.resident != name:
+            self.models[self.resident].cpu()
+        self.resident = name
+        if name and name not in self.models:
+            self.models[name] = load(self.paths[name], self.dist, frozen=True)
+        return self.models[name].to(self.dist.device) if name else None
 
 
 def best_checkpoint(paths: list[str], domains: list[str]) -> str:

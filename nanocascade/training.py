@@ -9,6 +9,7 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nanocascade.data import pack
 from nanocascade.logprobs import token_logprobs
@@ -37,6 +38,23 @@ class Batch:
     @property
     def valid(self) -> Tensor:
         return self.segments >= 0  # (b, t)
+
+
+def step_batches(model: Model, dist, rollouts, micro_tokens: int, replay=False, row=256):
+    """The micro-batches of this rank's rollouts, and empty ones until every rank has as many.
+
+    A sharded forward is a collective: a rank without work runs it, with a zero loss, all the same.
+    """
+    batches = make_batches(rollouts, micro_tokens, dist.device, replay, row)
+    missing = dist.in_step(len(batches)) - len(batches)
+    if missing:
+        layers = (model.config.num_moe_layers, model.config.num_experts_per_tok)
+        experts = torch.zeros(2, *layers, dtype=torch.long) if replay else None  # (t, l, a)
+        nobody = Rollout({"id": ""}, [0, 0], 2, [False] * 2, [0.0] * 2, experts=experts)
+        empty = make_batches([nobody], 1, dist.device, replay, 1)[0]
+        empty.segments[:] = -1  # padding: in no load either
+        batches += [empty] * missing
+    return batches
 
 
 def make_batches(rollouts: list[Rollout], micro_tokens: int, device="cpu", replay=False, row=256):
@@ -114,14 +132,38 @@ def check_settings(cfg) -> None:
             raise ValueError(f"--{name} {getattr(cfg, name)}: expected 1 or more")
 
 
-def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float):
-    """AdamW; decay on matrices only (norms, biases, A_log, D and dt_bias have one axis)."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_host=False):
+    """AdamW; decay on matrices only (norms, biases, A_log, D and dt_bias have one axis).
+
+    in_host: the moments stay in host memory. A fused step takes one mesh at a time.
+    """
+    groups = {}
+    for p in model.parameters():
+        mesh = p.device_mesh if isinstance(p, DTensor) else None
+        if p.requires_grad:
+            groups.setdefault((p.ndim < 2, mesh), []).append(p)
+    groups = [{"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay}
+              for key in sorted(groups, key=lambda key: key[0])]  # fmt: skip
+    kind = HostAdamW if in_host else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=betas, fused=True)
+
+
+class HostAdamW(torch.optim.AdamW):
+    """AdamW whose moments live in host memory and visit the device one parameter at a time:
+    8 bytes a parameter less on the device, for one copy each way a step. Gradients are used up."""
+
+    home = "cpu"
+
+    def step(self):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in params]
+        self.zero_grad()  # AdamW passes over a parameter without a gradient: one at a time has its
+        for p, grad in zip(params, grads, strict=True):
+            p.grad, state = grad, self.state[p]
+            state.update({key: x.to(p.device) for key, x in state.items()})
+            super().step()
+            state.update({key: x.to(self.home) for key, x in state.items()})
+            p.grad = None
 
 
 def freeze_routers(model: nn.Module) -> None:
@@ -145,14 +187,15 @@ def learning_rate(step: int, *, lr, min_lr, warmup, warmup_from=0.0, total, shap
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def optimizer_step(model, optimizer, lr: float, max_norm: float) -> float:
-    """Clip to max_norm (global), step, clear the gradients; the norm before clipping.
+def optimizer_step(model, optimizer, lr: float, max_norm: float, dist) -> float:
+    """Sum over ranks, clip to max_norm (global), step, clear; the norm before clipping.
 
     A finite loss may have a gradient that is not: then ValueError, the weights left as they were.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    dist.sum_gradients(model)
+    norm = dist.clip_gradients(model, max_norm)
     if not math.isfinite(norm):
         taken = max((int(x["step"]) for x in optimizer.state.values()), default=0)
         raise ValueError(f"gradient norm is {norm} after {taken} steps, the loss was finite")

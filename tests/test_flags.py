@@ -5,7 +5,7 @@ import json
 
 import pytest
 from fixtures import toy_runs
-from fixtures.toy_runs import run_here
+from fixtures.toy_runs import lasting, run_here
 
 from nanocascade import tasks
 
@@ -40,8 +40,7 @@ def outcome_of(tmp_path_factory, sft, skilled, rows):
             records = [json.loads(x) for x in (out / "metrics.jsonl").open()]
             known[args] = {
                 "weights": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
-                "metrics": [{k: v for k, v in x.items() if "time/" not in k and k != "tokens_per_s"}
-                            for x in records],
+                "metrics": [lasting(x) for x in records],
                 "rollouts": (out / "rollouts.jsonl").read_text(),
                 "manifest": json.loads((out / "manifest.json").read_text()),
                 "printed": capsys.readouterr().out,
