@@ -108,7 +108,9 @@ def train(cfg: Config, dist: distributed.Dist):
     )
 
     # ---- Resume ----------------------------------------------------------------------------------
-    weights = dict.fromkeys(teachers.domains, 1.0) if cfg.balance else None
+    # Files hold their own proportions; generated prompts come in those of the released file.
+    shares = stages.MOPD_SHARES if cfg.data == ("toy",) and not cfg.balance else {}
+    weights = {d: shares.get(d, 1) for d in teachers.domains} if cfg.balance or shares else None
     rows, stream, first = run.resume(model, optimizer, rows, weights)
     run.evaluate_before(model, scorer, teachers.domains)
 

@@ -78,6 +78,12 @@ TEACHER_OF = {
     "structured": "multi_domain", "preference": "preference",
 }  # fmt: skip
 
+# How many prompts of each domain MOPD draws (Nemotron-Cascade 2, MOPD: the rows it released).
+# OURS: preference prompts come from a second file whose share is not said; here they are a tenth.
+MOPD_SHARES = {
+    "math": 1853, "if": 1854, "mcqa": 927, "tools": 610, "structured": 927, "preference": 686,
+}  # fmt: skip
+
 # The order of the toy's run and of the report's pages: (directory, stage, starts from).
 CASCADE = (
     ("sft", "sft", None),

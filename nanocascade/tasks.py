@@ -30,11 +30,11 @@ CLOSING = " I hope this helps."
 
 # How often an SFT solution carries a slip: what is left for RL to do in each domain.
 SLIPS = {
-    "math": 0.1, "if": 0.3, "mcqa": 0.2, "structured": 0.3, "tools": 0.3, "preference": 0.0,
+    "math": 0.1, "if": 0.3, "mcqa": 0.35, "structured": 0.3, "tools": 0.3, "preference": 0.0,
     "long_context": 0.35, "code": 0.4, "swe": 0.4,
 }  # fmt: skip
 DOMAINS = tuple(SLIPS)
-SFT_SHARES = dict.fromkeys(DOMAINS, 1.0) | {"mcqa": 1.5, "structured": 1.3, "long_context": 0.7}
+SFT_SHARES = dict.fromkeys(DOMAINS, 1.0) | {"mcqa": 1.3, "structured": 1.3, "long_context": 0.7}
 
 
 def make_tool(name: str, description: str, **parameters: str) -> dict:
@@ -121,23 +121,25 @@ def instructions(rng):
 
 
 def choice(rng):
-    """Four options, one of the category asked for."""
-    wanted = rng.choice(list(CATEGORIES))
-    right = rng.choice(CATEGORIES[wanted])
-    others = [rng.choice(v) for k, v in CATEGORIES.items() if k != wanted]
-    question = f"Which is {wanted}?"
-    options = [right, *others]
-    rng.shuffle(options)
-    letter = LETTERS[options.index(right)]
-    wrong = rng.choice([x for x in LETTERS if x != letter])
+    """Four options, one of each category; the thought sorts them in order until one fits."""
+    kinds = rng.sample(list(CATEGORIES), 4)
+    wanted = rng.choice(kinds)
+    options = [rng.choice(CATEGORIES[kind]) for kind in kinds]
+    right = kinds.index(wanted)
+    wrong = rng.choice([i for i in range(4) if i != right])
+    mistaken = [rng.choice([x for x in kinds if x != wanted]) if i == right else kind
+                for i, kind in enumerate(kinds)]  # the right one missed, a wrong one taken for it
+    mistaken[wrong] = wanted
     listed = "".join(f"\n{x}: {y}" for x, y in zip(LETTERS, options, strict=True))
-    row = user_row(question + listed, expected_answer=letter)
+    row = user_row(f"Which is {wanted}?" + listed, expected_answer=LETTERS[right])
     row["options"] = [{x: y} for x, y in zip(LETTERS, options, strict=True)]
     row["grading_mode"] = "strict_single_letter_boxed"
-    mistaken = options[LETTERS.index(wrong)]
-    # The thought names the category, then the option: each step looks up one thing.
-    good = said(f"{wanted}: {letter}: {right}", "\\boxed{%s}" % letter)
-    return row, [good], [said(f"{wanted}: {wrong}: {mistaken}", "\\boxed{%s}" % wrong)]
+
+    def solution(sorted_as: list[str], last: int) -> list[dict]:
+        thought = ", ".join(f"{LETTERS[i]}: {sorted_as[i]}" for i in range(last + 1))
+        return [said(thought, "\\boxed{%s}" % LETTERS[last])]
+
+    return row, solution(kinds, right), solution(mistaken, wrong)
 
 
 def structured(rng):

@@ -11,7 +11,7 @@ try:
 except ImportError:
     sys.exit("no plots: pip install matplotlib")
 
-from report import MAIN, curve, domains_of, own_domains, read_runs, score
+from report import MAIN, RACES, TEACHER_OF, curve, domains_of, own_domains, read_runs, score
 
 
 def draw_cascade(runs: dict, path: Path) -> None:
@@ -40,22 +40,29 @@ def draw_cascade(runs: dict, path: Path) -> None:
 
 
 def draw_mopd(runs: dict, path: Path) -> None:
-    """Reverse KL and gradient norm of MOPD, and its race against the RL that made the teacher."""
-    race = [("if", "if_rl"), ("preference", "rlhf_side")] if "mopd_from_sft" in runs else []
-    figure, axes = plt.subplots(1, 2 + len(race), figsize=(4 * (2 + len(race)), 3.4))
+    """Reverse KL and gradient norm of MOPD, and its races against RL from the same start."""
+    races = [(*x, "mopd_from_sft") for x in RACES] if "mopd_from_sft" in runs else []
+    races += [("math", "math_rl", "mopd")] if "math_rl" in runs else []
+    figure, axes = plt.subplots(1, 2 + len(races), figsize=(4 * (2 + len(races)), 3.4))
     metrics = runs["mopd"]["metrics"]
-    steps = [m["step"] for m in metrics]
-    axes[0].plot(steps, [m["mopd/reverse_kl"] for m in metrics])
-    axes[0].set(title="MOPD: reverse KL to the teachers", xlabel="step")
-    axes[1].plot(steps, [m["grad_norm"] for m in metrics], color="tab:orange")
-    axes[1].set(title="MOPD: gradient norm", xlabel="step")
-    for ax, (domain, teacher) in zip(axes[2:], race, strict=True):
-        for name, label in ((teacher, "RL"), ("mopd_from_sft", "MOPD")):
+    for name in sorted(set(TEACHER_OF.values())):
+        points = [(m["step"], m[f"mopd/reverse_kl/{name}"]) for m in metrics
+                  if f"mopd/reverse_kl/{name}" in m]  # fmt: skip
+        axes[0].plot(*zip(*points, strict=True), label=f"teacher {name}")
+    axes[0].set(title="MOPD: reverse KL, nats a token", xlabel="step", ylim=(0, None))
+    axes[0].legend(fontsize=8)
+    axes[1].plot([m["step"] for m in metrics], [m["grad_norm"] for m in metrics])
+    axes[1].set(title="MOPD: gradient norm", xlabel="step", ylim=(0, None))
+    for ax, (domain, rl, mopd) in zip(axes[2:], races, strict=True):
+        for name, label in ((rl, "RL"), (mopd, "MOPD")):
             points = curve(runs[name], domain)
             ax.plot([p[1] for p in points], [p[3] for p in points], label=label)
-        ax.axhline(score(runs, teacher, domain)["mean"], color="0.6", ls="--", lw=1)
-        ax.set(title=f"{domain}: from the same start", xlabel="samples")
-        ax.legend()
+        teacher = "sft" if domain == "math" else rl
+        goal = score(runs, teacher, domain)["mean"]
+        ax.axhline(goal, color="0.6", ls="--", lw=1, label="teacher")
+        start = "multi_domain_rl" if domain == "math" else "sft"
+        ax.set(title=f"{domain}: both from {start}", xlabel="samples", ylabel="training outcome")
+        ax.legend(fontsize=8)
     for ax in axes:
         ax.grid(alpha=0.25)
     figure.tight_layout()

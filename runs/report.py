@@ -14,7 +14,21 @@ from nanocascade.config import run_main
 from nanocascade.stages import CASCADE, RL_STAGES, TEACHER_OF
 
 MAIN = [name for name, _, _ in CASCADE if name != "rlhf_side"]  # the cascade without its branch
+RACES = (("if", "if_rl"), ("preference", "rlhf_side"))  # domain, the RL run that made its teacher
+SIDE_RUNS = ("mopd_from_sft", "math_rl")  # for comparison only: from SFT; from MOPD's own start
 GAP_ERRORS = 5  # a gap between teacher and start is one from this many standard errors on
+
+PICTURES = {"Scores after every stage": ("cascade",), "Distillation step by step": ("mopd",)}
+NOTES = {  # how to read a section, where the table alone does not say
+    "What was forgotten": "The largest fall of each domain below its best score so far.\n\n",
+    "What MOPD brought back": "recovery = (MOPD - start) / (teacher - start), where teacher - start"
+    f" is at least {GAP_ERRORS} standard errors; start is multi_domain_rl.\n\n",
+    "MOPD against the RL that made the teacher, from the same start": "Level: the teacher's score"
+    " less its interval. Reached: mean outcome of the training samples over three steps; RL's"
+    " samples count the groups that dynamic filtering dropped.\n\n",
+    "Each run": "First -> last step. Mismatch: mean exp abs(train - sampler log-prob) - 1.\n\n",
+    "Rollouts": "The first and the last one that each run logged of one domain.\n\n",
+}  # fmt: skip
 
 
 def read_run(path: Path) -> dict | None:
@@ -33,9 +47,9 @@ def read_runs(argv: list[str]) -> tuple[Path, dict]:
     if len(argv) != 2:
         raise ValueError(f"usage: python {argv[0]} DIRECTORY")
     out = Path(argv[1])
-    names = [name for name, _, _ in CASCADE] + ["mopd_from_sft"]
-    runs = {name: run for name in names if (run := read_run(out / name))}
-    if missing := [name for name in names[:-1] if name not in runs]:
+    names = [name for name, _, _ in CASCADE]
+    runs = {x: run for x in (*names, *SIDE_RUNS) if (run := read_run(out / x))}
+    if missing := [name for name in names if name not in runs]:
         raise ValueError(f"{out}: no finished run of {', '.join(missing)}")
     return out, runs
 
@@ -71,22 +85,24 @@ def score_table(runs: dict) -> str:
         cells = [cell(score(runs, x, domain)) for x in names]
         own = [domain in own_domains(x) for x in names]
         rows.append([domain] + [f"**{c}**" if o else c for c, o in zip(cells, own, strict=True)])
-    mean = [sum(score(runs, x, d)["mean"] for d in domains_of(runs)) / len(rows) for x in names]
-    rows.append(["mean"] + [f"{x:.3f}" for x in mean])
+    rows.append(["mean"] + [f"{mean_score(runs, x):.3f}" for x in names])
     return table(["domain", *names], rows)
+
+
+def gains(runs: dict):
+    """(run, domain, before, after, gain, its interval) of every RL stage and own domain."""
+    for name, stage, start in CASCADE:
+        for domain in own_domains(name) if stage in RL_STAGES else ():
+            a, b = score(runs, start, domain), score(runs, name, domain)
+            error = (a["interval"] ** 2 + b["interval"] ** 2) ** 0.5
+            yield name, domain, a, b, b["mean"] - a["mean"], error
 
 
 def gain_table(runs: dict) -> str:
     """Own-domain score before and after each RL stage."""
-    rows = []
-    for name, _, start in CASCADE:
-        if name in runs and name not in ("sft", "mopd"):
-            for domain in own_domains(name):
-                a, b = score(runs, start, domain), score(runs, name, domain)
-                error = (a["interval"] ** 2 + b["interval"] ** 2) ** 0.5
-                gain = f"{b['mean'] - a['mean']:+.2f} +-{error:.2f}"
-                minutes = f"{runs[name]['manifest']['seconds'] / 60:.1f}"
-                rows.append([name, domain, cell(a), cell(b), gain, minutes])
+    rows = [[name, domain, cell(a), cell(b), f"{gain:+.2f} +-{error:.2f}",
+             f"{runs[name]['manifest']['seconds'] / 60:.1f}"]
+            for name, domain, a, b, gain, error in gains(runs)]  # fmt: skip
     return table(["stage", "own domain", "before", "after", "gain", "minutes"], rows)
 
 
@@ -104,24 +120,32 @@ def forgetting_table(runs: dict) -> str:
     return table(["domain", "largest drop", "after stage"], rows)
 
 
-def recovery_table(runs: dict) -> str:
-    """recovery = (MOPD - start) / (teacher - start), where the gap is GAP_ERRORS errors or more."""
+def recoveries(runs: dict):
+    """(domain, teacher, start, goal, end, recovery, its interval) of MOPD; None where no gap.
+
+    recovery = (MOPD - start) / (teacher - start), where the gap is GAP_ERRORS errors or more.
+    """
     teachers = runs["mopd"]["manifest"]["teachers"]
     by_path = {str(Path(r["manifest"]["config"]["out"])): name for name, r in runs.items()}
-    rows = []
     for domain in TEACHER_OF:
-        teacher = by_path.get(str(Path(teachers[domain]["path"])), "?")
+        teacher = by_path[str(Path(teachers[domain]["path"]))]
         start, end = score(runs, "multi_domain_rl", domain), score(runs, "mopd", domain)
         goal = score(runs, teacher, domain)
         gap = goal["mean"] - start["mean"]
         error = ((goal["interval"] ** 2 + start["interval"] ** 2) ** 0.5) / 1.96
-        recovery = "no gap"
+        part = spread = None
         if gap > 0 and gap >= GAP_ERRORS * error:
             part = (end["mean"] - start["mean"]) / gap
             # first-order error of the ratio, start being in both differences
             spread = ((end["interval"] ** 2 + (part * goal["interval"]) ** 2
                        + ((1 - part) * start["interval"]) ** 2) ** 0.5) / gap  # fmt: skip
-            recovery = f"{part:.0%} +-{spread:.0%}"
+        yield domain, teacher, start, goal, end, part, spread
+
+
+def recovery_table(runs: dict) -> str:
+    rows = []
+    for domain, teacher, start, goal, end, part, spread in recoveries(runs):
+        recovery = "no gap" if part is None else f"{part:.0%} +-{spread:.0%}"
         change = f"{end['mean'] - start['mean']:+.2f}"
         rows.append([domain, teacher, cell(start), cell(goal), cell(end), change, recovery])
     head = ["domain", "teacher", "start", "teacher's score", "after MOPD", "change", "recovery"]
@@ -153,21 +177,62 @@ def first_reach(points, goal: float):
     return next((p for p in points if p[3] >= goal), None)
 
 
-def race_table(runs: dict) -> str:
-    """MOPD against the RL that made the teacher, both from SFT: cost of the teacher's score."""
-    if "mopd_from_sft" not in runs:
-        return "(not run)"
-    rows = []
-    for domain, teacher in (("if", "if_rl"), ("preference", "rlhf_side")):
+def races(runs: dict):
+    """(domain, level, RL's point, MOPD's point): where each first reaches the teacher's score, less
+    its interval, both from SFT. A point is None where it never does."""
+    for domain, teacher in RACES if "mopd_from_sft" in runs else ():
         goal = score(runs, teacher, domain)
         level = goal["mean"] - goal["interval"]
-        rl, mopd = curve(runs[teacher], domain), curve(runs["mopd_from_sft"], domain)
-        a, b = first_reach(rl, level), first_reach(mopd, level)
+        yield domain, level, *(first_reach(curve(runs[name], domain), level)
+                               for name in (teacher, "mopd_from_sft"))  # fmt: skip
+
+
+def race_table(runs: dict) -> str:
+    """MOPD against the RL that made the teacher: cost of the teacher's score."""
+    rows = []
+    for domain, level, a, b in races(runs):
         for label, i in (("steps", 0), ("samples", 1), ("seconds", 2)):
             cells = [f"{x[i]:.0f}" if x else "not reached" for x in (a, b)]
             times = f"{a[i] / b[i]:.1f}x" if a and b and b[i] else "-"
             rows.append([domain, f"{level:.2f}", label, *cells, times])
+    if "math_rl" in runs:  # its teacher was made by SFT, so that no RL has shown what it costs
+        ends = [f"{cell(score(runs, x, 'math'))} after {curve(runs[x], 'math')[-1][1]:.0f} samples"
+                for x in ("math_rl", "mopd")]  # fmt: skip
+        rows.append(["math, from multi_domain_rl", "-", "(no target)", *ends, "-"])
     return table(["domain", "level", "to reach it", "RL", "MOPD", "RL / MOPD"], rows)
+
+
+def mean_score(runs: dict, name: str) -> float:
+    return sum(score(runs, name, d)["mean"] for d in domains_of(runs)) / len(domains_of(runs))
+
+
+def claim_table(runs: dict) -> str:
+    """What the cascade is meant to show, judged by this run's own numbers."""
+    taught = [score(runs, "sft", d)["mean"] for d in domains_of(runs) if d != "preference"]
+    graded = [x for x in gains(runs) if x[1] != "preference"]
+    least = min(graded, key=lambda x: x[4])
+    wins = min(score(runs, x, "preference")["mean"] for x in ("rlhf_side", "rlhf"))
+    found = list(recoveries(runs))
+    parts = [(part, domain) for domain, *_, part, _ in found if part is not None]
+    part, hardest = min(parts, default=(1.0, "no gap"))
+    change = min([x[4]["mean"] - x[2]["mean"] for x in found if x[5] is None], default=0.0)
+    times = [a[i] / b[i] if a and b and b[i] else 0.0 for *_, a, b in races(runs) for i in (1, 2)]
+    rise = mean_score(runs, MAIN[-1]) - mean_score(runs, "sft")
+    rows = [
+        ("after SFT, domains with a right answer", "0.2 to 0.8",
+         f"{min(taught):.2f} to {max(taught):.2f}", 0.2 <= min(taught) and max(taught) <= 0.8),
+        ("each RL stage on its own domains", "+0.10, beyond the interval",
+         f"least {least[4]:+.2f} +-{least[5]:.2f} ({least[1]})",
+         all(x[4] >= 0.1 and x[4] > x[5] for x in graded)),
+        ("win rate after RLHF", "0.60", f"{wins:.2f}", wins >= 0.6),
+        ("MOPD recovers of each gap", "90 %", f"least {part:.0%} ({hardest})", part >= 0.9),
+        ("MOPD, taught domains without a gap", "-0.02 at most", f"{change:+.3f}", change >= -0.02),
+        ("MOPD against the teacher's RL", "fewer samples and seconds",
+         ", ".join(f"{x:.1f}x" for x in times) or "not run", bool(times) and min(times) > 1),
+        ("mean over domains, last stage against SFT", "+0.20", f"{rise:+.3f}", rise >= 0.2),
+    ]  # fmt: skip
+    rows = [[*words, "yes" if holds else "**no**"] for *words, holds in rows]
+    return table(["claim", "wanted", "measured", "holds"], rows)
 
 
 def stage_table(runs: dict) -> str:
@@ -199,14 +264,14 @@ def distillation_table(runs: dict) -> str:
 
 
 def example_text(runs: dict) -> str:
-    """One whole rollout of each RL stage at its first and at its last logged step."""
+    """A whole rollout of each run at its first step, and one of the same domain at its last."""
     parts = []
     for name, run in runs.items():
-        if run["rollouts"]:
-            for when, x in (("first", run["rollouts"][0]), ("last", run["rollouts"][-1])):
-                text = x["prompt"][-400:] + x["response"]
-                verdict = f"reward {x['reward']:.2f} ({x['reason']}), {x['stop_reason']}"
-                parts.append(f"**{name}, {when}**: {verdict}\n\n````text\n{text}\n````")
+        alike = [x for x in run["rollouts"] if x["domain"] == run["rollouts"][0]["domain"]]
+        for when, x in (("before", alike[0]), ("after", alike[-1])) if alike else ():
+            text = ("[...] " + x["prompt"][-400:])[-len(x["prompt"]):] + x["response"]
+            verdict = f"reward {x['reward']:.2f} ({x['reason']}), {x['stop_reason']}"
+            parts.append(f"**{name}, {when}**: {verdict}\n\n````text\n{text}\n````")
     return "\n\n".join(parts)  # four ticks: an answer may hold a fence of three
 
 
@@ -225,10 +290,8 @@ def write_scores(runs: dict, path: Path) -> None:
 def main():
     out, runs = read_runs(sys.argv)
     minutes = sum(run["manifest"]["seconds"] for run in runs.values()) / 60
-    first, last = ("sft", "swe_rl")
-    means = [sum(score(runs, x, d)["mean"] for d in domains_of(runs)) / len(domains_of(runs))
-             for x in (first, last)]  # fmt: skip
     sections = [
+        ("What was to be shown", claim_table(runs)),
         ("Scores after every stage", score_table(runs)),
         ("What each RL stage gained", gain_table(runs)),
         ("What was forgotten", forgetting_table(runs)),
@@ -238,17 +301,21 @@ def main():
         ("Each run", stage_table(runs)),
         ("Rollouts", example_text(runs)),
     ]
-    commit = runs["sft"]["manifest"]["commit"][:10]
-    text = f"# The toy cascade, seed {runs['sft']['manifest']['seed']}, commit {commit}\n\n"
+    ends = f"{mean_score(runs, 'sft'):.3f} after SFT, {mean_score(runs, MAIN[-1]):.3f} at the end"
+    text = f"# The toy cascade, seed {runs['sft']['manifest']['seed']}, commit "
+    text += f"{runs['sft']['manifest']['commit'][:10]}\n\n"
     text += f"{minutes:.1f} minutes of training (evaluations apart). Scores are means at "
     text += "temperature 1 with 95 % intervals; bold is a stage's own domain. Mean over domains: "
-    text += f"{means[0]:.3f} after SFT, {means[1]:.3f} at the end.\n"
+    text += ends + ".\n"
     for title, body in sections:
-        text += f"\n## {title}\n\n{body}\n"
+        text += f"\n## {title}\n\n{NOTES.get(title, '')}"
+        text += "".join(f"![{x}]({x}.png)\n\n" for x in PICTURES.get(title, ())
+                        if (out / f"{x}.png").exists())  # fmt: skip
+        text += body + "\n"
     (out / "report.md").write_text(text)
     write_scores(runs, out / "scores.csv")
-    print("\n\n".join(f"{title}\n{body}" for title, body in sections[:5]))
-    print(f"\nmean over domains: {means[0]:.3f} after SFT, {means[1]:.3f} at the end")
+    print("\n\n".join(f"{title}\n{body}" for title, body in sections[:6]))
+    print(f"\nmean over domains: {ends}")
     print(f"written: {out / 'report.md'}, {out / 'scores.csv'}")
 
 

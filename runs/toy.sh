@@ -17,8 +17,9 @@ while [ $# -gt 0 ]; do
     --out) OUT=$2; shift 2 ;;
     --thorough) EVAL=(--eval_samples 2000 --own_eval_samples 2000); shift ;;
     --short)
-      OUT=runs/out-short FINAL=()
-      EVAL=(--eval_samples 8 --own_eval_samples 8 --save_every 1)
+      # One process: starting a second costs more than a few steps gain.
+      OUT=runs/out-short FINAL=() RANKS=${RANKS:-1}
+      EVAL=(--eval_samples 8 --own_eval_samples 8 --eval_max_new_tokens 24 --save_every 1)
       SHORT=(--steps 3 --reference_samples 8 --toy_rows 60)
       RL=(--steps 2 --prompts 4 --rollouts 4 --show_every 0 --toy_rows 30)
       MOPD=(--steps 2 --prompts 4 --rollouts 2 --show_every 0 --toy_rows 30)
@@ -34,11 +35,11 @@ export PYTHONPATH=$PWD OMP_NUM_THREADS=1 MASTER_ADDR=127.0.0.1 WORLD_SIZE=$RANKS
 launch() {
   export MASTER_PORT=$((20000 + RANDOM % 20000))
   local pids=() rank status=0
-  for ((rank = 1; rank < RANKS; rank++)); do RANK=$rank python "$@" & pids+=($!); done
-  RANK=0 python "$@" || status=$?
-  for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" || status=$?; done
+  for ((rank = 0; rank < RANKS; rank++)); do RANK=$rank python "$@" & pids+=($!); done
+  for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
   return $status
 }
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT  # Ctrl-C leaves no rank behind
 
 # stage SCRIPT DIRECTORY ARGUMENTS...: run it unless it is finished, resuming where it stopped.
 stage() {
@@ -65,6 +66,8 @@ stage train_mopd.py mopd_from_sft --init "$OUT/sft" --eval_data "" \
   --domains if,preference --prompts 48 --lr 1e-3 --warmup 5 --warmup_from 1e-4 --steps 30 \
   ${MOPD[@]+"${MOPD[@]}"} \
   --teachers "preference=$OUT/rlhf_side,multi_domain=$OUT/if_rl"
+# GRPO on mathematics from where MOPD started: nothing to catch up with, two curves.
+rl math_rl math_rl multi_domain_rl --eval_samples 0
 
+python runs/plot.py "$OUT" || true  # matplotlib is optional; the report shows what was drawn
 python runs/report.py "$OUT"
-python runs/plot.py "$OUT" || true  # matplotlib is optional

@@ -16,7 +16,7 @@ from fixtures.toy_runs import ROOT, TINY_EVAL, lasting, run, run_here, start
 
 from nanocascade import tasks
 from nanocascade.checkpoint import load_model
-from nanocascade.stages import RL_STAGES, TEACHER_OF
+from nanocascade.stages import MOPD_SHARES, RL_STAGES, TEACHER_OF
 
 FILES = {"config.json", "generation_config.json", "manifest.json", "metrics.jsonl",
          "model.safetensors", "rollouts.jsonl", "tokenizer.json", "tokenizer_config.json"}
@@ -104,7 +104,7 @@ def test_run_rl(stage, sft, tmp_path, monkeypatch):
 
 
 def test_run_mopd(sft, skilled, tmp_path):
-    """Three teachers; of A+B the one whose manifest shows the better scores in its domains."""
+    """Of A+B the teacher whose manifest shows better scores in its domains; the report's shares."""
     for name, mean in (("a", 0.4), ("b", 0.6)):
         shutil.copytree(skilled, tmp_path / name)
         manifest = json.loads((sft / "manifest.json").read_text())
@@ -121,6 +121,9 @@ def test_run_mopd(sft, skilled, tmp_path):
     last = metrics_of(tmp_path / "out")[-1]
     assert last["grad_norm"] > 0 and last["mopd/reverse_kl/preference"] > 0.1
     assert abs(sum(last[f"mopd/prompt_share/{d}"] for d in TEACHER_OF) - 1) < 1e-6
+    for domain, rows_of_it in MOPD_SHARES.items():  # of 24 prompts, to the next whole one
+        expected = rows_of_it / sum(MOPD_SHARES.values())
+        assert abs(last[f"mopd/prompt_share/{domain}"] - expected) < 1 / 24, domain
 
 
 @pytest.mark.parametrize(
