@@ -53,6 +53,7 @@ def test_parity_stored(case, tmp_path):
     numbers, gradients = our_numbers(build(case, tmp_path, torch.float32))
     check_numbers(numbers, {key: STORED[f"{case}/{key}"] for key in numbers})
     rows = STORED[f"{case}/gradients"].double()  # a gradient's norm, then its projections
+    assert rows[:, 0].min() > 1e-3  # every parameter matters, those of each expert too
     for name, (norm, *projected) in zip(sorted(gradients), rows, strict=True):
         gap = make_parity.project(name, gradients[name]) - torch.stack(projected)
         assert gap.square().mean().sqrt() <= 1e-4 * norm, name
