@@ -43,7 +43,9 @@ class ChunkedLogprobs(torch.autograd.Function):
             delta = delta.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = (delta @ weight).to(hidden.dtype)
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weight.dtype == hidden.dtype:
+                grad_weight.addmm_(delta.T, hidden[part])  # in place: no second (v, d)
+            elif grad_weight is not None:
                 grad_weight += delta.T @ hidden[part]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)

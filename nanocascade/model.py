@@ -237,7 +237,9 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Unlike nn.Embedding(v, d) this draws nothing, for which on meta torch loads its compiler.
+        table = torch.empty(config.vocab_size, config.hidden_size)  # (v, d)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         kinds = config.pattern
         self.blocks = nn.ModuleList(
             Block(config, kind, kinds[:i].count("E")) for i, kind in enumerate(kinds)
