@@ -8,13 +8,15 @@ import time
 
 import pytest
 import torch
-from fixtures import make_parity
+from fixtures import make_parity, toy_runs
 from safetensors.torch import load_file, save_file
 
 from nanocascade.checkpoint import KEEP_FP32, load_config, load_model, save_model, sha256_of
 from nanocascade.model import Model, ModelConfig
 from nanocascade.state import read_json
+from nanocascade.tokenizer import Tokenizer
 
+sft = toy_runs.sft
 FAMILIES = ["nemotron_h-base", "nemotron_h-new", "qwen3-tied", "qwen3_moe-step", "llama-scaled"]
 WEIGHTS = "model.safetensors"
 
@@ -80,6 +82,30 @@ def test_parity_fresh_transformers(tmp_path):
     assert not any(report.values())
     assert theirs.generation_config.top_p == 0.95
     assert theirs.generation_config.eos_token_id == [3, 4]
+
+
+def test_parity_train_script(sft, tmp_path):
+    """The directory that a train script leaves, the toy's: transformers loads all of it, computes
+    our logits from the ids of our prompt, and what it saves is again the same model."""
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = load_model(sft), Tokenizer(sft)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        sft, output_loading_info=True)
+    assert not any(report.values())
+    for module in theirs.modules():
+        if hasattr(module, "time_step_limit"):  # 5.23 clamps by time_step_min, see README
+            module.time_step_limit = (0.0, float("inf"))
+    turns = [{"role": "user", "content": "What is 27+48?"}]
+    ids = transformers.AutoTokenizer.from_pretrained(sft).apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    assert ids[0].tolist() == tokenizer.render(turns, None, True, True)[0]
+    assert (theirs(ids).logits - model.logits(model(ids))).abs().max() < 1e-4
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_model(tmp_path / "theirs")
+    assert equal(again.state_dict(), model.state_dict()) and again.config == model.config
+    save_model(again, tmp_path / "last", tokenizer)
+    for file in [WEIGHTS, *tokenizer.files]:
+        assert (tmp_path / "last" / file).read_bytes() == (sft / file).read_bytes()
 
 
 @pytest.mark.parametrize("source", ["nemotron_h-base", "qwen3_moe-base"], indirect=True)
