@@ -77,10 +77,12 @@ def test_the_last_box_counts():
 def test_numbers_compare_exactly():
     """Plain numbers are exact rationals; text that is none stays text, whatever it would cost."""
     for expected, answer in (("-0.5", r"-\frac{1}{2}"), (r"\(\frac{1}{2}\)", r"\frac12"), (7, "7"),
-                             ("1234", "1,234"), ("1234", "1{,}234"), ("$.5$", r"\frac{1}{2}")):
+                             ("1234", "1,234"), ("1234", "1{,}234"), ("$.5$", r"\frac{1}{2}"),
+                             ("1000", "1 000"), ("1000.99", "1000,99"), ("-1,5", "-1.50")):
         assert value({"expected_answer": expected}, rf"\boxed{{{answer}}}") == 1, answer
     assert rational("0.1") * 3 == rational("0.3") and rational(r"\frac{-3}{4}") == rational("-.75")
-    for text in ("", ".", "-", "1/0", "9**9", "9^9", "1e9", "1,23", "inf", "\u0663", r"\frac{1}{}"):
+    assert value({"expected_answer": "1.5"}, r"\boxed{15}") == 0
+    for text in ("1 00", "1 0000", "1 000,000", "1,5", "", ".", "-", "1/0", "9**9", "9^9", "1e9", "1,23", "inf", "\u0663", r"\frac{1}{}"):
         assert rational(text) is None, text
 
 
@@ -91,6 +93,9 @@ def test_numbers_compare_exactly():
     ("x^2+2x+1", "(x+1)^2", 1), (r"\frac{1}{3}", "0.333333", 1), ("5", "x=5", 1),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\ \frac{4}{2}\end{bmatrix}", 1),
     ("1, 2", r"1} and \boxed{2", 1), ("32349", "32, 349", 0), ("[0,1)", "[0,1]", 0),
+    ("(3,3), (1,1)", r"(3, 3)} \text{ for part (a) and } \boxed{(1, 1)", 1),
+    ("y_1=2x, y_2=x", r"2x} \) and \( y_2 = \boxed{x", 1), ("2, 1", r"2} and not \boxed{1", 0),
+    (r"\boxed{1} papers and \boxed{2} bins", "1,2", 1), ("2", r"1} and y = \boxed{2", 0),
     ("11/2", "1 1/2", 0), ("3/2", r"1\frac{1}{2}", 1),
     ("(1,2)", "(2,1)", 0), (r"\sqrt{2}", "1.5", 0), ("5", r"\{5,6\}", 0)])  # fmt: skip
 def test_mathematics_beyond_numbers(expected, answer, reward):

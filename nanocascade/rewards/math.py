@@ -17,15 +17,18 @@ from nanocascade.rewards.worker import TookTooLong, require, worker
 
 MAX_BOX = 2_000  # characters, and so digits of a number
 BOX = "\\boxed{"
-# Boxes that form one list stand apart by at most spaces, delimiters, commas and the word "and".
+# Boxes that form one list stand apart by spaces, delimiters, commas, an "and" (of a short \text too)
+# and the name of what the next box is: "\boxed{1} \text{ for (a) and } y_2 = \boxed{2}".
 FILL = r"(?:[\s$]|\\[,;: ()\[\]]|\\q?quad)*"
-JOINER = re.compile(rf"{FILL}(?:(?:[,;]|and|\\text\{{\s*and\s*\}}){FILL})+")
+JOINER = re.compile(rf"{FILL}(?:(?:[,;]|and|\\text\{{[\w ()]{{0,30}}\band\s*\}}){FILL})+"
+                    rf"(?:[A-Za-z](?:_\{{?\w+\}}?)?{FILL}={FILL})?")
 SPACING = re.compile(  # not the space before a digit in "1 1/2" and "32, 349"
     r"\\left\b|\\right\b|\\displaystyle\b|\\[,;:! ]|(?<![0-9,])\s+|\s+(?![0-9])")
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-NUMBER = re.compile(  # \frac{1}{2}, \frac12, 1/2, 1,234.5
+NUMBER = re.compile(  # \frac{1}{2}, \frac12, 1/2, 1,234.5, 1 234.5
     rf"([+-]?)(?:\\frac\{{([+-]?{INTEGER})\}}\{{({INTEGER})\}}|\\frac([0-9])([0-9])"
-    rf"|({INTEGER})/({INTEGER})|(?=\.?[0-9])((?:{INTEGER})?(?:\.[0-9]*)?))")
+    rf"|({INTEGER})/({INTEGER})"
+    rf"|(?=\.?[0-9])((?:[0-9]{{1,3}}(?: [0-9]{{3}})+|{INTEGER})?(?:\.[0-9]*)?))")
 
 
 def boxed(rest):
@@ -75,7 +78,7 @@ def rational(text):
     r"""Exact value of a normalized plain number, else None: "-1,234.50", r"\frac{3}{4}", "3/4"."""
     if not (match := NUMBER.fullmatch(text)):
         return None
-    parts = [Fraction(x.replace(",", "")) for x in match.groups()[1:] if x is not None]
+    parts = [Fraction(re.sub("[ ,]", "", x)) for x in match.groups()[1:] if x is not None]
     above, below = [*parts, 1][:2]
     return above / below * (-1 if match[1] == "-" else 1) if below else None
 
@@ -83,12 +86,12 @@ def rational(text):
 def latex_equal(gold, answer):
     """math-verify's verdict, in the helper, whose clock replaces the library's SIGALRM.
 
-    The answer goes in as a box again: that is where the library reads lists, sets and units best.
+    Both go in as boxes: that is where the library reads lists, sets and units best.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     latex, plain = LatexExtractionConfig(), ExprExtractionConfig()
-    gold, given = (parse(f"\\boxed{{{text}}}", targets, parsing_timeout=None)
+    gold, given = (parse(text if BOX in text else f"{BOX}{text}}}", targets, parsing_timeout=None)
                    for text, targets in ((gold, [latex]), (answer, [latex, plain])))
     return verify(gold, given, timeout_seconds=None)
 
@@ -100,6 +103,9 @@ def verify_math(row, message):
         return Reward(0.0, reason)
     gold, given = normalize(str(row["expected_answer"])), normalize(answer)
     values = rational(gold), rational(given)
+    if None in values and "." in gold + given:  # beside "1.5" the other's "1,5" is a decimal too
+        values = [rational(re.sub(r"^([+-]?[0-9]+),([0-9]+)$", r"\1.\2", x)) if v is None else v
+                  for x, v in zip((gold, given), values, strict=True)]
     if gold == given or (None not in values and values[0] == values[1]):
         return Reward(1.0, "correct")
     whole = None not in values and values[0].denominator == values[1].denominator == 1
