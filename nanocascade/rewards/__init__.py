@@ -11,7 +11,7 @@ hold for all of them:
 import re
 
 from nanocascade.chat import parse_response
-from nanocascade.rewards import choice, code, instruct, math, retrieval, structured, tools
+from nanocascade.rewards import choice, code, instruct, math, proof, retrieval, structured, tools
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.preference import score_group
 
@@ -25,6 +25,7 @@ VERIFIERS = {
     "mcqa": ({"options"}, choice.verify_choice, choice.check_choice_row),
     "structured": ({"schema_str"}, structured.verify_structured, structured.check_schema_row),
     "tools": ({"ground_truth"}, tools.verify_calls, tools.check_calls_row),
+    "proof": ({"formal_statement"}, proof.verify_proof, proof.check_proof_row),
     "swe": ({"verifier_metadata.files"}, code.verify_repair, code.check_tests),
     "code": ({"verifier_metadata.unit_tests"}, code.verify_program, code.check_tests),
     "long_context": ({"problem_type", "expected_answer"},

@@ -44,8 +44,8 @@ def shared_sandbox(num_servers=2, allow_unprotected=False):
         return shared[os.getpid()]
 
 
-def last_program(text):
-    """(program, None) of the last ```python block, or (None, reason).
+def last_program(text, languages=PYTHON):
+    """(program, None) of the last block in one of the languages, or (None, reason).
 
     Blocks of other languages are passed over. A block that is never closed is the last one: the
     answer was cut short, and an earlier draft is not what it would have ended with.
@@ -56,12 +56,12 @@ def last_program(text):
         if language is None and bare.startswith("```"):
             language, lines = bare[3:].strip().lower(), []
         elif bare == "```":
-            program = "\n".join(lines) if language in PYTHON else program
+            program = "\n".join(lines) if language in languages else program
             language = None
         else:
             lines.append(line)
-    if language in PYTHON or program is None:
-        return None, "unfinished code block" if language in PYTHON else "no code block"
+    if language in languages or program is None:
+        return None, "unfinished code block" if language in languages else "no code block"
     return (program, None) if len(program) <= MAX_PROGRAM else (None, "program too long")
 
 

@@ -23,6 +23,7 @@ import ctypes
 import errno
 import fcntl
 import gc
+import glob
 import importlib.abc
 import importlib.util
 import inspect
@@ -58,6 +59,8 @@ exit_group:231:94 set_robust_list:273:99 rseq:334:293 setitimer:38:103 getitimer
 pselect6:270:72 poll:7: ppoll:271:73 pipe2:293:59 dup:32:23 dup2:33: dup3:292:24 uname:63:160
 sysinfo:99:179 getrusage:98:165 times:100:153 restart_syscall:219:128 readv:19:65 writev:20:66"""
 OPENAT = " openat:257:56"  # where Landlock decides which paths
+LAUNCH = (OPENAT + " execve:59:221 pread64:17:67 readlink:89: readlinkat:267:78 chdir:80:49"
+          " arch_prctl:158: set_tid_address:218:96")  # what a compiler needs besides
 MACHINES = {  # column above; audit architecture; clone, clone3, fcntl
     "x86_64": (1, 0xC000003E, 56, 435, 72),
     "aarch64": (2, 0xC00000B7, 220, 435, 25),
@@ -105,14 +108,14 @@ def seccomp_filter(allowed):
 class Confinement:
     """Made in the server, which gives up files and capabilities itself; a child inherits that."""
 
-    def __init__(self):
+    def __init__(self, grants=(), calls=OPENAT):
         self.libc, self.server = ctypes.CDLL(None, use_errno=True), os.getpid()
         self.landlock, self.filter = False, None
         if sys.platform == "linux" and platform.machine() in MACHINES:
             with suppress(OSError):  # no filter then, and the probe says so
-                self.give_up_rights()
+                self.give_up_rights(grants, calls)
 
-    def give_up_rights(self):
+    def give_up_rights(self, grants, calls):
         if os.geteuid() == 0:
             with suppress(OSError):  # an id that this container does not map: threads uncounted
                 os.setresuid(40_000 + self.server % 20_000, 0, 0)  # RLIMIT_NPROC spares root
@@ -120,11 +123,12 @@ class Confinement:
             nothing = ctypes.create_string_buffer(24)
             checked(self.libc.capset(struct.pack("Ii", 0x20080522, 0), nothing))
         checked(self.libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
-        self.landlock = self.restrict_files()
-        self.filter = ctypes.create_string_buffer(seccomp_filter(ALLOWED + OPENAT * self.landlock))
+        self.landlock = self.restrict_files(grants)
+        self.filter = ctypes.create_string_buffer(seccomp_filter(ALLOWED + calls * self.landlock))
 
-    def restrict_files(self):
-        """Landlock (system calls 444 to 446): take away every right that this kernel knows of."""
+    def restrict_files(self, grants):
+        """Landlock (system calls 444 to 446): take away every right that this kernel knows of, but
+        the reading of libraries and what `grants` lists: (path, rights as their bits)."""
         version = self.libc.syscall(444, None, 0, 1)
         if version < 1:
             return False
@@ -133,12 +137,13 @@ class Confinement:
         wanted = wanted[: 8 if version < 4 else 16 if version < 6 else 24]
         rules = checked(self.libc.syscall(444, wanted, len(wanted), 0))
         library = os.path.dirname(os.path.dirname(os.path.realpath(os.__file__)))
-        for path in (library, "/lib", "/lib64", "/usr/lib"):
+        read = [(path, 4 | 8) for path in (library, "/lib", "/lib64", "/usr/lib")]  # files, folders
+        for path, allowed in [*read, *grants]:
             with suppress(FileNotFoundError):
-                folder = os.open(path, os.O_PATH | os.O_DIRECTORY)
-                read = struct.pack("=Qi", 4 | 8, folder)  # files and directories
-                checked(self.libc.syscall(445, rules, 1, read, 0))
-                os.close(folder)
+                place = os.open(path, os.O_PATH)
+                rule = struct.pack("=Qi", allowed & (1 << rights) - 1, place)
+                checked(self.libc.syscall(445, rules, 1, rule, 0))
+                os.close(place)
         checked(self.libc.syscall(446, rules, 0))
         os.close(rules)
         return True
@@ -316,6 +321,22 @@ def run_child(confinement, received):
         os._exit(1)
 
 
+def launch(seconds, memory, output, writes, reads, *command):
+    """Become a program that is no Python, confined: it executes nothing but itself, reads libraries
+    and the folder `reads`, and writes the files that stand in the folder `writes`, each of at most
+    `output` bytes."""
+    loaders = glob.glob("/lib*/ld-linux*")  # which the kernel executes to load a program
+    grants = [(os.path.realpath(path), 1 | 4) for path in (command[0], *loaders)]
+    grants += [("/etc/ocamlfind.conf", 4), (writes, 2 | 4 | 8 | 16384), (reads, 4 | 8)]
+    confinement = Confinement(grants, LAUNCH)
+    if not confinement.landlock:
+        sys.exit("this system has no Landlock: programs that write files cannot be confined")
+    confinement.server = os.getppid()
+    limits = {"total_seconds": float(seconds), "memory": int(memory), "output": int(output)}
+    confinement.put_on(limits)
+    os.execve(command[0], command, {})
+
+
 # ---- the server -----------------------------------------------------------------------------
 
 
@@ -373,7 +394,9 @@ def serve(control):
         children = []
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) > 2:
+    launch(*sys.argv[1:])
+elif __name__ == "__main__":
     place = fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD, 64)  # out of the way of a child's files
     os.close(int(sys.argv[1]))
     serve(socket.socket(fileno=place))

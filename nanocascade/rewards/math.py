@@ -17,8 +17,8 @@ from nanocascade.rewards.worker import TookTooLong, require, worker
 
 MAX_BOX = 2_000  # characters, and so digits of a number
 BOX = "\\boxed{"
-# Boxes that form one list stand apart by spaces, delimiters, commas, an "and" (of a short \text too)
-# and the name of what the next box is: "\boxed{1} \text{ for (a) and } y_2 = \boxed{2}".
+# Boxes that form one list stand apart by spaces, delimiters, commas, an "and", also in \text, and
+# the name of what the next box is: "\boxed{1} \text{ for (a) and } y_2 = \boxed{2}".
 FILL = r"(?:[\s$]|\\[,;: ()\[\]]|\\q?quad)*"
 JOINER = re.compile(rf"{FILL}(?:(?:[,;]|and|\\text\{{[\w ()]{{0,30}}\band\s*\}}){FILL})+"
                     rf"(?:[A-Za-z](?:_\{{?\w+\}}?)?{FILL}={FILL})?")
