@@ -1,0 +1,189 @@
+"""What the benchmarks share: the two models, the peer on the same weights, fair alternation, peaks.
+
+Every comparison runs both sides in one process, in turns, and reports the median of the paired
+ratios: on a shared machine a minute's absolute numbers mean little. GOMP_SPINCOUNT=1000 must stand
+in the environment before torch is imported (common sets it), or two threads fight for the cores.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+
+from nanocascade.checkpoint import load_config, load_model, save_model  # noqa: E402
+from nanocascade.model import Model  # noqa: E402
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+EOS = 1  # ends a response of the peer: forced at its length, forbidden before
+VOCAB = 512
+
+# A hybrid and an attention model of like size: width 256, 16 experts, two of them a token.
+FAMILIES = {
+    "nemotron_h": {
+        "model_type": "nemotron_h", "hybrid_override_pattern": "MEMEM*EMEMEM*E",
+        "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "layer_norm_epsilon": 1e-5, "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 2,
+        "ssm_state_size": 64, "conv_kernel": 4, "chunk_size": 128, "n_routed_experts": 16,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_group": 1, "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 256, "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5, "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_hidden_layers": 6, "hidden_size": 256, "head_dim": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "num_experts": 16, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "tie_word_embeddings": False, "intermediate_size": 512,
+        "hidden_act": "silu",
+    },
+}  # fmt: skip
+
+
+def options(**flags) -> argparse.Namespace:
+    """The command line: --short (seconds, to see that it runs) and the script's own flags."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--short", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--pairs", type=int, default=7, help="alternations of ours and the peer")
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
+    for name, (default, text) in flags.items():
+        parser.add_argument(f"--{name}", nargs="*", default=default, help=text)
+    return parser.parse_args()
+
+
+def lengths(count: int, longest: int) -> list[int]:
+    """The committed output lengths (512 of 1 to 256, mean a quarter), scaled to `longest`."""
+    stored = json.loads(Path(__file__).with_name("lengths.json").read_text())
+    return [max(1, round(x * longest / 256)) for x in stored[:count]]
+
+
+def random_prompts(count: int, low: int, high: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in sizes]
+
+
+@contextmanager
+def model_dir(family: str, tokenizer=None, seed=0, **changes):
+    """A directory with random weights of a family, as save_model writes it."""
+    raw = {"vocab_size": VOCAB, "eos_token_id": EOS, "pad_token_id": 0, "initializer_range": 0.02,
+           "max_position_embeddings": 32768}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps(raw | FAMILIES[family] | changes))
+        save_model(Model(load_config(folder)).reset_parameters(seed), folder, tokenizer)
+        yield folder
+
+
+def ours_and_peer(folder: str, dtype=torch.float32):
+    """The directory in nanocascade and in transformers, its fastest experts and attention."""
+    return load_model(folder, dtype), peer(folder, dtype)
+
+
+def peer(folder: str, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
+    ).eval()
+    for module in theirs.modules():
+        if hasattr(module, "time_step_limit"):  # 5.23 clamps dt by time_step_min: README
+            module.time_step_limit = (0.0, float("inf"))
+    return theirs
+
+
+def check_same_model(ours, theirs) -> None:
+    """Same directory, same logits: what is compared is speed alone."""
+    ids = torch.tensor(random_prompts(1, 40, 40))
+    with torch.no_grad():
+        gap = (ours.logits(ours(ids)) - theirs(ids).logits.float()).abs().max().item()
+    limit = 1e-3 if ours.embed.weight.dtype == torch.float32 else 0.2
+    assert gap < limit, f"logits differ by {gap}"
+
+
+def timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(ours, theirs, pairs: int, between) -> tuple[list[float], list[float]]:
+    """Seconds of each side, in turns, who goes first changing; one warm-up of both before.
+
+    `between` runs before each pair, outside the clocks: the measurement of the machine's peaks.
+    """
+    ours(), theirs()
+    times = ([], [])
+    for i in range(pairs):
+        gc.collect()
+        between()
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
+            times[side].append(timed((ours, theirs)[side]))
+    return times
+
+
+def spread(values) -> str:
+    """median [lowest to highest]"""
+    return f"{statistics.median(values):.2f} [{min(values):.2f} to {max(values):.2f}]"
+
+
+def ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """How many times faster we are, a number for each pair."""
+    return [b / a for a, b in zip(ours, theirs, strict=True)]
+
+
+class Peak:
+    """What a large matmul and a large copy reach on this machine at this moment."""
+
+    def __init__(self, dtype=torch.float32):
+        self.a, self.b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+        self.source = torch.empty(32 << 20)  # 128 MB, beyond every cache
+        self.target = torch.empty_like(self.source)
+        self.matmul, self.copy = [], []
+
+    def measure(self) -> None:
+        for _ in range(3):
+            self.matmul.append(2 * 1024**3 / timed(lambda: self.a @ self.b) / 1e9)
+            moved = 2 * self.source.numel() * 4
+            self.copy.append(moved / timed(lambda: self.target.copy_(self.source)) / 1e9)
+
+    @property
+    def gflops(self) -> float:
+        return statistics.median(self.matmul)
+
+    @property
+    def gbytes(self) -> float:
+        return statistics.median(self.copy)
+
+
+def token_flops(config, context: float) -> float:
+    """Multiply-adds times two of one token's forward pass: active weights, attention, SSM state."""
+    table = config.vocab_size * config.hidden_size
+    weights = config.num_parameters(active=True) - table  # looking a row up costs nothing
+    attention = 2 * config.num_heads * config.head_dim * context * config.pattern.count("*")
+    state = config.mamba_inner * config.ssm_state_size
+    return 2.0 * (weights + attention + 3 * state * config.pattern.count("M"))
+
+
+def machine() -> str:
+    """One line for the table: processor, threads, commit."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()  # fmt: skip
+    load = os.getloadavg()[0]
+    return (f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+            f"{torch.__version__}, commit {commit or 'unknown'}, load {load:.1f}")  # fmt: skip

@@ -1,0 +1,157 @@
+"""Rollouts against transformers' generate: RL-shaped, and uniform decode at several batch sizes.
+
+    python -m bench.rollout [--short] [--pairs 7] [--dtypes float32 bfloat16]
+
+RL-shaped: 64 prompts x 8 responses whose lengths are forced from bench/lengths.json. The peer gets
+its prompts sorted and runs at the best of its batch sizes; a batch of its costs the longest row.
+Ours returns log-probs with the tokens, the peer does not.
+"""
+
+import statistics
+
+import torch
+
+from bench import common
+from bench.common import EOS, Peak, alternate, ratios, spread, timed, token_flops
+from nanocascade import sampler
+
+
+class ForcedDecoder(sampler.Decoder):
+    """A Decoder whose rows end at lengths given by rollout and not by prompt."""
+
+    lengths: torch.Tensor  # (p*r,)
+
+    def admit(self, prompts, owners, keys, limits):
+        experts = super().admit(prompts, owners, keys, limits)
+        self.state["limit"] = self.lengths[self.state["owner"].clamp(min=0)]  # (b,)
+        return experts
+
+
+def our_rollouts(model, prompts, rollouts, lengths, **options):
+    """samples[p][r] with the given lengths (p*r of them), nothing else changed."""
+    plain, ForcedDecoder.lengths = sampler.Decoder, torch.tensor(lengths)
+    sampler.Decoder = ForcedDecoder
+    try:
+        samples = sampler.generate(
+            model, prompts, num_samples=rollouts, max_new_tokens=max(lengths), **options
+        )
+    finally:
+        sampler.Decoder = plain
+    said = [len(x.tokens) for group in samples for x in group]
+    assert said == list(lengths), "forced lengths were not kept"
+    return samples
+
+
+def forced_lengths(lengths, width):
+    """A logits processor that ends row i of a batch after lengths[i] tokens and not before."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Forced(LogitsProcessor):
+        def __call__(self, ids, scores):
+            scores[:, : EOS + 1] = -torch.inf  # nor padding, which is 0
+            ending = limits == ids.shape[1] - width + 1  # (b,)
+            scores[ending] = -torch.inf
+            scores[ending, EOS] = 0.0
+            return scores
+
+    limits = torch.tensor(lengths)
+    return LogitsProcessorList([Forced()])
+
+
+@torch.inference_mode()
+def their_rollouts(model, prompts, rollouts, lengths, batch):
+    """The same prompts and lengths through generate, prompts sorted by length, `batch` rows."""
+    rows = [(x, lengths[i * rollouts + j]) for i, x in enumerate(prompts) for j in range(rollouts)]
+    rows.sort(key=lambda row: len(row[0]))
+    total = 0
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        width = max(len(x) for x, _ in part)
+        ids = torch.tensor([[0] * (width - len(x)) + x for x, _ in part])
+        valid = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x, _ in part])
+        out = model.generate(
+            ids, attention_mask=valid, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=max(n for _, n in part), pad_token_id=0, eos_token_id=EOS,
+            logits_processor=forced_lengths([n for _, n in part], width),
+        )  # fmt: skip
+        total += int((out[:, width:] != 0).sum())
+    assert total == sum(lengths), (total, sum(lengths))
+
+
+def row_steps(prompts, rollouts, lengths, batch) -> int:
+    """Row-steps that the peer decodes: every row of a batch goes on to the longest."""
+    rows = [(len(x), lengths[i * rollouts + j])
+            for i, x in enumerate(prompts) for j in range(rollouts)]  # fmt: skip
+    rows.sort(key=lambda row: row[0])
+    parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    return sum(len(part) * max(n for _, n in part) for part in parts)
+
+
+def compare(name, ours, theirs, prompts, rollouts, lengths, batch, cfg):
+    """One line: tokens/s of both, the ratio, and what of it padding explains."""
+    peak, pairs = Peak(ours.embed.weight.dtype), 1 if cfg.short else cfg.pairs
+
+    def run_ours():
+        our_rollouts(ours, prompts, rollouts, lengths)
+
+    def run_theirs():
+        their_rollouts(theirs, prompts, rollouts, lengths, batch)
+
+    mine, other = alternate(run_ours, run_theirs, pairs, peak.measure)
+    tokens, gain = sum(lengths), ratios(mine, other)
+    seconds = statistics.median(mine)
+    context = sum(map(len, prompts)) / len(prompts) + tokens / len(lengths) / 2
+    gflops = tokens / seconds * token_flops(ours.config, context) / 1e9
+    padding = row_steps(prompts, rollouts, lengths, batch) / tokens
+    print(f"{name:<34} {tokens / seconds:8,.0f} | {tokens / statistics.median(other):8,.0f} tok/s "
+          f"(peer's batch {batch})  ratio {spread(gain)}, padding alone {padding:.2f}  "
+          f"{gflops:.1f} GFLOP/s = {100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}, "
+          f"copy {peak.gbytes:.1f} GB/s", flush=True)  # fmt: skip
+    return statistics.median(gain)
+
+
+def best_batch(theirs, prompts, rollouts, lengths, batches) -> int:
+    """The batch size at which the peer is fastest on this work."""
+    times = {b: timed(lambda b=b: their_rollouts(theirs, prompts, rollouts, lengths, b))
+             for b in batches}  # fmt: skip
+    print("  peer by batch: " + ", ".join(f"{b}: {t:.1f} s" for b, t in times.items()), flush=True)
+    return min(times, key=times.get)
+
+
+def main():
+    cfg = common.options(
+        dtypes=(["float32"], "float32, bfloat16"), shapes=(["rl", "equal", "decode"], "what to run")
+    )
+    print(common.machine())
+    p, r, longest, batches = (4, 2, 12, [8]) if cfg.short else (64, 8, 256, [16, 64, 256, 512])
+    prompts = common.random_prompts(p, 16, 64)
+    for family in cfg.families:
+        for dtype in cfg.dtypes:
+            with common.model_dir(family) as folder:
+                ours, theirs = common.ours_and_peer(folder, getattr(torch, dtype))
+            common.check_same_model(ours, theirs)
+            for shape in cfg.shapes:
+                work = (ours, theirs, prompts, r)
+                if shape == "decode":
+                    decode(f"{family} {dtype}", ours, theirs, cfg)
+                else:
+                    unequal = common.lengths(p * r, longest)
+                    same = [round(sum(unequal) / len(unequal))] * (p * r)
+                    wanted = unequal if shape == "rl" else same
+                    batch = best_batch(theirs, prompts, r, wanted, batches)
+                    compare(f"{family} {dtype} {shape} {p}x{r}", *work, wanted, batch, cfg)
+
+
+def decode(name, ours, theirs, cfg):
+    """Uniform decode: prompts of 32, 96 new tokens, at the batch sizes of the table."""
+    new, gains = (8, []) if cfg.short else (96, [])
+    for batch in (1, 4) if cfg.short else (1, 16, 64, 256):
+        prompts = common.random_prompts(batch, 32, 32)
+        gains.append(compare(f"{name} decode b={batch}", ours, theirs, prompts, 1, [new] * batch,
+                             batch, cfg))  # fmt: skip
+    mean = statistics.geometric_mean(gains)
+    print(f"{name} decode: geometric mean {mean:.2f}, lowest {min(gains):.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
