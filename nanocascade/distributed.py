@@ -271,13 +271,13 @@ class Scatter(torch.autograd.Function):
 
 def gather_rows(x: Tensor, group) -> Tensor:
     out = x.new_empty(len(x) * group.size(), *x.shape[1:])
-    torch_dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    torch_dist.all_gather_single(out, x.contiguous(), group=group)
     return out
 
 
 def sum_rows(x: Tensor, group) -> Tensor:
     out = x.new_empty(len(x) // group.size(), *x.shape[1:])
-    torch_dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    torch_dist.reduce_scatter_single(out, x.contiguous(), group=group)
     return out
 
 
@@ -333,7 +333,7 @@ def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> T
                                       preserve_rng_state=False))  # fmt: skip
         else:
             outputs.append(own_experts(mine, *part))
-    return Scatter.apply(torch.cat(outputs), group)[:n]
+    return Scatter.apply(torch.cat(outputs), group)[:n].clone()  # no view, on which hooks get lost
 
 
 def own_experts(mine: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """Two processes over gloo compute what one does, however the work falls to them."""
 
 import json
-import socket
 
 import pytest
 import torch
 from fixtures import toy_runs
-from fixtures.toy_runs import lasting, run_here, start
+from fixtures.toy_runs import environments, lasting, run_here, start
 
 from nanocascade import distributed
 from nanocascade.checkpoint import load_model
@@ -26,16 +25,6 @@ CASES = {
     "idle_sft": ("train_sft.py", "--data", "ROWS", "--batch_tokens", 1, "--warmup", 1),
     "idle_mopd": (*MOPD, "--prompts", 1),
 }  # fmt: skip
-
-
-def environments(size: int) -> list[dict]:
-    """What torchrun would set for each process of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["GLOO_SOCKET_IFNAME"] = "lo"
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def collectives(rank: int, variables: list[dict]) -> None:
