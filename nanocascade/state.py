@@ -63,7 +63,12 @@ def save_state(out, *, model: nn.Module, optimizer, extra: dict) -> None:
     moments = {f"optimizer.{name}.{key}": x for name, p in model.named_parameters()
                for key, x in optimizer.state.get(p, {}).items()}  # fmt: skip
     writer = dcp.HuggingFaceStorageWriter(new, save_distributed=True)
-    dcp.save(weights_of(model) | moments, storage_writer=writer, no_dist=not several)
+    try:
+        dcp.save(weights_of(model) | moments, storage_writer=writer, no_dist=not several)
+    except CheckpointException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        causes = "; ".join(str(cause) for cause, _ in error.failures.values())
+        raise OSError(f"cannot write {new}: {causes}") from None
     if not main:  # the save above ends when everyone's part is written
         return
     write_json_atomic(new / "state.json", extra)
