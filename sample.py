@@ -4,9 +4,12 @@
     python sample.py --model runs/out/mopd                                   (chat in the terminal)
     python sample.py --model runs/out/mopd --prompts FILE.txt                (one prompt a line)
     python sample.py --model runs/out/mopd --tasks FILE.jsonl --num_samples 8
+    python sample.py --model HF_DIR --tasks FILE.jsonl --num_samples 16 --pass_rates RATED.jsonl
+    python sample.py --model HF_DIR --tools python --max_turns 101           (programs it calls run)
     python sample.py --model HF_DIR --tasks FILE.jsonl --show_mask 1         (loss mask of SFT rows)
 """
 
+import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from nanocascade.chat import parse_response
 from nanocascade.checkpoint import load_model
 from nanocascade.config import parse_args, run_main
 from nanocascade.data import conversation, read_rows, sft_conversation
+from nanocascade.environments import answer, equip
 from nanocascade.rewards import kind_of
 from nanocascade.rollout import Rollout, Sampling, Scorer, roll_out
 from nanocascade.sampler import generate
@@ -34,6 +38,8 @@ class Config:
     tasks: tuple[str, ...] = ()  # JSONL files of rows with verifiers, or toy:DOMAIN
     num_samples: int = 1  # responses to each prompt
     limit: int = 0  # only the first rows of the tasks (0 = all)
+    pass_rates: str = ""  # file for the rows of the tasks, each with how often it was solved
+    tools: str = ""  # "python": programs that the model calls for are run, here and in the tasks
     show: int = 2  # whole responses printed of each domain of the tasks
     show_mask: int = 0  # print this many SFT conversations of the tasks, loss in green, and exit
     thinking: bool = True  # open the answer with a thought
@@ -55,6 +61,8 @@ def main():
     tokenizer = Tokenizer(cfg.model)
     if cfg.show_mask:
         return show_mask(cfg, tokenizer)
+    if cfg.tools not in ("", "python"):
+        raise ValueError(f"--tools {cfg.tools}: expected python")
     if cfg.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype {cfg.dtype}: expected float32 or bfloat16")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
@@ -76,35 +84,55 @@ def messages_for(cfg: Config, text: str) -> list[dict]:
     return [*system, {"role": "user", "content": text}]
 
 
-def options(cfg: Config, tokenizer) -> dict:
-    return {
-        "max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p,
-        "top_k": cfg.top_k, "stop_ids": tokenizer.eos_ids, "max_rows": cfg.max_rows,
-    }  # fmt: skip
+def with_tools(cfg: Config, row: dict) -> dict:
+    """The row with --tools, unless it brings an environment or tools of its own."""
+    own = "environment" in row or row["responses_create_params"].get("tools")
+    return equip(row | {"environment": {"name": cfg.tools}}) if cfg.tools and not own else row
+
+
+def sample_rows(cfg: Config, model, tokenizer, rows: list[dict], scorer=None):
+    """num_samples episodes of each row."""
+    sampling = Sampling(
+        cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_turns, cfg.max_rows,
+        cfg.thinking,
+    )  # fmt: skip
+    rows = [with_tools(cfg, row) for row in rows]
+    return roll_out(
+        model, tokenizer, rows, cfg.num_samples, sampling, cfg.seed, range(len(rows)), scorer
+    )[0]
 
 
 def answer_prompts(cfg: Config, model, tokenizer, prompts: list[str]) -> None:
     """Every prompt and its responses."""
-    ids = [tokenizer.render(messages_for(cfg, x), None, cfg.thinking, True)[0] for x in prompts]
-    samples = generate(
-        model, ids, num_samples=cfg.num_samples, seed=cfg.seed, **options(cfg, tokenizer)
-    )
-    for text, group in zip(prompts, samples, strict=True):
-        for sample in group:
-            print(f"> {text}\n{tokenizer.opening(cfg.thinking)}{tokenizer.decode(sample.tokens)}\n")
+    rows = [{"responses_create_params": {"input": messages_for(cfg, x)}} for x in prompts]
+    groups = sample_rows(cfg, model, tokenizer, rows)
+    for text, group in zip(prompts, groups, strict=True):
+        for x in group:
+            said = tokenizer.decode(x.tokens[x.prompt_length :])
+            print(f"> {text}\n{tokenizer.opening(cfg.thinking)}{said}\n")
 
 
 def chat(cfg: Config, model, tokenizer) -> None:
     """Turns in the terminal, streamed; an empty line or the end of input ends it."""
     history = messages_for(cfg, "")[:-1]
+    row, calls = with_tools(cfg, {"responses_create_params": {"input": []}}), []
+    tools, played = conversation(row)[1], None
     for turn in range(1 << 30):
-        if sys.stdin.isatty():
-            print("> ", end="", flush=True)
-        text = sys.stdin.readline().rstrip("\n")
-        if not text:
-            return
-        history.append({"role": "user", "content": text})
-        ids, _ = tokenizer.render(history, None, cfg.thinking, add_generation_prompt=True)
+        results = []
+        for call in calls if cfg.tools else ():
+            played, result = answer(row, played, call["function"])
+            results.append({"role": "tool", "content": result})
+            print(result)
+        if not results:
+            played = None  # a budget of calls for each question
+            if sys.stdin.isatty():
+                print("> ", end="", flush=True)
+            text = sys.stdin.readline().rstrip("\n")
+            if not text:
+                return
+            results = [{"role": "user", "content": text}]
+        history += results
+        ids, _ = tokenizer.render(history, tools, cfg.thinking, add_generation_prompt=True)
         print(tokenizer.opening(cfg.thinking), end="", flush=True)
         said: list[int] = []
 
@@ -116,9 +144,14 @@ def chat(cfg: Config, model, tokenizer) -> None:
             if not after.endswith("\ufffd"):
                 print(after[len(before.rstrip("\ufffd")) :], end="", flush=True)
 
-        generate(model, [ids], seed=cfg.seed + turn, on_token=stream, **options(cfg, tokenizer))
+        generate(
+            model, [ids], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+            top_p=cfg.top_p, top_k=cfg.top_k, stop_ids=tokenizer.eos_ids, seed=cfg.seed + turn,
+            on_token=stream,
+        )  # fmt: skip
         print()
-        history.append(parse_response(tokenizer.said(said, cfg.thinking)))
+        history.append(parse_response(tokenizer.said(said, cfg.thinking), tools))
+        calls = history[-1]["tool_calls"]
 
 
 def task_rows(cfg: Config, sft: bool) -> list[dict]:
@@ -137,17 +170,16 @@ def evaluate_tasks(cfg: Config, model, tokenizer) -> None:
     rows = task_rows(cfg, sft=False)
     if any(kind_of(row) == "preference" and "reference" not in row for row in rows):
         raise ValueError("preference rows are graded against an answer: each needs a reference")
-    sampling = Sampling(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_turns, cfg.max_rows,
-        cfg.thinking,
-    )  # fmt: skip
-    groups, _ = roll_out(
-        model, tokenizer, rows, cfg.num_samples, sampling, cfg.seed, range(len(rows)), Scorer()
-    )
+    groups = sample_rows(cfg, model, tokenizer, rows, Scorer())
     domains = defaultdict(list)
     for group in groups:
         domains[group[0].domain].append(group)
     k = cfg.num_samples
+    if cfg.pass_rates:
+        with open(cfg.pass_rates, "w") as file:
+            for row, group in zip(rows, groups, strict=True):
+                rated = row | {"pass_rate": sum(x.outcome for x in group) / k}
+                file.write(json.dumps(rated) + "\n")
     print(f"{'domain':<16} {'prompts':>8} {f'avg@{k}':>18} {f'pass@{k}':>18}")
     for domain, found in domains.items():
         average = [sum(x.outcome for x in g) / k for g in found]

@@ -26,7 +26,7 @@ from nanocascade.rollout import (
     Scorer,
     apply_overlong,
     collect_groups,
-    drop_easy,
+    in_reach,
     mask_unsolved,
     rollout_metrics,
 )
@@ -65,6 +65,9 @@ class Config(RunConfig):
     dynamic_filtering: bool | None = None  # replace groups that are all right or all wrong
     mask_unsolved: float | None = None  # mask prompts none of whose outcomes exceeds this
     max_pass_rate: float | None = None  # drop prompts the initial model solves more often
+    keep_unsolved: float | None = None  # share kept of the prompts that it never solves
+    pass_samples: int | None = None  # tries a prompt without pass_rate, to find that out
+    curriculum: tuple[float, ...] = ()  # draw rows by pass_rate: mean at start, mean at end, std
     kl_coef: float | None = None  # of k3 against the start of the stage
     pairing: str | None = None  # preference rows: all pairs or circle
     normalize_std: bool = True  # divide advantages by the group's standard deviation
@@ -105,7 +108,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     # ---- Data ------------------------------------------------------------------------------------
     rows = run.train_rows(tuple(stage.domains), per_domain=cfg.toy_rows)
     scorer = Scorer(run.judge(rows), pairing=cfg.pairing)
-    if "code" in stage.domains or "swe" in stage.domains:
+    if {"code", "swe", "swe_agentic"} & {*stage.domains} or any("environment" in x for x in rows):
         sandbox = shared_sandbox(allow_unprotected=cfg.allow_unprotected)  # refuses now or never
         if dist.is_main:
             print(sandbox.describe())
@@ -117,10 +120,11 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     reference = distributed.load(cfg.init, dist, frozen=True) if cfg.kl_coef else None
     if not cfg.train_router:
         freeze_routers(model)
-    if cfg.max_pass_rate < 1 and not run.resumes:
-        rows = drop_easy(
-            model, tokenizer, rows, sampling, scorer, cfg.max_pass_rate, cfg.seed, dist
-        )
+    if (cfg.max_pass_rate < 1 or cfg.keep_unsolved < 1) and not run.resumes:
+        rows = in_reach(
+            model, tokenizer, rows, sampling, scorer, cfg.seed, dist, samples=cfg.pass_samples,
+            max_pass_rate=cfg.max_pass_rate, keep_unsolved=cfg.keep_unsolved,
+        )  # fmt: skip
 
     # ---- Optimizer -------------------------------------------------------------------------------
     optimizer = make_optimizer(
@@ -134,6 +138,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     # ---- Loop ------------------------------------------------------------------------------------
     for step in run.progress(first, cfg.steps):
         began = time.perf_counter()
+        stream.progress = step / max(cfg.steps - 1, 1)
         # Rollouts: pi_inf is the model itself, with a cache (sampler.py).
         model.eval()
         groups, timing = collect_groups(

@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from nanocascade.chat import split_thought
+from nanocascade.environments import equip
 from nanocascade.rewards import check_row, kind_of
 
 BOXED = "\n\nReason step by step and put the final answer inside \\boxed{}."
@@ -83,7 +84,7 @@ def normalize(row: dict, name: str) -> dict:
     messages = conversation(row)[0]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise ValueError("the prompt must end with a user turn or a tool's result")
-    row = {"id": row.get("uuid") or row.get("hash_id") or name} | row
+    row = {"id": row.get("uuid") or row.get("hash_id") or name} | equip(row)
     return row if "domain" in row else row | {"domain": kind_of(row)}
 
 
@@ -152,10 +153,19 @@ class PromptStream:
 
     weights: {domain: share} (multi-domain RL: 55/30/15) holds in every batch by largest remainder,
     and what rounding took from a domain comes back in the next; each domain has its own epochs.
+
+    curriculum (first mean, last mean, std): instead of epochs, draws whose `pass_rate` is Gaussian,
+    around a mean that moves with `progress` from 0 to 1.
     """
 
-    def __init__(self, rows: list[dict], seed: int, weights: dict[str, float] | None = None):
-        self.rows, self.seed = rows, seed
+    def __init__(self, rows: list[dict], seed: int, weights: dict[str, float] | None = None,
+                 curriculum: tuple[float, ...] = ()):
+        self.rows, self.seed, self.curriculum, self.progress = rows, seed, curriculum, 0.0
+        if curriculum and (len(curriculum) != 3 or curriculum[2] <= 0):
+            raise ValueError(f"--curriculum {curriculum}: expected first mean, last mean, std")
+        if curriculum and (lacking := [x for x in rows if "pass_rate" not in x]):
+            raise ValueError(f"--curriculum: row {lacking[0]['id']} has no pass_rate, as"
+                             " sample.py --tasks ROWS --pass_rates OUT writes it")
         self.members = defaultdict(list)  # domain -> indices of its rows
         for i, row in enumerate(rows):
             self.members[row["domain"] if weights else "all"].append(i)
@@ -167,13 +177,22 @@ class PromptStream:
 
     def take(self, n: int) -> list[tuple[int, dict]]:
         """The next n of (position in the stream, row)."""
-        drawn, end = [], sum(self.taken.values()) + n
+        drawn, end, chances = [], sum(self.taken.values()) + n, {}
+        if self.curriculum:
+            first, last, std = self.curriculum
+            mean = first + (last - first) * self.progress
+            chances = {domain: curriculum_weights([self.rows[i]["pass_rate"] for i in x], mean, std)
+                       for domain, x in self.members.items()}
         for position in range(end - n, end):
             domain = max(self.shares, key=lambda x: self.shares[x] * end - self.taken[x])
             members = self.members[domain]
             epoch, place = divmod(self.taken[domain], len(members))
-            order = shuffled(len(members), f"{self.seed} {domain} {epoch}")
-            drawn.append((position, self.rows[members[order[place]]]))
+            if chances:
+                draw = random.Random(f"{self.seed} {domain} {self.taken[domain]}")
+                chosen = draw.choices(members, chances[domain])[0]
+            else:
+                chosen = members[shuffled(len(members), f"{self.seed} {domain} {epoch}")[place]]
+            drawn.append((position, self.rows[chosen]))
             self.taken[domain] += 1
         return drawn
 

@@ -162,7 +162,7 @@ class Run:
         """Held-out rows by domain: many of the run's own domains, fewer of the others."""
         cfg = self.cfg
         if not self.eval_rows and cfg.eval_data == (TOY,):
-            for domain in tasks.DOMAINS:
+            for domain in dict.fromkeys((*tasks.DOMAINS, *own)):
                 n = cfg.own_eval_samples if domain in own else cfg.eval_samples
                 if n:
                     self.eval_rows[domain] = tasks.make_rows(domain, n, "test", 0)
@@ -239,7 +239,8 @@ class Run:
             kept = set(extra["rows"])
             rows = [r for r in rows if r["id"] in kept]
         shares = {d: w for d, w in (weights or {}).items() if any(r["domain"] == d for r in rows)}
-        stream = PromptStream(rows, self.cfg.seed, shares or None)
+        curriculum = getattr(self.cfg, "curriculum", ())
+        stream = PromptStream(rows, self.cfg.seed, shares or None, curriculum)
         if extra is not None:
             stream.load_state(extra["stream"])
             first, self.evaluation = extra["step"], extra["evaluation"]
@@ -311,7 +312,8 @@ class Run:
         model.eval()
         results, cfg = {}, self.cfg
         for rows in self.evaluation_rows(own).values():
-            sampling = Sampling(cfg.eval_max_new_tokens, max_turns=4, max_rows=cfg.max_rows)
+            turns = max(getattr(cfg, "max_turns", 4), 4)
+            sampling = Sampling(cfg.eval_max_new_tokens, max_turns=turns, max_rows=cfg.max_rows)
             results |= evaluate(model, self.tokenizer, rows, 1, sampling, 1, scorer, self.dist)[0]
         return results
 

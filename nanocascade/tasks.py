@@ -15,6 +15,7 @@ import json
 import random
 
 from nanocascade.chat import render_pieces
+from nanocascade.environments import REPOSITORY_TOOLS, make_tool
 
 ANIMALS = ("cat", "dog", "fox", "owl")
 COLORS = ("red", "blue", "green", "gold")
@@ -31,17 +32,10 @@ CLOSING = " I hope this helps."
 # How often an SFT solution carries a slip: what is left for RL to do in each domain.
 SLIPS = {
     "math": 0.1, "if": 0.3, "mcqa": 0.35, "structured": 0.3, "tools": 0.3, "preference": 0.0,
-    "long_context": 0.35, "code": 0.4, "swe": 0.4,
+    "long_context": 0.35, "code": 0.4, "swe": 0.4, "swe_agentic": 0.4,
 }  # fmt: skip
-DOMAINS = tuple(SLIPS)
+DOMAINS = tuple(SLIPS)[:-1]  # the cascade's: no stage of the toy's run teaches episodes of repair
 SFT_SHARES = dict.fromkeys(DOMAINS, 1.0) | {"mcqa": 1.3, "structured": 1.3, "long_context": 0.7}
-
-
-def make_tool(name: str, description: str, **parameters: str) -> dict:
-    properties = {key: {"type": kind} for key, kind in parameters.items()}
-    schema = {"type": "object", "properties": properties, "required": list(parameters)}
-    function = {"name": name, "description": description, "parameters": schema}
-    return {"type": "function", "function": function}
 
 
 SHOP_TOOLS = [
@@ -302,9 +296,32 @@ def repair(rng):
     return row, [said(good, patch % good)], [said(third, patch % third)]
 
 
+def agentic(rng):
+    """The same file in a repository: it has to be read first, then edited, each in its own turn."""
+    row, *solutions = repair(rng)
+    metadata = row["verifier_metadata"]
+    tests, files = metadata["unit_tests"], metadata["files"]
+    x, wanted = tests["inputs"][0].strip("[]"), tests["outputs"][0]
+    files["test_f.py"] = f"from f import f\n\n\ndef test_f():\n    assert f({x}) == {wanted}\n"
+    row["environment"] = {"name": "repository"}
+    row["responses_create_params"] = user_row(f"f({x}) must be {wanted}. Fix it.")[
+        "responses_create_params"
+    ] | {"tools": [y for y in REPOSITORY_TOOLS if y["function"]["name"] in ("read", "edit")]}
+    bad = files["f.py"].split("return ")[1].strip()
+    looked = [said("f.py", "", [call("read", path="f.py")])]
+    looked += [{"role": "tool", "content": files["f.py"]}]
+    ends = [{"role": "tool", "content": "edited f.py"}, said("done", "Done.")]
+    fixes = [solution[0]["reasoning_content"] for solution in solutions]
+    return row, *(
+        [*looked, said(fix, "", [call("edit", path="f.py", old=bad, new=fix)]), *ends]
+        for fix in fixes
+    )
+
+
 GENERATORS = {
     "math": math, "if": instructions, "mcqa": choice, "structured": structured, "tools": tools,
     "preference": preference, "long_context": long_context, "code": code, "swe": repair,
+    "swe_agentic": agentic,
 }  # fmt: skip
 
 

@@ -37,8 +37,8 @@ def written(tokenizer, *messages):
     return [x for ids, mask in turns for x, own in zip(ids, mask, strict=True) if own]
 
 
-def play(tokenizer, monkeypatch, limit, *scripts, max_turns=4):
-    """The episodes of ROW in which prompt p says scripts[p], turn by turn."""
+def play(tokenizer, monkeypatch, limit, *scripts, max_turns=4, row=ROW):
+    """The episodes of row in which prompt p says scripts[p], turn by turn."""
     turns = [iter(x) for x in scripts]
 
     def fake(model, prompts, *, num_samples=1, max_new_tokens, row_ids, on_sample, **_):
@@ -53,7 +53,7 @@ def play(tokenizer, monkeypatch, limit, *scripts, max_turns=4):
 
     monkeypatch.setattr(rollout, "generate", fake)
     sampling, ids = Sampling(limit, max_turns=max_turns), list(range(len(scripts)))
-    groups, _ = roll_out(None, tokenizer, [ROW] * len(ids), 1, sampling, 0, ids, Scorer())
+    groups, _ = roll_out(None, tokenizer, [row] * len(ids), 1, sampling, 0, ids, Scorer())
     return [x for (x,) in groups]
 
 
@@ -91,6 +91,29 @@ def test_tool_loop_ends(tokenizer, monkeypatch):
     first, second = talk(limit, [long] * 4, SPOKEN)
     assert (first.stop_reason, second.stop_reason) == ("length", "stop")
     assert len(first.tokens) - first.prompt_length == limit
+
+
+def test_episodes_in_a_repository(tokenizer, monkeypatch):
+    """The toy's good episode of repair earns 1 and its slip 0, side by side: the edit of one is not
+    there for the other to read; tool results carry no loss; and one in Python reads its output."""
+    row, good, slip = tasks.agentic(random.Random(3))
+    talk = partial(play, tokenizer, monkeypatch, 400, row=row | {"domain": "swe_agentic"})
+    parts = [[x for x in part if x["role"] == "assistant"] for part in (good, slip)]
+    again = [[*part[:2], part[0], part[2]] for part in parts]  # reads the file once more
+    right, wrong = talk(*again)
+    assert (right.reward, wrong.reward) == (1.0, 0.0)
+    fixed, broken = ([t["content"] for t in x.turns if t["role"] == "tool"] for x in (right, wrong))
+    assert fixed[0] == broken[0] == row["verifier_metadata"]["files"]["f.py"]
+    fixes = [part[1]["reasoning_content"] for part in parts]
+    for told, fix in zip((fixed, broken), fixes, strict=True):
+        assert told[1:] == ["edited f.py", f"def f(x):\n    return {fix}\n"]
+    assert right.response_length == len(written(tokenizer, *again[0]))
+    row = tasks.math(random.Random(0))[0] | {"environment": {"name": "python"}, "domain": "math"}
+    program = f"print('{row['expected_answer']}')"
+    program = tasks.said("run", "", [tasks.call("python", code=program)])
+    box = tasks.said("so", "\\boxed{%s}" % row["expected_answer"])
+    (x,) = talk([program, box], row=row)
+    assert x.turns[1] == {"role": "tool", "content": row["expected_answer"]} and x.reward == 1
 
 
 def test_random_model_episodes(tokenizer, tmp_path):
@@ -162,11 +185,27 @@ def test_numbers_masks(calls):
         assert [[x.num_loss_tokens for x in g] for g in groups] == expected
     rollout.mask_unsolved(groups, 0.5)
     assert [[x.loss for x in g] for g in groups] == [[True, False], [False, False]]
-    rows = rows_of(RIGHT, (1.0, 0.5), MIXED, WRONG)
-    assert rollout.drop_easy(None, None, rows, None, None, 0.75, 0, ALONE) == rows[1:]
-    assert calls[-1][1] == rollout.PASS_SAMPLES
     with pytest.raises(ValueError, match="--overlong drop"):
         rollout.apply_overlong(groups, "drop")
+
+
+def test_numbers_in_reach(calls):
+    """Of rows solved 1, 3/4, 1/2 and 0 of the time those above the maximum leave, and of many that
+    are never solved all but a tenth, the same ones again; a known pass_rate is not measured."""
+    rows = rows_of(RIGHT, (1.0, 0.5), MIXED, *[WRONG] * 300) + [{"id": "known", "pass_rate": 1.0}]
+
+    def reach(**limits):
+        return rollout.in_reach(None, None, rows, None, None, 0, ALONE, samples=2, **limits)
+
+    assert reach(max_pass_rate=0.74, keep_unsolved=1.0) == rows[2:-1]
+    assert calls == [(303, 2, rollout.step_seed(0, -1), list(range(303)))]
+    kept = reach(max_pass_rate=0.75, keep_unsolved=0.1)
+    assert kept[:2] == rows[1:3] and 12 <= len(kept[2:]) <= 48
+    assert kept == reach(max_pass_rate=0.75, keep_unsolved=0.1)
+    assert reach(max_pass_rate=1.0, keep_unsolved=0.0) == [*rows[:3], rows[-1]]
+    rows = rows[3:]
+    with pytest.raises(ValueError, match="all 301 rows are too easy or too hard"):
+        reach(max_pass_rate=0.5, keep_unsolved=0.0)
 
 
 def test_numbers_metrics(calls):

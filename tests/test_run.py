@@ -53,7 +53,8 @@ def sha256(out) -> str:
 
 def names_of(records: list[dict]) -> set[str]:
     """Names of metrics, domains and teachers generalised: "outcome/mcqa" -> "outcome/DOMAIN"."""
-    ends = dict.fromkeys(TEACHER_OF.values(), "TEACHER") | dict.fromkeys(tasks.DOMAINS, "DOMAIN")
+    ends = dict.fromkeys(TEACHER_OF.values(), "TEACHER")
+    ends |= dict.fromkeys(tasks.GENERATORS, "DOMAIN")
     found = set()
     for name in (name for record in records for name in record):
         base, _, end = name.rpartition("/")

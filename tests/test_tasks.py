@@ -10,7 +10,7 @@ from nanocascade.data import PromptStream, conversation, normalize
 from nanocascade.rewards import check_row, kind_of, score
 from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
 
-GRADED = [x for x in tasks.DOMAINS if x != "preference"]  # the judged one has no right answer
+GRADED = [x for x in tasks.GENERATORS if x != "preference"]  # that one has no right answer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_rewards_of_solutions(domain, tokenizer):
         assert score(row, turns(tokenizer, row, slip)).value == 0.0, (row, slip)
 
 
-@pytest.mark.parametrize("domain", tasks.DOMAINS)
+@pytest.mark.parametrize("domain", tasks.GENERATORS)
 def test_rows_of_a_domain(domain):
     """Rows are JSON in the released form, equal for equal seeds; SFT slips come at their rate; no
     training problem is a test problem, whatever the seeds."""

@@ -26,7 +26,9 @@ VERIFIERS = {
     "structured": ({"schema_str"}, structured.verify_structured, structured.check_schema_row),
     "tools": ({"ground_truth"}, tools.verify_calls, tools.check_calls_row),
     "proof": ({"formal_statement"}, proof.verify_proof, proof.check_proof_row),
-    "swe": ({"verifier_metadata.files"}, code.verify_repair, code.check_tests),
+    "swe_agentic": ({"verifier_metadata.files", "environment.repository"},
+                    code.verify_episode, code.check_files),
+    "swe": ({"verifier_metadata.files"}, code.verify_repair, code.check_files),
     "code": ({"verifier_metadata.unit_tests"}, code.verify_program, code.check_tests),
     "long_context": ({"problem_type", "expected_answer"},
                      retrieval.verify_retrieval, retrieval.check_retrieval_row),
@@ -51,6 +53,7 @@ def kind_of(row):
     carried = {*row, *(f"verifier_metadata.{key}" for key in row.get("verifier_metadata") or ())}
     if "genrm" in str((row.get("agent_ref") or {}).get("name")):
         carried.add("genrm")
+    carried.add(f"environment.{(row.get('environment') or {}).get('name')}")
     for kind, (needed, _, _) in VERIFIERS.items():
         if needed <= carried:
             return kind

@@ -1,4 +1,5 @@
-r"""Programs: the last ```python block of an answer against `unit_tests`; code repair: a patch.
+r"""Programs: the last ```python block of an answer against `unit_tests`; code repair: a patch, or
+the edits of an episode in a repository (environments.py).
 
 unit_tests takes one of three forms, and every test must pass: the reward is 1 or 0.
 
@@ -23,9 +24,11 @@ import threading
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.jail import encode
 from nanocascade.rewards.sandbox import Limits, Sandbox
+from nanocascade.rewards.tools import MAX_CALLS
 
 MAX_PROGRAM, MAX_PATCH = 1 << 18, 1 << 16  # characters; Codeforces takes 65,536 bytes
 MAX_VERDICTS = 20_000
+PATH = re.compile(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*")  # of a new file
 PYTHON = ("python", "py", "python3")
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")  # "2.50", "1e-3"; not "2"
 
@@ -255,6 +258,23 @@ def patched(files, text):
     return files, None
 
 
+def modules_of(files):
+    """({dotted name: source} of the Python files, {path: dotted name})."""
+    names = {path: re.sub(r"(/__init__)?\.py$", "", path).replace("/", ".")
+             for path in files if path.endswith(".py")}  # fmt: skip
+    modules = {name: files[path] for path, name in names.items()}
+    for name in list(modules):  # folders are packages, with or without __init__.py
+        for parent in (name[: dot.start()] for dot in re.finditer(r"\.", name)):
+            modules.setdefault(parent, "")
+    return modules, names
+
+
+def judge_files(files, row):
+    """The entry module of a repository against the row's tests."""
+    modules, names = modules_of(files)
+    return judge(modules, names[row["verifier_metadata"]["entry"]], row)
+
+
 def verify_repair(row, message):
     """The row's files with the answer's patch, or with its ```python block as the entry file."""
     metadata, text = row["verifier_metadata"], message["content"]
@@ -263,11 +283,41 @@ def verify_repair(row, message):
     else:
         program, reason = last_program(text)
         files = {**metadata["files"], metadata["entry"]: program}
-    if reason:
-        return Reward(0.0, reason)
-    names = {path: re.sub(r"(/__init__)?\.py$", "", path).replace("/", ".") for path in files}
-    modules = {names[path]: source for path, source in files.items() if path.endswith(".py")}
-    for name in list(modules):  # folders are packages, with or without __init__.py
-        for parent in (name[: dot.start()] for dot in re.finditer(r"\.", name)):
-            modules.setdefault(parent, "")
-    return judge(modules, names[metadata["entry"]], row)
+    return Reward(0.0, reason) if reason else judge_files(files, row)
+
+
+def edited(files, arguments):
+    """(new files, what was done), or (files, why nothing was), of one call of the tool edit.
+
+    path, old, new: a text that occurs exactly once is replaced; an empty old makes a new file.
+    """
+    path, old, new = (arguments.get(key, "") for key in ("path", "old", "new"))
+    if not all(isinstance(x, str) and len(x) <= MAX_PATCH for x in (path, old, new)):
+        return files, f"error: path, old and new are texts of at most {MAX_PATCH} characters"
+    if not old and path not in files and PATH.fullmatch(path):
+        return {**files, path: new}, f"made {path}"
+    if path not in files:
+        return files, f"error: no file {path}"
+    found = files[path].count(old) if old else 0
+    if found != 1:
+        return files, f"error: old was found {found} times in {path}, not once"
+    return {**files, path: files[path].replace(old, new)}, f"edited {path}"
+
+
+def verify_episode(row, message):
+    """A repository after the edits of an episode, played again, against tests it never saw."""
+    files = before = row["verifier_metadata"]["files"]
+    for call in message["tool_calls"][:MAX_CALLS]:
+        if call["function"]["name"] == "edit":
+            files, _ = edited(files, call["function"]["arguments"])
+    return judge_files(files, row) if files != before else Reward(0.0, "nothing was edited")
+
+
+def check_files(row):
+    """ValueError for a repository whose files are no texts, or lack the module to be tested."""
+    files, entry = row["verifier_metadata"]["files"], row["verifier_metadata"]["entry"]
+    if not all(isinstance(x, str) for x in files.values()):
+        raise ValueError("files must be {path: text}")
+    if entry not in files or not entry.endswith(".py"):
+        raise ValueError(f"entry {entry!r} is no Python file of {sorted(files)}")
+    check_tests(row)

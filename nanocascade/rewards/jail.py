@@ -1,6 +1,6 @@
 """The inside of the sandbox: a server that forks, and its children, which run the programs.
 
-sandbox.py starts it as `python -I -S jail.py FD`. A job costs a fork, about a millisecond, and not
+sandbox.py starts it as `python -P -s -S jail.py FD`. A job costs a fork, about a millisecond, not
 the start of an interpreter. A program is compiled and run only after its child is confined:
 
     memory and time     rlimits: CPU seconds, address space, file size, open files, no core dump
