@@ -1,5 +1,6 @@
 """Tools in the loop: what they answer, what an episode earns, and that nothing of it stays."""
 
+import io
 import json
 import os
 import random
@@ -9,13 +10,17 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from fixtures import toy_runs
+from fixtures.toy_runs import run_here, start
 
-from nanocascade import environments, tasks
+from nanocascade import environments, rollout, sampler, tasks
 from nanocascade.chat import render_pieces
 from nanocascade.data import conversation, normalize
-from nanocascade.environments import ENVIRONMENTS, MAX_RESULT, answer
+from nanocascade.environments import MAX_RESULT, answer
 from nanocascade.rewards import check_row, code, score
 from nanocascade.rewards.sandbox import Sandbox
+from nanocascade.sampler import Sample
+from nanocascade.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 MAIN = "from a.ops import op\n\n\ndef f(x):\n    return op(x)\n"
@@ -36,6 +41,7 @@ REPAIR = ASKED | {"environment": {"name": "repository"}, "verifier_metadata": ME
 REPAIR = normalize(REPAIR, "repair")
 TIR = normalize(ASKED | {"environment": {"name": "python"}, "expected_answer": "7"}, "tir")
 SHOP = tasks.tools(random.Random(1))[0]
+sft = toy_runs.sft
 MEND = ("edit", {"path": "a/ops.py", "old": "x - 1", "new": "x + 1"})
 
 
@@ -177,3 +183,142 @@ def test_rows_are_checked(row, words):
     assert conversation(REPAIR)[1] == environments.REPOSITORY_TOOLS
     own = REPAIR["responses_create_params"] | {"tools": environments.REPOSITORY_TOOLS[:1]}
     assert len(conversation(normalize(REPAIR | {"responses_create_params": own}, "x"))[1]) == 1
+
+
+@pytest.fixture
+def speak(sft, monkeypatch, capsys):
+    """speak(messages, args): what sample.py prints if the model writes these, one a turn."""
+    tokenizer = Tokenizer(sft)
+
+    def run(messages, *args):
+        turns = iter(messages)
+
+        def fake(model, prompts, *, on_token=None, on_sample=None, **_):
+            turn = [{"role": "user", "content": "q"}, next(turns)]
+            ids, mask = tokenizer.render(turn)
+            ids = [x for x, own in zip(ids, mask, strict=True) if own]
+            for token in ids if on_token else ():
+                on_token(token)
+            if on_sample:
+                on_sample(0, 0, Sample(ids, [-1.0] * len(ids), None, "stop", None))
+
+        monkeypatch.setattr(sampler, "generate", fake)
+        monkeypatch.setattr(rollout, "generate", fake)
+        run_here(monkeypatch, "sample.py", "--model", sft, *args)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_run_tools_in_sample(speak, monkeypatch, tmp_path):
+    """With --tools python a program called in a chat, a prompt or a task is run and its output
+    read, for as many turns as allowed; without it, or in a row with tools of its own, it is not."""
+    program = tasks.said("run", "", [tasks.call("python", code="print(20 * 11 + 5)")])
+    talk = [program, program, tasks.said("so", "\\boxed{%s}" % 225)]
+    told = "<tool_response>\n225\n</tool_response>"
+    with_tool = ("--tools", "python", "--prompt", "15 * 15?")
+    for args, times in ((with_tool, 2), ((*with_tool, "--max_turns", 2), 1), (with_tool[2:], 0)):
+        assert speak(talk, *args).count(told) == times
+    row = {"question": "15 * 15?", "answer": "225"}
+    (tmp_path / "rows").write_text(json.dumps(row))
+    task = ("--tasks", tmp_path / "rows", "--show", 0)
+    assert "math" in speak(talk, *task) and " 1.000 " in speak(talk, *task, "--tools", "python")
+    assert " 0.000 " in speak(talk, *task)
+    assert " 0.000 " in speak(talk, "--tasks", "toy:tools", "--limit", 1, "--tools", "python")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("15 * 15?\n\n"))
+    chat = speak(talk, "--tools", "python")
+    assert chat.count("\n225\n") == 2 and chat.endswith("\\boxed{225}<|im_end|>\n")
+    with pytest.raises(SystemExit):
+        speak(talk, "--tools", "shell")
+
+
+# ---- Nothing stays -------------------------------------------------------------------------------
+
+
+def resident(process="self"):
+    """KiB of memory of a process."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def descendants(process):
+    """Processes that it started and that are there, those of their own included."""
+    found = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *descendants(child)]
+    return found
+
+
+def test_nothing_stays():
+    """400 episodes with hostile programs leave no process but the sandbox's servers, no open file,
+    and no memory growth."""
+    hostile = ["import os\nos.dup(1)\nos.pipe()", "import threading\nfor i in range(9):\n    "
+               "threading.Thread(target=print, daemon=True).start()", "x = ['y'] * 10**7", "1 / 0",
+               "print('x' * 10**6)", "import os; os.abort()"]  # fmt: skip
+
+    def episodes(number):
+        for i in range(number):
+            play(TIR, ("python", {"code": f"{hostile[i % len(hostile)]}  # {i}"}))
+            edit = ("edit", {"path": "n.py", "new": f"# {i}" + "x" * 10_000})
+            assert "0 passed, 2 failed" in play(REPAIR, edit, ("test", {}))[1]
+            assert score(REPAIR, [said(edit)]).value == 0
+        return len(os.listdir("/proc/self/fd")), len(descendants("self")), resident()
+
+    episodes(50)  # what is loaded and started once
+    files, processes, memory = episodes(50)
+    assert processes == len([x for x in code.shared_sandbox().idle.queue if x])
+    later = episodes(300)
+    assert later[:2] == (files, processes) and later[2] < memory + 4096
+
+
+STAGES = {  # rows, and flags so small that 200 steps take two minutes
+    "code_rl": ("code", "--max_new_tokens", 40, "--max_pass_rate", 1),
+    "multi_domain_rl": ("tools", "--max_new_tokens", 72),
+    "swe_agentic_rl": ("swe_agentic", "--max_new_tokens", 160),
+}
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory):
+    """A model that writes programs and calls, rarely right; and the rows it learned from."""
+    out = tmp_path_factory.mktemp("worker")
+    rows = {stage: tasks.make_rows(x[0], 100) for stage, x in STAGES.items()}
+    for stage, part in rows.items():
+        (out / stage).write_text("".join(json.dumps(row) + "\n" for row in part))
+    toy_runs.run("train_sft.py", "--out", out / "sft", "--data", ",".join(str(out / x) for x in rows),
+        "--eval_data", "", "--row_tokens", 512, "--steps", 120, "--batch_tokens", 2048,
+        "--lr", 3e-3, "--warmup", 5, "--schedule_steps", 120)  # fmt: skip
+    return out
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_leaves_nothing(stage, worker, tmp_path):
+    """200 steps of RL on programs and tools: in the second half no process is started, no file
+    opened and no memory taken that was not in the first; afterwards no process and no file is
+    left but the run's own."""
+    (tmp_path / "tmp").mkdir()
+    process = start(
+        "train_rl.py", "--stage", stage, "--init", worker / "sft", "--data", worker / stage,
+        "--out", tmp_path / "out", "--steps", 200, "--prompts", 2, "--rollouts", 4, "--eval_data",
+        "", "--show_every", 0, "--lr", 1e-5, *STAGES[stage][1:], env={"TMPDIR": tmp_path / "tmp"},
+    )  # fmt: skip
+    seen, metrics = {}, tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None:
+        step = metrics.read_text().count("\n") if metrics.exists() else 0
+        if step and step < 199 and step not in seen:
+            family = [process.pid, *descendants(process.pid)]
+            seen[step] = (len(os.listdir(f"/proc/{process.pid}/fd")), family,
+                          sum(map(resident, family)))  # fmt: skip
+        time.sleep(0.05)
+    assert process.returncode == 0, process.communicate()[1]
+    first, second = ([seen[x] for x in seen if a < x <= b] for a, b in ((50, 125), (125, 199)))
+    files, families, memory = ([[x[i] for x in half] for half in (first, second)] for i in range(3))
+    print(stage, files, [[len(x) for x in half] for half in families], memory)
+    assert len(seen) > 100 and max(files[1]) <= max(files[0])
+    assert {x for family in families[1] for x in family} <= {x for y in families[0] for x in y}
+    assert max(memory[1]) < max(memory[0]) + 8192
+    left = {x for _, family, _ in seen.values() for x in family if Path(f"/proc/{x}").exists()}
+    assert not left and not list((tmp_path / "tmp").iterdir())
+    assert not (tmp_path / "out" / "state").exists()

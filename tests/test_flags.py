@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 from fixtures import toy_runs
@@ -24,10 +25,13 @@ EVAL = ("--eval_data", "toy", "--eval_samples", 2, "--own_eval_samples", 3,
 @pytest.fixture(scope="module")
 def outcome_of(tmp_path_factory, sft, skilled, rows):
     """outcome_of(args): what a run left, by kind; each command line runs once."""
-    known, uneven = {}, tmp_path_factory.mktemp("rows") / "uneven.jsonl"
+    known, folder = {}, tmp_path_factory.mktemp("rows")
     found = [x for d, n in (("if", 4), ("mcqa", 12)) for x in tasks.make_rows(d, n)]
-    uneven.write_text("".join(json.dumps(x) + "\n" for x in found))
-    paths = {"SKILLED": skilled, "SFT": sft, "ROWS": rows, "UNEVEN": uneven}
+    rated = [json.loads(x) | {"pass_rate": i % 5 / 4} for i, x in enumerate(rows.open())]
+    paths = {"SKILLED": skilled, "SFT": sft, "ROWS": rows}
+    for name, part in (("UNEVEN", found), ("RATED", rated)):
+        paths[name] = folder / name
+        paths[name].write_text("".join(json.dumps(x) + "\n" for x in part))
 
     def outcome(args, capsys):
         if args not in known:
@@ -58,6 +62,9 @@ CHANGES = [  # command line, flag and value, what must differ
     (RL, ("--schedule", "linear", "--min_lr", 1e-2), "weights"), (RL, ("--seed", 3), "rollouts"),
     (RL, ("--mask_unsolved", 1), "weights"), (RL, ("--log_groups", 0), "rollouts"),
     (RL, ("--show_every", 1), "printed"), (RL, ("--warmup", 2), "weights"),
+    (RL, ("--curriculum", "1,0,0.1", "--data", "RATED"), "rollouts"),
+    (RL, ("--keep_unsolved", 0, "--data", "RATED"), "rollouts"),
+    ((*RL, "--max_pass_rate", 0.3), ("--pass_samples", 1), "rollouts"),
     (RLHF, ("--kl_coef", 0), "weights"), (RLHF, ("--pairing", "circle"), "rollouts"),
     (MOPD, ("--balance",), "metrics"), (MOPD, ("--warmup_from", 1e-2), "weights"),
     (MOPD, ("--gate", "none", "--gate_low", 0.9999999, "--gate_high", 1.0), "metrics"),
@@ -114,3 +121,19 @@ def test_flags_of_devices(refused, sft):
     stage = ("train_rl.py", "--stage", "if_rl", "--init", sft)
     refused("--device tpu: expected cuda, mps or cpu", *stage, "--device", "tpu")
     refused("--device cuda: this torch finds no such device", *stage, "--device", "cuda")
+
+
+def test_flags_of_difficulty(refused, skilled, rows, tmp_path, monkeypatch, capsys):
+    """Rows rated by sample.py are those it read, each with the share of its samples that were
+    right; a curriculum needs such rows and three numbers."""
+    words = ("--tasks", rows, "--num_samples", 4, "--limit", 24, "--show", 0, "--max_new_tokens", 30)
+    run_here(monkeypatch, "sample.py", "--model", skilled, *words, "--pass_rates", tmp_path / "r")
+    rated = [json.loads(x) for x in (tmp_path / "r").open()]
+    rates = [x.pop("pass_rate") for x in rated]
+    assert rated == [json.loads(x) for x in rows.open()][:24]
+    assert {x * 4 % 1 for x in rates} == {0} and 0 < sum(rates) < 24
+    average = re.search(r"if +24 +(0\.\d+)", capsys.readouterr().out)
+    assert float(average[1]) == pytest.approx(sum(rates) / 24, abs=1e-3)
+    stage = ("train_rl.py", "--stage", "if_rl", "--init", skilled, "--data")
+    refused("expected first mean, last mean, std", *stage, tmp_path / "r", "--curriculum", "1,0")
+    refused("has no pass_rate", *stage, rows, "--curriculum", "1,0,0.1")
