@@ -108,7 +108,8 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     # ---- Data ------------------------------------------------------------------------------------
     rows = run.train_rows(tuple(stage.domains), per_domain=cfg.toy_rows)
     scorer = Scorer(run.judge(rows), pairing=cfg.pairing)
-    if {"code", "swe", "swe_agentic"} & {*stage.domains} or any("environment" in x for x in rows):
+    tools = {x["environment"]["name"] for x in rows if "environment" in x}
+    if {"code", "swe", "swe_agentic"} & {*stage.domains} or "python" in tools:
         sandbox = shared_sandbox(allow_unprotected=cfg.allow_unprotected)  # refuses now or never
         if dist.is_main:
             print(sandbox.describe())

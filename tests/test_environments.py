@@ -286,9 +286,10 @@ def worker(tmp_path_factory):
     rows = {stage: tasks.make_rows(x[0], 100) for stage, x in STAGES.items()}
     for stage, part in rows.items():
         (out / stage).write_text("".join(json.dumps(row) + "\n" for row in part))
-    toy_runs.run("train_sft.py", "--out", out / "sft", "--data", ",".join(str(out / x) for x in rows),
-        "--eval_data", "", "--row_tokens", 512, "--steps", 120, "--batch_tokens", 2048,
-        "--lr", 3e-3, "--warmup", 5, "--schedule_steps", 120)  # fmt: skip
+    data = ",".join(str(out / x) for x in rows)
+    toy_runs.run("train_sft.py", "--out", out / "sft", "--data", data, "--eval_data", "",
+        "--row_tokens", 512, "--steps", 120, "--batch_tokens", 2048, "--lr", 3e-3, "--warmup", 5,
+        "--schedule_steps", 120)  # fmt: skip
     return out
 
 

@@ -126,7 +126,7 @@ def test_flags_of_devices(refused, sft):
 def test_flags_of_difficulty(refused, skilled, rows, tmp_path, monkeypatch, capsys):
     """Rows rated by sample.py are those it read, each with the share of its samples that were
     right; a curriculum needs such rows and three numbers."""
-    words = ("--tasks", rows, "--num_samples", 4, "--limit", 24, "--show", 0, "--max_new_tokens", 30)
+    words = ("--tasks", rows, "--num_samples", 4, "--limit", 24, "--max_new_tokens", 30)
     run_here(monkeypatch, "sample.py", "--model", skilled, *words, "--pass_rates", tmp_path / "r")
     rated = [json.loads(x) for x in (tmp_path / "r").open()]
     rates = [x.pop("pass_rate") for x in rated]
