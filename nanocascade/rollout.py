@@ -167,9 +167,6 @@ def roll_out(
             pending = [(p, r) for p, r in pending if wants_tool(groups[p][r], sampling)]
     sampled = time.perf_counter()
     for group in groups if scorer is not None else ():
-        for rollout in group:  # some ran out of turns or tokens while a call was open
-            if scored(rollout) and id(rollout) not in verdicts:
-                verdicts[id(rollout)] = scorer.submit(rollout)
         book_rewards(group, verdicts, scorer, tokenizer)
     spent = {"time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
     return groups, spent
@@ -215,8 +212,10 @@ def book_rewards(group: list[Rollout], verdicts, scorer: Scorer, tokenizer) -> N
                 answer = rollout.turns[-1]["content"]
                 rollout.outcome = win_rate(rollout.row, answer, reference, scorer.judge)
         return
-    for rollout in group:
-        rollout.reward, rollout.reason = verdicts[id(rollout)].result()
+    # Some ran out of turns or tokens while a call was open: they are scored only now.
+    found = [verdicts.get(id(x)) or scorer.submit(x) for x in group]
+    for rollout, verdict in zip(group, found, strict=True):
+        rollout.reward, rollout.reason = verdict.result()
         rollout.outcome = rollout.reward
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from fixtures import make_parity
+from torch.nn import Identity
 
 from nanocascade import rollout, tasks, teachers
 from nanocascade.checkpoint import load_model
@@ -53,7 +54,7 @@ def play(tokenizer, monkeypatch, limit, *scripts, max_turns=4, row=ROW):
 
     monkeypatch.setattr(rollout, "generate", fake)
     sampling, ids = Sampling(limit, max_turns=max_turns), list(range(len(scripts)))
-    groups, _ = roll_out(None, tokenizer, [row] * len(ids), 1, sampling, 0, ids, Scorer())
+    groups, _ = roll_out(Identity(), tokenizer, [row] * len(ids), 1, sampling, 0, ids, Scorer())
     return [x for (x,) in groups]
 
 
@@ -141,7 +142,7 @@ def calls(monkeypatch):
     """roll_out without a model: a row's outcomes stand in the row. The calls it gets."""
     heard = []
 
-    def fake(model, tokenizer, rows, num_samples, sampling, seed, row_ids, scorer=None):
+    def fake(model, tokenizer, rows, num_samples, sampling, seed, row_ids, *_):
         heard.append((len(rows), num_samples, seed, list(row_ids)))
         return [group(x, *x["outcomes"]) for x in rows], {"time/rollout": 1.0, "time/score": 0.5}
 
