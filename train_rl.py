@@ -109,6 +109,8 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     rows = run.train_rows(tuple(stage.domains), per_domain=cfg.toy_rows)
     scorer = Scorer(run.judge(rows), pairing=cfg.pairing)
     tools = {x["environment"]["name"] for x in rows if "environment" in x}
+    if tools and cfg.max_turns < 2:
+        raise ValueError(f"--max_turns {cfg.max_turns}: rows with tools ({tools}) need 2 or more")
     if {"code", "swe", "swe_agentic"} & {*stage.domains} or "python" in tools:
         sandbox = shared_sandbox(allow_unprotected=cfg.allow_unprotected)  # refuses now or never
         if dist.is_main:

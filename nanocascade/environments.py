@@ -4,8 +4,9 @@ A row names one, {"environment": {"name": "repository"}, ...}, and carries what 
 
     shop         the toy's: stock and orders of environment.state (rewards/tools.py)
     python       a program a call, for any row; what it prints comes back
-    repository   verifier_metadata.files to list, read, search, edit and test; the row's unit_tests,
-                 which the model never sees, are the reward
+    repository   verifier_metadata {"files": {path: text}, "entry": "pkg/module.py", "unit_tests"}:
+                 files to list, read, search, edit and test; the tests, which the model never
+                 sees, of the entry module are the reward
 
 A step maps (state, call) to (new state, text). States are plain values, never changed in place: no
 episode can see another's, and a repository is a dictionary of texts, with no folder on a disk to

@@ -9,6 +9,7 @@ import time
 from copy import deepcopy
 from pathlib import Path
 
+import packaging
 import pytest
 from fixtures import toy_runs
 from fixtures.toy_runs import run_here, start
@@ -41,7 +42,7 @@ REPAIR = ASKED | {"environment": {"name": "repository"}, "verifier_metadata": ME
 REPAIR = normalize(REPAIR, "repair")
 TIR = normalize(ASKED | {"environment": {"name": "python"}, "expected_answer": "7"}, "tir")
 SHOP = tasks.tools(random.Random(1))[0]
-sft = toy_runs.sft
+sft, refused = toy_runs.sft, toy_runs.refused
 MEND = ("edit", {"path": "a/ops.py", "old": "x - 1", "new": "x + 1"})
 
 
@@ -149,6 +150,33 @@ def test_rewards_of_episodes():
     assert METADATA["files"] == FILES and "x - 1" in FILES["a/ops.py"]
 
 
+def test_a_real_package():
+    """The files of a package as it is installed (pytest needs it), with a bug planted: found by
+    search, mended by an edit, judged by a function that it exports; the same loop as the toy's."""
+    folder = Path(packaging.__file__).parent
+    files = {f"packaging/{x.name}": x.read_text("utf-8") for x in folder.glob("*.py")}
+    files["packaging/utils.py"] += (
+        "\n\n_name = canonicalize_name\n\n\ndef canonicalize_name(name):\n"
+        "    return _name(name).capitalize()  # shouting\n"
+    )
+    files["test_names.py"] = (
+        "from packaging import utils, version\n\n\ndef test_name():\n"
+        "    assert utils.canonicalize_name('A.b') == 'a-b', version.Version('1.0')\n"
+    )
+    tests = {"fn_name": "canonicalize_name", "inputs": [["Foo.Bar_x"]], "outputs": ["foo-bar-x"]}
+    row = {"files": files, "entry": "packaging/utils.py", "unit_tests": tests}
+    row = normalize(REPAIR | {"verifier_metadata": row}, "real")
+    mend = ("edit", {"path": "packaging/utils.py", "old": ".capitalize()  # shouting", "new": ""})
+    found, failed, _, passed = play(
+        row, ("search", {"text": "# shouting"}), ("test", {}), mend, ("test", {})
+    )
+    assert found.startswith("packaging/utils.py:") and found.endswith("capitalize()  # shouting")
+    assert "AssertionError: 1.0 (test_names, line 5)\n0 passed, 1 failed" in failed
+    assert passed == "1 passed, 0 failed"
+    assert score(row, [said(mend), said(text="Done.")]).value == 1
+    assert score(row, [said(("list", {})), said(text="Done.")]).value == 0
+
+
 def test_any_call():
     """2,000 random calls of every environment: a text of bounded length that can be encoded, quick,
     and the row is as it was. Half a character, deep lists and giant texts are among the values."""
@@ -230,6 +258,20 @@ def test_run_tools_in_sample(speak, monkeypatch, tmp_path):
     assert chat.count("\n225\n") == 2 and chat.endswith("\\boxed{225}<|im_end|>\n")
     with pytest.raises(SystemExit):
         speak(talk, "--tools", "shell")
+
+
+def test_run_rl_with_python(sft, refused, tmp_path, monkeypatch, capsys):
+    """Rows with the Python tool train in any stage that allows turns, in the sandbox; the prompt
+    declares the tool, and a stage of one turn refuses them."""
+    row = {"question": "1+1?", "answer": "2", "environment": {"name": "python"}}
+    (tmp_path / "rows").write_text(json.dumps(row))
+    args = ("train_rl.py", "--stage", "math_rl", "--init", sft, "--data", tmp_path / "rows")
+    refused(r"--max_turns 1: rows with tools \({'python'}\) need 2", *args)
+    run_here(monkeypatch, *args, "--out", tmp_path / "out", "--max_turns", 2, "--steps", 1,
+             "--prompts", 1, "--rollouts", 2, "--max_new_tokens", 8, "--eval_data", "")  # fmt: skip
+    assert "Sandbox: seccomp" in capsys.readouterr().out
+    (rollout, _) = (json.loads(x) for x in (tmp_path / "out" / "rollouts.jsonl").open())
+    assert "<name>python</name>" in rollout["prompt"] and rollout["domain"] == "math"
 
 
 # ---- Nothing stays -------------------------------------------------------------------------------
