@@ -43,14 +43,19 @@ class Cache:
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
 
-    def select(self, index: Tensor) -> "Cache":
-        """A new cache of the rows `index` (b',): repeats make rollouts of a prompt, gaps drop
-        finished rows."""
-        new = object.__new__(Cache)
-        new.max_len = self.max_len
-        new.lengths = self.lengths[index]
-        new.layers = [{name: x[index] for name, x in layer.items()} for layer in self.layers]
-        return new
+    def shrink(self, rows: int, source: Tensor, target: Tensor) -> None:
+        """Keep the first `rows` places, rows `source` beyond them moved to free places `target`.
+
+        Nothing else is copied, and of keys and values only the filled slots.
+        """
+        filled = int(self.lengths[source].max()) if len(source) else 0
+        self.lengths[target] = self.lengths[source]
+        self.lengths = self.lengths[:rows]
+        for layer in self.layers:
+            for name, x in layer.items():
+                part = x[:, :, :filled] if name in ("k", "v") else x
+                part[target] = part[source]
+                layer[name] = x[:rows]
 
     def write(self, index: Tensor, other: "Cache", source: Tensor) -> None:
         """Put rows `source` of another cache into rows `index` of this one: free rows refilled."""

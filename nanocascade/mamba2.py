@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+STEP_BYTES = 1 << 20  # of state that a decoding step works on at once: half a core's cache
+
+
 def upcast(x: Tensor) -> Tensor:
     """At least fp32: the precision of the islands (router, dt, A, state, logits), fp64 kept."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -84,30 +87,35 @@ def chunk_scan(x, dt, A, B, C, chunk_size, segments=None, state=None):
 def scan_step(x, dt, A, B, C, state):
     """The recurrence above for one position, without D x: the decoding path, and the reference.
 
-    Args: x (b, h, c), dt (b, h), A (h,), B and C (b, g, s), state (b, h, c, s).
-    Returns: y (b, h, c) and the new state (b, h, c, s).
+    Args: x (b, h, c), dt (b, h), A (h,), B and C (b, g, s), state (b, h, c, s), which is updated in
+    place: it is the largest thing that decoding touches. Returns: y (b, h, c).
     """
     b, h, c = x.shape
     g, s = B.shape[-2:]
-    state = state.view(b, g, h // g, c, s)
-    decay = (dt * A).exp().view(b, g, h // g, 1, 1)  # (b, g, h/g, 1, 1)
-    xdt = (x * dt[..., None]).view(b, g, h // g, c, 1)  # (b, g, h/g, c, 1)
-    state = torch.addcmul(state * decay, xdt, B.view(b, g, 1, 1, s))  # (b, g, h/g, c, s)
-    y = (state * C.view(b, g, 1, 1, s)).sum(-1)  # (b, g, h/g, c)
-    return y.reshape(b, h, c), state.view(b, h, c, s)
+    decay = (dt * A).exp()[..., None, None]  # (b, h, 1, 1)
+    # Heads of a group share B and C: their channels are the rows of one matrix.
+    xdt = (x * dt[..., None]).view(b, g, -1, 1)  # (b, g, h/g*c, 1)
+    y = torch.empty_like(xdt)  # (b, g, h/g*c, 1)
+    # On a CPU a few rows at a time, so that what was written is read again from the core's cache.
+    rows = max(STEP_BYTES // (state[0].numel() * state.element_size()), 1)
+    for i in range(0, b, rows if x.device.type == "cpu" else b):
+        part = slice(i, i + rows if x.device.type == "cpu" else b)
+        new = state[part].mul_(decay[part]).view(-1, h // g * c, s)  # (b*g, h/g*c, s)
+        new.baddbmm_(xdt[part].flatten(0, 1), B[part].reshape(-1, 1, s))
+        y[part] = (new @ C[part].reshape(-1, s, 1)).view_as(y[part])
+    return y.view(b, h, c)
 
 
-def causal_conv(x, weight, bias, window=None, segments=None):
+def causal_conv(padded, weight, bias, segments=None):
     """Depthwise causal convolution that starts anew at each document.
 
-    x (b, t, m), weight (m, 1, w) as on disk, bias (m,), window (b, w-1, m) the inputs before x
-    (zeros if None), segments (b, t). Returns (b, t, m). Written as a sum of w shifted products: the
+    padded (b, w-1+t, m) the inputs after those before them, or zeros; weight (m, 1, w) as on disk,
+    bias (m,), segments (b, t). Returns (b, t, m). Written as a sum of w shifted products: the
     document mask then costs one comparison a tap.
     """
     taps = weight.shape[-1]
-    b, t, m = x.shape
-    padded = F.pad(x, (0, 0, taps - 1, 0)) if window is None else torch.cat([window, x], 1)
-    y = x * weight[:, 0, -1] + bias  # (b, t, m)
+    t = padded.shape[1] - taps + 1
+    y = torch.addcmul(bias, padded[:, taps - 1 :], weight[:, 0, -1])  # (b, t, m)
     for back in range(1, taps):
         shifted = padded[:, taps - 1 - back : taps - 1 - back + t]  # (b, t, m) x, `back` earlier
         if segments is not None:
@@ -179,34 +187,34 @@ class Mamba2(nn.Module):
         projected = self.in_proj(x)
         sizes = (cfg.mamba_inner, cfg.conv_dim, cfg.mamba_num_heads)
         gate, xBC, raw_dt = projected.split(sizes, dim=-1)  # (b, t, h*c), (b, t, m), (b, t, h)
-        window = layer["conv"] if layer is not None else None
+        before = xBC.new_zeros(b, cfg.conv_kernel - 1, cfg.conv_dim)  # (b, w-1, m)
+        padded = torch.cat([before if layer is None else layer["conv"], xBC], 1)  # (b, w-1+t, m)
         weight, bias = self.conv1d.weight, self.conv1d.bias
-        mixed = F.silu(causal_conv(xBC, weight, bias, window, ctx.segments))  # (b, t, m)
+        mixed = F.silu(causal_conv(padded, weight, bias, ctx.segments))  # (b, t, m)
         groups_size = cfg.mamba_n_groups * cfg.ssm_state_size
         xs, B, C = mixed.split((cfg.mamba_inner, groups_size, groups_size), dim=-1)
         xs = upcast(xs).unflatten(-1, (cfg.mamba_num_heads, -1))  # (b, t, h, c)
         B = upcast(B).unflatten(-1, (cfg.mamba_n_groups, -1))  # (b, t, g, s)
         C = upcast(C).unflatten(-1, (cfg.mamba_n_groups, -1))  # (b, t, g, s)
         dt, A = self.dt(raw_dt, ctx.valid), -torch.exp(upcast(self.A_log))
-        if layer is None:
-            y, _ = chunk_scan(xs, dt, A, B, C, cfg.chunk_size, ctx.segments)
+        if layer is not None and t == 1:
+            y = scan_step(xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], layer["ssm"])[:, None]
         else:
-            if t == 1:
-                y, state = scan_step(xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], layer["ssm"])
-                y = y[:, None]  # (b, 1, h, c)
-            else:
-                y, state = chunk_scan(xs, dt, A, B, C, cfg.chunk_size, state=layer["ssm"])
-            layer["ssm"], layer["conv"] = state, self.next_window(window, xBC, ctx.valid)
-        y = y + xs * upcast(self.D)[:, None]  # (b, t, h, c)
+            state = None if layer is None else layer["ssm"]
+            y, state = chunk_scan(xs, dt, A, B, C, cfg.chunk_size, ctx.segments, state)
+            if layer is not None:
+                layer["ssm"] = state
+        if layer is not None:
+            layer["conv"] = self.next_window(padded, ctx.valid)
+        y = torch.addcmul(y, xs, upcast(self.D)[:, None])  # (b, t, h, c)
         return self.out_proj(self.gated_norm(y.flatten(-2), gate))  # (b, t, d)
 
-    def next_window(self, window: Tensor, xBC: Tensor, valid: Tensor | None) -> Tensor:
+    def next_window(self, padded: Tensor, valid: Tensor | None) -> Tensor:
         """The last w-1 valid conv inputs of each row (b, w-1, m); padding may be on either side."""
-        seen = torch.cat([window, xBC], 1)  # (b, w-1+t, m)
-        keep = window.shape[1]
+        keep = self.config.conv_kernel - 1
         if valid is None:
-            return seen[:, -keep:]
+            return padded[:, -keep:]
         # One past each row's last valid token; a row without any keeps its window.
         ends = (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).amax(1)  # (b,)
         index = ends[:, None] + torch.arange(keep, device=valid.device)  # (b, w-1)
-        return seen.gather(1, index[..., None].expand(-1, -1, seen.shape[-1]))
+        return padded.gather(1, index[..., None].expand(-1, -1, padded.shape[-1]))

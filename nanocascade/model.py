@@ -104,13 +104,15 @@ class Context:
     """What every block of one forward pass needs to know about its tokens.
 
     valid (b, t): False on padding, or None; segments (b, t): document ids of packed rows, or None;
-    slots (b, t): cache slot each token is written to; seen: cache slots attention reads;
-    rotary: cos and sin (b, 1, t, c/2), or None; mask: (b, 1, t, t') or None for plain causal;
+    rows (b, 1) and slots (b, t): where in the cache each token is written; seen: cache slots that
+    attention reads; rotary: cos and sin (b, 1, t, c/2), or None; mask: (b, 1, t, t'), or None for
+    plain causal (or, for single tokens of equally long rows, everything);
     documents: (start, end) of each document where rows are too long for a mask.
     """
 
     valid: Tensor | None = None
     segments: Tensor | None = None
+    rows: Tensor | None = None
     slots: Tensor | None = None
     seen: int = 0
     rotary: tuple[Tensor, Tensor] | None = None
@@ -182,11 +184,16 @@ class Attention(nn.Module):
         if ctx.rotary is not None:
             q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
         if layer is not None:
-            rows = torch.arange(len(x), device=x.device)[:, None]  # (b, 1)
-            layer["k"][rows, :, ctx.slots] = k.transpose(1, 2)
-            layer["v"][rows, :, ctx.slots] = v.transpose(1, 2)
-            k, v = layer["k"][:, :, : ctx.seen], layer["v"][:, :, : ctx.seen]  # (b, k, t', c)
-        if ctx.documents is not None:
+            layer["k"][ctx.rows, :, ctx.slots] = k.transpose(1, 2)
+            layer["v"][ctx.rows, :, ctx.slots] = v.transpose(1, 2)
+            if ctx.seen:  # 0: the cache was empty, and a prompt sees only itself
+                k, v = layer["k"][:, :, : ctx.seen], layer["v"][:, :, : ctx.seen]  # (b, k, t', c)
+        if layer is not None and x.shape[1] == 1:
+            # The queries that share a key head are rows of one product: each key is read once.
+            q = q.reshape(len(x), k.shape[1], -1, c)  # (b, k, h/k, c)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask)  # (b, k, h/k, c)
+            y = y.reshape(len(x), -1, 1, c)  # (b, h, 1, c)
+        elif ctx.documents is not None:
             y = self.by_document(q, k, v, ctx.documents)  # (b, h, t, c)
         else:
             causal = ctx.mask is None
@@ -298,14 +305,20 @@ class Model(nn.Module):
         steps = torch.arange(t, device=ids.device).expand(b, t)  # (b, t)
         if valid is not None:
             steps = valid.long().cumsum(1) - 1  # (b, t) counts real tokens only
+        # Right padding comes after all that real tokens may see: plain causal attention skips it.
+        right = valid is None or bool(valid[:, 0].all())
         if cache is not None:
             positions = cache.lengths[:, None] + steps  # (b, t)
             bin_slot = cache.max_len  # padding writes there
+            ctx.rows = torch.arange(b, device=ids.device)[:, None]  # (b, 1)
             ctx.slots = positions if valid is None else positions.where(valid, bin_slot)
-            ctx.seen = int(positions[:, -1].max()) + 1
-            assert ctx.seen <= cache.max_len, f"{ctx.seen} tokens in a cache of {cache.max_len}"
-            slots = torch.arange(ctx.seen, device=ids.device)  # (t',)
-            ctx.mask = (slots <= positions.clamp(min=0)[..., None])[:, None]  # (b, 1, t, t')
+            shortest, longest = (int(x) for x in cache.lengths.aminmax())
+            last = longest + t - 1 if valid is None else int(positions[:, -1].max())
+            assert last < cache.max_len, f"{last + 1} tokens in a cache of {cache.max_len}"
+            if longest or not right:
+                ctx.seen = last + 1
+                if t > 1 or shortest < longest or not right:
+                    ctx.mask = self.cache_mask(positions, ctx.seen)
         elif segments is not None:
             starts = torch.zeros_like(steps)  # (b, t) where the token's document begins
             changed = segments[:, 1:] != segments[:, :-1]  # (b, t-1)
@@ -319,7 +332,7 @@ class Model(nn.Module):
                 ctx.documents = [list(zip(row, row[1:], strict=False)) for row in edges]
         else:
             positions = steps.clamp(min=0)  # (b, t)
-            if valid is not None:
+            if not right:
                 causal = torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()  # (t, t)
                 # padding may look at itself: a row of the mask without any key would give NaN
                 itself = torch.eye(t, dtype=torch.bool, device=ids.device)  # (t, t)
@@ -327,6 +340,14 @@ class Model(nn.Module):
         if self.config.rope_theta is not None:
             ctx.rotary = rotary_table(self.config, positions)
         return ctx
+
+    def cache_mask(self, positions: Tensor, seen: int) -> Tensor:
+        """0 on the slots up to a token's own, -inf beyond (b, 1, t, t'): added in one operation,
+        where attention would turn booleans into this once a block."""
+        slots = torch.arange(seen, device=positions.device)  # (t',)
+        hidden = slots > positions.clamp(min=0)[..., None]  # (b, t, t')
+        zeros = torch.zeros_like(hidden, dtype=self.embed.weight.dtype)  # (b, t, t')
+        return zeros.masked_fill_(hidden, -math.inf)[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., v) of hidden states (..., d), in at least fp32."""

@@ -77,11 +77,13 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int
     truncated = top_p < 1 or top_k > 0
     if truncated:
         p = truncate(p, top_p, top_k)
-    cdf = p.cumsum(-1)  # (b, v)
+    cdf = p.cumsum(-1) if truncated else p.cumsum_(-1)  # (b, v)
     point = u.to(cdf.dtype)[:, None] * cdf[:, -1:]  # (b, 1)
     tokens = torch.searchsorted(cdf, point, right=True)[:, 0]  # (b,) first with cdf > point
     # Rounding may put the point on the very end of the cdf: take the last token with any mass.
-    tokens = torch.minimum(tokens, (cdf < cdf[:, -1:]).sum(-1))
+    mass = cdf[:, -1:].contiguous()  # (b, 1)
+    last = torch.searchsorted(cdf, mass)[:, 0]  # (b,) first with all of it
+    tokens = torch.minimum(tokens, last)
     logprobs = (scaled.gather(1, tokens[:, None]) - normalizer)[:, 0]  # (b,)
     within = (p.gather(1, tokens[:, None]) / cdf[:, -1:]).log()[:, 0] if truncated else None
     return tokens, logprobs, within
@@ -141,7 +143,7 @@ class Decoder:
 
     def step(self) -> None:
         """Feed every row its last token and draw the next one. Idle rows decode junk in slot 0."""
-        self.cache.lengths[self.state["owner"] < 0] = 0
+        self.cache.lengths = self.cache.lengths.where(self.state["owner"] >= 0, 0)
         routing = self.routing()
         hidden = self.model(self.state["last"][:, None], cache=self.cache, routing=routing)
         if routing is not None:
@@ -191,11 +193,15 @@ class Decoder:
         return out
 
     def shrink(self) -> None:
-        """Drop idle rows once a quarter is idle: copying is then paid for by the smaller batch."""
-        active = (self.state["owner"] >= 0).nonzero()[:, 0]
-        if len(active) <= 0.75 * self.cache.rows:
-            self.cache = self.cache.select(active)
-            self.state = {name: x[active] for name, x in self.state.items()}
+        """Drop idle rows: the last ones move into the places that finished rows left."""
+        active = self.state["owner"] >= 0  # (b,)
+        rows = int(active.sum())
+        target = (~active[:rows]).nonzero()[:, 0]  # free places among the first
+        source = active[rows:].nonzero()[:, 0] + rows  # as many rows beyond them
+        self.cache.shrink(rows, source, target)
+        for name, x in self.state.items():
+            x[target] = x[source]
+            self.state[name] = x[:rows]
 
 
 @torch.inference_mode()

@@ -25,12 +25,11 @@ def test_parity_scan(t, chunk_size):
     segments = (torch.arange(t) >= t // 3).long() + (torch.arange(t) >= t - 2).long()
     start = torch.ones(1, 4, 3, 2, dtype=torch.float64)
     for ids in (None, segments):
-        state, outputs = start, []
+        state, outputs = start.clone(), []
         for i in range(t):
             if ids is not None and i and ids[i] != ids[i - 1]:
                 state = torch.zeros_like(start)
-            y, state = scan_step(x[:, i], dt[:, i], A, B[:, i], C[:, i], state)
-            outputs.append(y)
+            outputs.append(scan_step(x[:, i], dt[:, i], A, B[:, i], C[:, i], state))
         ids = None if ids is None else ids[None]
         scanned, last = chunk_scan(x, dt, A, B, C, chunk_size, ids, start)
         assert (scanned - torch.stack(outputs, 1)).abs().max() < 1e-9
