@@ -1,0 +1,119 @@
+"""A training step against transformers': packed documents here, a padded batch there.
+
+    python -m bench.train_step [--short] [--pairs 7]
+
+The work is 64 documents (prompt and response) whose lengths come from bench/lengths.json, or are all
+equal: next-token cross-entropy, backward, clipping, AdamW (fused on both sides). The peer runs
+right-padded batches, sorted by length, at the better of two batch sizes. nemotron_h in transformers
+carries its state over packed boundaries, so padding is what it can do.
+"""
+
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from bench import common
+from bench.common import Peak, alternate, ratios, spread, timed, token_flops
+from nanocascade.rollout import Rollout
+from nanocascade.training import make_batches, make_optimizer, optimizer_step, score_tokens
+
+MICRO = 4096  # tokens of a micro-batch
+
+
+def documents(sizes: list[int]) -> list[Rollout]:
+    """Random documents, every token but the first with loss."""
+    generator = torch.Generator().manual_seed(1)
+    rollouts = []
+    for n in sizes:
+        tokens = torch.randint(2, common.VOCAB, (n,), generator=generator).tolist()
+        rollouts.append(Rollout({}, tokens, 1, [False] + [True] * (n - 1), [0.0] * n))
+    return rollouts
+
+
+def our_step(model, optimizer, rollouts) -> float:
+    """Packing included: mean cross-entropy of all tokens, one update."""
+    total, loss_sum = sum(x.num_loss_tokens for x in rollouts), 0.0
+    for batch in make_batches(rollouts, MICRO):
+        logprobs, _ = score_tokens(model, batch)
+        loss = -(logprobs * batch.mask).sum() / total
+        loss.backward()
+        loss_sum += loss.item()
+    optimizer_step(model, optimizer, 1e-5, 1.0)
+    return loss_sum
+
+
+def their_step(model, optimizer, rollouts, rows) -> float:
+    """The same on right-padded rows, sorted by length, `rows` a micro-batch."""
+    total, loss_sum = sum(x.num_loss_tokens for x in rollouts), 0.0
+    ordered = sorted((x.tokens for x in rollouts), key=len)
+    for start in range(0, len(ordered), rows):
+        part = ordered[start : start + rows]
+        width = max(map(len, part))
+        ids = torch.tensor([x + [0] * (width - len(x)) for x in part])
+        valid = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in part])
+        logits = model(ids, attention_mask=valid, use_cache=False).logits  # (b, t, v)
+        labels = ids[:, 1:].masked_fill(valid[:, 1:] == 0, -100)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(),
+                               reduction="sum") / total  # fmt: skip
+        loss.backward()
+        loss_sum += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum
+
+
+def padded_share(sizes: list[int], rows: int) -> float:
+    """Positions of the peer's batches over real tokens."""
+    parts = [sorted(sizes)[i : i + rows] for i in range(0, len(sizes), rows)]
+    return sum(len(x) * max(x) for x in parts) / sum(sizes)
+
+
+def compare(name, ours, theirs, sizes, cfg):
+    rollouts, peak = documents(sizes), Peak()
+    mine = make_optimizer(ours, 1e-5, (0.9, 0.95), 0.0)
+    other = torch.optim.AdamW(theirs.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    losses = our_step(ours, mine, rollouts), their_step(theirs, other, rollouts, len(sizes))
+    assert abs(losses[0] - losses[1]) < 2e-2, losses  # nemotron_h: padding moves its last states
+    choices = {b: timed(lambda b=b: their_step(theirs, other, rollouts, b))
+               for b in sorted({max(len(sizes) // 4, 1), len(sizes)})}  # fmt: skip
+    rows = min(choices, key=choices.get)
+    times = alternate(lambda: our_step(ours, mine, rollouts),
+                      lambda: their_step(theirs, other, rollouts, rows),
+                      1 if cfg.short else cfg.pairs, peak.measure)  # fmt: skip
+    tokens, seconds = sum(sizes) - len(sizes), [statistics.median(x) for x in times]
+    gflops = 3 * tokens * token_flops(ours.config, tokens / len(sizes) / 2) / seconds[0] / 1e9
+    print(f"{name:<28} {tokens / seconds[0]:8,.0f} | {tokens / seconds[1]:8,.0f} real tok/s (rows "
+          f"{rows})  ratio {spread(ratios(*times))}, padding alone {padded_share(sizes, rows):.2f}  "
+          f"{gflops:.0f} GFLOP/s = {100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}",
+          flush=True)  # fmt: skip
+
+
+def main():
+    cfg = common.options(shapes=(["unequal", "equal", "wide"], "what to run"))
+    print(common.machine())
+    count, longest = (8, 24) if cfg.short else (64, 512)
+    unequal = [x + 8 for x in common.lengths(count, longest)]
+    for family in cfg.families:
+        with common.model_dir(family) as folder:
+            for shape in {"unequal", "equal"} & set(cfg.shapes):
+                ours, theirs = common.ours_and_peer(folder)
+                theirs.train()
+                sizes = [sum(unequal) // count] * count if shape == "equal" else unequal
+                compare(f"{family} {shape}", ours, theirs, sizes, cfg)
+        if "wide" in cfg.shapes and not cfg.short:  # where matmuls dominate
+            wide = {"hidden_size": 1024, "moe_intermediate_size": 1024, "mamba_num_heads": 32,
+                    "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 8,
+                    "moe_shared_expert_intermediate_size": 1024, "n_routed_experts": 8,
+                    "num_hidden_layers": 2, "hybrid_override_pattern": "ME*E"}  # fmt: skip
+            if family == "nemotron_h":
+                wide["num_hidden_layers"] = 4
+            with common.model_dir(family, **wide) as folder:
+                ours, theirs = common.ours_and_peer(folder)
+                theirs.train()
+                compare(f"{family} wide", ours, theirs, [256] * 8, cfg)
+
+
+if __name__ == "__main__":
+    main()
