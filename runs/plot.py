@@ -40,31 +40,34 @@ def draw_cascade(runs: dict, path: Path) -> None:
 
 
 def draw_mopd(runs: dict, path: Path) -> None:
-    """Reverse KL and gradient norm of MOPD, and its races against RL from the same start."""
-    races = [(*x, "mopd_from_sft") for x in RACES] if "mopd_from_sft" in runs else []
-    races += [("math", "math_rl", "mopd")] if "math_rl" in runs else []
-    figure, axes = plt.subplots(1, 2 + len(races), figsize=(4 * (2 + len(races)), 3.4))
+    """MOPD step by step, and its races against RL from the same start."""
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4))
+    kl, norm, outcome, *others = axes.flat
     metrics = runs["mopd"]["metrics"]
     for name in sorted(set(TEACHER_OF.values())):
         points = [(m["step"], m[f"mopd/reverse_kl/{name}"]) for m in metrics
                   if f"mopd/reverse_kl/{name}" in m]  # fmt: skip
-        axes[0].plot(*zip(*points, strict=True), label=f"teacher {name}")
-    axes[0].set(title="MOPD: reverse KL, nats a token", xlabel="step", ylim=(0, None))
-    axes[0].legend(fontsize=8)
-    axes[1].plot([m["step"] for m in metrics], [m["grad_norm"] for m in metrics])
-    axes[1].set(title="MOPD: gradient norm", xlabel="step", ylim=(0, None))
-    for ax, (domain, rl, mopd) in zip(axes[2:], races, strict=True):
+        kl.plot(*zip(*points, strict=True), label=f"teacher {name}")
+    kl.set(title="MOPD: reverse KL, nats a token", xlabel="step", ylim=(0, None))
+    norm.plot([m["step"] for m in metrics], [m["grad_norm"] for m in metrics])
+    norm.set(title="MOPD: gradient norm", xlabel="step", ylim=(0, None))
+    for domain in TEACHER_OF:
+        points = curve(runs["mopd"], domain)
+        outcome.plot([p[0] for p in points], [p[3] for p in points], label=domain)
+    outcome.set(title="MOPD: score of its own samples", xlabel="step", ylim=(0, 1.02))
+    races = [(*x, "mopd_from_sft", "sft") for x in RACES] if "mopd_from_sft" in runs else []
+    races += [("math", "math_rl", "mopd", "multi_domain_rl")] if "math_rl" in runs else []
+    for ax, (domain, rl, mopd, start) in zip(others, races, strict=False):
         for name, label in ((rl, "RL"), (mopd, "MOPD")):
             points = curve(runs[name], domain)
             ax.plot([p[1] for p in points], [p[3] for p in points], label=label)
-        teacher = "sft" if domain == "math" else rl
-        goal = score(runs, teacher, domain)["mean"]
-        ax.axhline(goal, color="0.6", ls="--", lw=1, label="teacher")
-        start = "multi_domain_rl" if domain == "math" else "sft"
-        ax.set(title=f"{domain}: both from {start}", xlabel="samples", ylabel="training outcome")
-        ax.legend(fontsize=8)
-    for ax in axes:
+        teacher = score(runs, "sft" if domain == "math" else rl, domain)
+        ax.axhline(teacher["mean"], color="0.6", ls="--", lw=1, label="teacher")
+        ax.set(title=f"{domain}, both from {start}", xlabel="samples", ylim=(0, 1.02))
+    for ax in axes.flat:
         ax.grid(alpha=0.25)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

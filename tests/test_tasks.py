@@ -82,4 +82,4 @@ def test_unknown_tasks_are_refused():
     rows = [x for d in tasks.DOMAINS for x in tasks.make_rows(d, 3)]
     taken = PromptStream(rows, 0, tasks.SFT_SHARES).take(1000)
     counts = {d: sum(x["domain"] == d for _, x in taken) for d in tasks.DOMAINS}
-    assert counts["mcqa"] > counts["math"] > counts["long_context"] > 0
+    assert counts["structured"] > counts["math"] > counts["long_context"] > 0
