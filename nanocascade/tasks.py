@@ -307,13 +307,13 @@ def agentic(rng):
     row["responses_create_params"] = user_row(f"f({x}) must be {wanted}. Fix it.")[
         "responses_create_params"
     ] | {"tools": [y for y in REPOSITORY_TOOLS if y["function"]["name"] in ("read", "edit")]}
-    bad = files["f.py"].split("return ")[1].strip()
+    bad = files["f.py"].split("return ")[1][1]  # the operator, once in the file
     looked = [said("f.py", "", [call("read", path="f.py")])]
     looked += [{"role": "tool", "content": files["f.py"]}]
     ends = [{"role": "tool", "content": "edited f.py"}, said("done", "Done.")]
     fixes = [solution[0]["reasoning_content"] for solution in solutions]
     return row, *(
-        [*looked, said(fix, "", [call("edit", path="f.py", old=bad, new=fix)]), *ends]
+        [*looked, said(fix, "", [call("edit", path="f.py", old=bad, new=fix[1])]), *ends]
         for fix in fixes
     )
 

@@ -317,7 +317,7 @@ def test_nothing_stays():
 STAGES = {  # rows, and flags so small that 200 steps take two minutes
     "code_rl": ("code", "--max_new_tokens", 40, "--max_pass_rate", 1),
     "multi_domain_rl": ("tools", "--max_new_tokens", 72),
-    "swe_agentic_rl": ("swe_agentic", "--max_new_tokens", 160),
+    "swe_agentic_rl": ("swe_agentic", "--max_new_tokens", 200),
 }
 
 
