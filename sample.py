@@ -16,17 +16,19 @@ from dataclasses import dataclass
 
 import torch
 
-from nanocascade import distributed, tasks
+from nanocascade import tasks
 from nanocascade.chat import parse_response
 from nanocascade.checkpoint import load_model
 from nanocascade.config import parse_args, run_main
 from nanocascade.data import conversation, read_rows, sft_conversation
+from nanocascade.distributed import DTYPES, find_device
 from nanocascade.environments import answer, equip
 from nanocascade.rewards import kind_of
 from nanocascade.rollout import Rollout, Sampling, Scorer, roll_out
 from nanocascade.sampler import generate
+from nanocascade.state import read_text
 from nanocascade.tokenizer import Tokenizer
-from nanocascade.training import show_rollout
+from nanocascade.training import check_settings, show_rollout
 
 
 @dataclass
@@ -58,22 +60,23 @@ def main():
     cfg = parse_args(Config)
     if not cfg.model:
         raise ValueError("--model DIR is needed: the checkpoint to sample from")
+    check_settings(cfg)
     tokenizer = Tokenizer(cfg.model)
     if cfg.show_mask:
         return show_mask(cfg, tokenizer)
     if cfg.tools not in ("", "python"):
         raise ValueError(f"--tools {cfg.tools}: expected python")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype {cfg.dtype}: expected float32 or bfloat16")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
-    model = load_model(cfg.model, dtype, distributed.find_device(cfg.device)).eval()
+    if cfg.dtype not in DTYPES:
+        raise ValueError(f"--dtype {cfg.dtype}: expected {' or '.join(DTYPES)}")
+    model = load_model(cfg.model, DTYPES[cfg.dtype], find_device(cfg.device)).eval()
     if cfg.tasks:
         evaluate_tasks(cfg, model, tokenizer)
     elif cfg.prompts or cfg.prompt:
         prompts = [cfg.prompt]
         if cfg.prompts:
-            with open(cfg.prompts) as lines:
-                prompts = [line.rstrip("\n") for line in lines if line.strip()]
+            prompts = [x for x in read_text(cfg.prompts).splitlines() if x.strip()]
+            if not prompts:
+                raise ValueError(f"{cfg.prompts}: no prompts")
         answer_prompts(cfg, model, tokenizer, prompts)
     else:
         chat(cfg, model, tokenizer)
@@ -157,6 +160,8 @@ def chat(cfg: Config, model, tokenizer) -> None:
 def task_rows(cfg: Config, sft: bool) -> list[dict]:
     """Rows of files, or `toy:DOMAIN` for generated ones of the test split."""
     rows = []
+    if not cfg.tasks:
+        raise ValueError("--show_mask needs --tasks FILE")
     for source in cfg.tasks:
         if source.startswith("toy:"):
             rows += tasks.make_rows(source[4:], cfg.limit or 256, "test", 0)

@@ -20,13 +20,19 @@ import torch
 from nanocascade import tasks
 from nanocascade.checkpoint import load_model, save_model
 from nanocascade.data import conversation, sft_conversation
+from nanocascade.distributed import Dist
 from nanocascade.model import Model, ModelConfig
 from nanocascade.moe import update_correction_bias
 from nanocascade.rollout import Rollout, Sampling, roll_out
 from nanocascade.sft import sft_loss
 from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
-from nanocascade.training import make_batches, make_optimizer, new_routing, optimizer_step
-from nanocascade.training import score_tokens
+from nanocascade.training import (
+    make_batches,
+    make_optimizer,
+    new_routing,
+    optimizer_step,
+    score_tokens,
+)
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 DOMAINS = ("math", "if", "structured", "tools")
@@ -60,7 +66,7 @@ def train(model, tokenizer, steps: int, batch_tokens: int = 2048) -> None:
                                num_tokens=num_tokens)
             loss.backward()
             total += float(loss.detach())
-        optimizer_step(model, optimizer, 2e-3 * min(1, (step + 1) / 20), 1.0)
+        optimizer_step(model, optimizer, 2e-3 * min(1, (step + 1) / 20), 1.0, Dist())
         load = routing.load(batch.valid, model.config.num_experts)  # (l, e)
         update_correction_bias(model, load, 1e-3)
         if step % 25 == 24:

@@ -1,16 +1,14 @@
-"""Published checkpoints in and out, and the state from which a killed run goes on bit for bit.
+"""Published checkpoints in and out: tensors by tensors, under the names of the four families.
 
-A model directory is what transformers and vLLM read: config.json, safetensors, tokenizer. KEYS maps
-config.json to ModelConfig and NAMES maps parameters to tensors; both serve reading and writing, so
-what loads is what is saved. A directory is judged by its headers before memory is taken for it.
+A model directory is what transformers and vLLM read: config.json (hf_config.py), safetensors,
+tokenizer. NAMES maps parameters to tensors and serves reading and writing, so what loads is what is
+saved. A directory is judged by its headers before memory is taken for it.
 """
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nanocascade.model import Model, ModelConfig
+from nanocascade.hf_config import config_json, load_config
+from nanocascade.model import Model
 from nanocascade.state import read_json, unfinished_dir, write_json_atomic, write_tensors
 
 # Small, and ruinous when rounded: at least fp32 in memory and on disk.
@@ -40,152 +39,6 @@ LAYERED |= {"* norm": "model.layers.{}.input_layernorm", "* mixer": "model.layer
 LAYERED |= {f"{kind} norm": "model.layers.{}.post_attention_layernorm" for kind in "E-"}
 LAYERED |= {f"{kind} mixer": "model.layers.{}.mlp" for kind in "E-"}
 NAMES = {"nemotron_h": NEMOTRON, "qwen3": LAYERED, "qwen3_moe": LAYERED, "llama": LAYERED}
-CLASSES = {"nemotron_h": "NemotronH", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}
-
-# field=key|key: a field of ModelConfig and its spellings in config.json, by the block that needs it
-# ("" all, "S" the E of nemotron_h). All are read; nemotron_h writes the first, the others the last.
-# A field with ? may be absent and then has ModelConfig's default.
-KEYS = {
-    "": "vocab_size hidden_size norm_eps=layer_norm_epsilon|norm_eps|rms_norm_eps "
-        "tie_word_embeddings? initializer_range? max_position_embeddings?",
-    "*": "num_heads=num_attention_heads num_kv_heads?=num_key_value_heads head_dim?",
-    "-": "intermediate_size",
-    "E": "num_experts=n_routed_experts|num_local_experts|num_experts num_experts_per_tok "
-         "moe_intermediate_size norm_topk_prob",
-    "S": "shared_expert_intermediate_size=moe_shared_expert_intermediate_size "
-         "routed_scaling_factor? n_group? topk_group?",
-    "M": "mamba_num_heads mamba_head_dim mamba_n_groups=n_groups|mamba_n_groups ssm_state_size "
-         "conv_kernel chunk_size? time_step_min? time_step_max? time_step_floor?",
-}
-FIELDS = [(kind, name, (keys or name.strip("?")).split("|"))  # ("E", "num_experts", [3 keys])
-          for kind, entries in KEYS.items()
-          for name, _, keys in (entry.partition("=") for entry in entries.split())]
-KINDS = {"linear_attention": "M", "mamba": "M", "moe": "E", "full_attention": "*",
-         "attention": "*", "mlp": "-"}  # layers_block_type of transformers 5, new and old
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# What the model computes, and transformers takes where a key is absent: anything else is refused.
-FIXED = {
-    "attention_bias": False, "mlp_bias": False, "use_bias": False, "mamba_proj_bias": False,
-    "use_conv_bias": True, "hidden_act": "silu", "mlp_hidden_act": "relu2",
-    "mamba_hidden_act": "silu", "attention_dropout": 0, "hidden_dropout": 0,
-    "use_sliding_window": False, "sliding_window": None, "residual_in_fp32": False,
-    "n_shared_experts": 1, "moe_latent_size": None, "pretraining_tp": 1,
-    "quantization_config": None}
-
-
-def load_config(path) -> ModelConfig:
-    """ModelConfig of a directory's config.json, in published or in transformers-5 spelling."""
-    path = Path(path)
-    raw, generation = read_json(path / "config.json"), path / "generation_config.json"
-    try:
-        config = parse_config(raw)
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
-    stops = read_json(generation).get("eos_token_id") if generation.exists() else None
-    stops = raw.get("eos_token_id") if stops is None else stops  # the other file often lists more
-    stops = stops if isinstance(stops, list) else [stops]
-    config.eos_token_ids = tuple(x for x in stops if x is not None)
-    return config
-
-
-def parse_config(raw: dict) -> ModelConfig:
-    """ModelConfig of a config.json's object, without eos ids; what is wrong is named by its key."""
-    family, read = raw.get("model_type"), {key: x for key, x in raw.items() if x is not None}
-    if family not in NAMES:
-        raise ValueError(f"model_type {family!r} is none of {', '.join(NAMES)}")
-    if read.get("use_sliding_window") is False:  # then the width of the window means nothing
-        read.pop("sliding_window", None)
-    for key, value in FIXED.items():
-        if read.get(key, value) != value:
-            raise ValueError(f"{key} {read[key]!r} is not supported, only {value!r}")
-    nemotron, pattern, values, missing = family == "nemotron_h", read_pattern(read), {}, []
-    types = {field.name: type(field.default) for field in fields(ModelConfig)}
-    for kind, name, keys in FIELDS:
-        key = next((key for key in keys if key in read), None)  # the spelling used here
-        if key:
-            want, x = types[name.strip("?")], read[key]
-            # type() and not isinstance(): true is no number
-            if type(x) not in ((int, float) if want is float else (want,)) or x < 0:
-                raise ValueError(f"{key} is {x!r}, expected {want.__name__}, not negative")
-            values[name.strip("?")] = want(x)
-        elif kind in pattern + "S" * (nemotron and "E" in pattern) and name[-1] != "?":
-            missing.append(" or ".join(keys))
-    if missing:
-        raise ValueError(f"lacks {', '.join(missing)}")
-    if heads := values.get("num_heads"):  # older files leave these two out
-        values = {"num_kv_heads": heads, "head_dim": values["hidden_size"] // heads} | values
-    theta, scaling = (None, None) if nemotron else read_rope(read)
-    limit = read.get("time_step_limit", (0.0, math.inf))  # transformers: {"__float__": "Infinity"}
-    return ModelConfig(
-        model_type=family, pattern=pattern, rope_theta=theta, rope_scaling=scaling,
-        norm_weight_in_fp32=nemotron, gated_mlp=not nemotron, qk_norm=family.startswith("qwen3"),
-        router="sigmoid" if nemotron else "softmax",
-        time_step_limit=tuple(float(x["__float__"] if isinstance(x, dict) else x) for x in limit),
-        pad_token_id=read.get("pad_token_id", 0), source=raw, **values)
-
-
-def read_pattern(raw: dict) -> str:
-    """One character a block: nemotron_h writes it out, a layer of the others is two blocks."""
-    layers = raw.get("num_hidden_layers")
-    if raw["model_type"] == "nemotron_h":
-        kinds = raw.get("layers_block_type", ())
-        if unknown := set(kinds) - set(KINDS):
-            raise ValueError(f"layers_block_type has {sorted(unknown)}, known are {list(KINDS)}")
-        pattern = "".join(KINDS[x] for x in kinds) or raw.get("hybrid_override_pattern", "")
-        if not pattern or layers not in (None, len(pattern)):
-            raise ValueError(f"hybrid_override_pattern {pattern!r}, num_hidden_layers {layers}")
-        return pattern
-    if not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"num_hidden_layers is {layers!r}")
-    # Qwen3-MoE: every step-th layer has experts, unless it is listed as dense.
-    step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers", ())
-    sparse = raw["model_type"] == "qwen3_moe"
-    return "".join("*E" if sparse and i not in dense and (i + 1) % step == 0 else "*-"
-                   for i in range(layers))
-
-
-def read_rope(raw: dict) -> tuple[float, dict | None]:
-    """theta and Llama 3's scaling, from rope_parameters or from rope_theta and rope_scaling."""
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
-    rope |= raw.get("rope_scaling", {}) | raw.get("rope_parameters", {})
-    kind = rope.get("rope_type", rope.get("type", "default"))  # "type" in older files
-    lacks = set(LLAMA3) - set(rope) if kind == "llama3" else set()
-    if kind not in ("default", "llama3") or lacks or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"rotary embedding {rope}: only default and llama3 with {LLAMA3} work")
-    return float(rope["rope_theta"]), {key: rope[key] for key in LLAMA3 if kind == "llama3"} or None
-
-
-def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
-    """config.json in published spelling; unknown keys of the file it was read from survive."""
-    family, pattern, stops = config.model_type, config.pattern, config.eos_token_ids
-    nemotron, layers = family == "nemotron_h", pattern[1::2]  # "E-E" of "*E*-*E"
-    # One spelling of each key is written; auto_map names code files that are not copied.
-    dropped = {"layers_block_type", "layer_types", "rope_parameters", "dtype", "auto_map"}
-    dropped |= {key for *_, keys in FIELDS for key in keys}
-    out = {key: x for key, x in config.source.items() if key not in dropped}
-    out |= {"architectures": [CLASSES[family] + "ForCausalLM"], "model_type": family}
-    out["torch_dtype"] = str(dtype).removeprefix("torch.")
-    for kind, name, keys in FIELDS:
-        if nemotron or kind in pattern + "-":  # qwen3_moe wants intermediate_size in any case
-            out[keys[0 if nemotron else -1]] = getattr(config, name.strip("?"))
-    if nemotron:  # of its mtp.* tensors none was read
-        out |= {"hybrid_override_pattern": pattern, "num_nextn_predict_layers": 0}
-        if config.time_step_limit != (0.0, math.inf):  # the default, for which JSON has no number
-            out["time_step_limit"] = config.time_step_limit
-    else:
-        if not re.fullmatch(r"(\*[E-])+", pattern):
-            raise ValueError(f"a {family} layer is *- or *E, this pattern is {pattern!r}")
-        scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
-        out |= {"rope_theta": config.rope_theta, "rope_scaling": scaling}
-    if family == "qwen3_moe":
-        dense = [i for i, kind in enumerate(layers) if kind == "-"]
-        out |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    out["num_hidden_layers"] = len(pattern) if nemotron else len(layers)
-    # Where the source has no padding, none is invented: transformers never trains that embedding.
-    if not config.source or out.get("pad_token_id") is not None:
-        out["pad_token_id"] = config.pad_token_id
-    out["eos_token_id"] = stops[0] if len(stops) == 1 else list(stops) or None
-    return out
 
 
 class Stored(NamedTuple):
@@ -286,18 +139,25 @@ def check_fit(path: Path, model: Model, stored: dict[str, Stored]) -> None:
         raise ValueError(f"{path}: tensors do not fit config.json; {'; '.join(texts)}")
 
 
+def open_model(path) -> tuple[Model, dict[str, Stored], dict]:
+    """A directory judged by config.json and headers: its model on the meta device (shapes only),
+    its tensors by published name, its open files. Takes no memory; raises what is wrong."""
+    path, config = Path(path), load_config(path)
+    with torch.device("meta"):
+        model = Model(config)
+    stored, files = read_headers(path)
+    check_fit(path, model, stored)
+    return model, stored, files
+
+
 def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
     """The model of a published directory, read tensor by tensor into parameters of `dtype`.
 
     place: lays the model out over ranks while it has shapes only (distributed.parallelize); each
     rank then takes memory for its shards, and reads no more than these.
     """
-    path, config = Path(path), load_config(path)
-    with torch.device("meta"):
-        model = Model(config)  # shapes only
-    stored, files = read_headers(path)
-    check_fit(path, model, stored)
-    names = disk_names(model)
+    model, stored, files = open_model(path)
+    config, names = model.config, disk_names(model)
     model = place(model) if place else model
     layout, state = model.state_dict(), {}
     for name, published in names.items():
@@ -317,8 +177,7 @@ def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
         state[name] = local if not isinstance(spec, DTensor) else DTensor.from_local(
             local, spec.device_mesh, spec.placements, run_check=False, shape=spec.shape,
             stride=spec.stride())
-    if config.tie_word_embeddings:
-        state["head.weight"] = state["embed.weight"]
+    state.setdefault("head.weight", state["embed.weight"])  # tied
     model.load_state_dict(state, assign=True)  # in place of the meta tensors
     if config.tie_word_embeddings:
         model.head.weight = model.embed.weight  # assigning made two parameters of them
@@ -410,6 +269,5 @@ def sha256_of(path) -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("model*.safetensors")):
         with open(file, "rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(opened, lambda: digest)
     return digest.hexdigest()

@@ -9,13 +9,11 @@ import contextlib
 import difflib
 import inspect
 import io
-import json
 import os
 import sys
 import textwrap
 import tokenize
-from dataclasses import MISSING, asdict, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import get_args, get_type_hints
 
 
@@ -55,21 +53,15 @@ def parse_args(cls, argv=None, presets=None):
     if "--help" in argv:
         print(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""))
         for name, value in values.items():
-            shown = "required" if value is MISSING else f"now {value!r}"
-            print(f"  --{name} ({_reader(hints[name])[1]}; {shown})\n        {comments[name]}")
+            kind = _reader(hints[name])[1]
+            print(f"  --{name} ({kind}; now {value!r})\n        {comments[name]}")
         raise SystemExit(0)
-    if missing := [f"--{name} ({comments[name]})" for name, x in values.items() if x is MISSING]:
-        raise ValueError("needed and not given: " + ", ".join(missing))
     return cls(**values)
 
 
 def describe(cfg) -> str:
     """The resolved run, one `name = value` a line."""
     return "\n".join(f"{field.name:<20} = {getattr(cfg, field.name)}" for field in fields(cfg))
-
-
-def save_json(cfg, path) -> None:
-    Path(path).write_text(json.dumps(asdict(cfg), indent=1) + "\n", encoding="utf-8")
 
 
 def _read_flags(words: list[str], hints: dict) -> dict:

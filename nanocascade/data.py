@@ -123,6 +123,8 @@ def chat_form(items) -> list[dict]:
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"a message of role {role!r} and type {item.get('type')!r}")
         content = item.get("content") or ""
+        if role == "user" and item.get("content") is None:
+            raise ValueError("a user's message has no content")
         if not isinstance(content, str):  # parts, which must be text: an image has no such key
             content = "".join(part["text"] for part in content)
         messages.append({**item, "role": role, "content": content})

@@ -7,6 +7,7 @@ Either way losses carry global denominators, so that summing gives the gradient 
 """
 
 import os
+import re
 import signal
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -29,6 +30,7 @@ from nanocascade.moe import Experts, group_ends
 # A rank that dies is noticed at once: gloo sees its connection close, torchrun its process end. So
 # the limit of a collective only has to be longer than any honest wait for a slow rank.
 TIMEOUT = timedelta(hours=1)
+LOST = re.compile("(closed|reset) by peer|Broken pipe|Socket closed")
 ASK_EVERY = 16  # decode steps between two questions whether any rank of the group still samples
 EXPERT_TOKENS = 8192  # gathered tokens that a rank's experts compute on at once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -395,6 +397,11 @@ def start(cfg):
         if dist.sharded:
             dist.make_meshes()
         yield dist
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        # What it said must not drown in the tracebacks of those that waited for it.
+        raise ConnectionError("another process of this run stopped and said why") from None
     finally:
         signal.signal(signal.SIGTERM, before)
         if torch_dist.is_initialized():

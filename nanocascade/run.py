@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from nanocascade import tasks
-from nanocascade.checkpoint import load_config, save_model, sha256_of
+from nanocascade.checkpoint import save_model, sha256_of
 from nanocascade.config import describe
 from nanocascade.data import PromptStream, conversation, read_rows, sft_conversation
 from nanocascade.distributed import LAYOUT, load, parallelize
+from nanocascade.hf_config import load_config
 from nanocascade.model import Model, ModelConfig
 from nanocascade.rewards import kind_of
 from nanocascade.rewards.preference import EndpointJudge, rule_judge
@@ -31,6 +32,7 @@ from nanocascade.state import (
     check_out_dir,
     load_state,
     read_json,
+    read_text,
     remove_state,
     save_state,
     write_json_atomic,
@@ -130,7 +132,7 @@ class Run:
             self.tokenizer = Tokenizer(cfg.init)
             if (Path(cfg.init) / "manifest.json").exists():
                 self.parent = read_json(Path(cfg.init) / "manifest.json")
-        self.references = self.read_references(self.reference_path())
+        self.references: dict[str, list[str]] | None = None
         self.evaluation: dict[str, dict] = {}
         self.eval_rows: dict[str, list[dict]] = {}
         self.seconds, self.stopping = 0.0, False
@@ -196,17 +198,24 @@ class Run:
     def read_references(self, path: str) -> dict[str, list[str]]:
         """{question: stored answers} that preference answers are compared with, of the SFT run."""
         found: dict[str, list[str]] = {}
-        if path:
-            with open(path) as lines:
-                for x in map(json.loads, lines):
-                    found.setdefault(x["question"], []).append(x["answer"])
+        for number, line in enumerate(read_text(path).splitlines() if path else (), 1):
+            try:
+                record = json.loads(line)
+                found.setdefault(record["question"], []).append(record["answer"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number}: no question and answer: {error!r}") from None
         return found
 
     def with_references(self, rows: list[dict]) -> list[dict]:
-        """Rows whose question has stored answers get one of them, by their position."""
+        """Rows whose question has stored answers get one of them, by their position. Where no row
+        is of preference, a parent's answers need not be there any more."""
+        if not self.cfg.references and all(row["domain"] != "preference" for row in rows):
+            return rows
+        if self.references is None:
+            self.references = self.read_references(self.reference_path())
         out = []
         for i, row in enumerate(rows):
-            answers = self.references.get(question_of(row)) if self.references else None
+            answers = self.references.get(question_of(row))
             out.append(row | {"reference": answers[i % len(answers)]} if answers else row)
         return out
 
@@ -361,10 +370,10 @@ class Run:
             print(evaluation_table(self.evaluation))
 
     def reference_path(self) -> str:
-        own = self.out / "references.jsonl"
-        if own.exists():
-            return str(own)
-        return self.cfg.references or self.parent.get("references", "")
+        """Own answers (SFT), --references, or the parent's, wherever its directory stands now."""
+        own, near = (Path(x) / "references.jsonl" for x in (self.out, self.cfg.init))
+        known = str(near) if near.exists() else self.parent.get("references", "")
+        return str(own) if own.exists() else self.cfg.references or known
 
     def write_references(self, model, scorer) -> None:
         """Store the SFT model's answers to the preference questions: later stages are judged by

@@ -156,10 +156,17 @@ def write_json_atomic(path, obj) -> None:
     os.replace(part, path)
 
 
+def read_text(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
 def read_json(path) -> dict:
     try:
-        obj = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # not there, not UTF-8, not JSON
+        obj = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(obj, dict):
         raise ValueError(f"{path} holds a {type(obj).__name__}, expected an object")

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from nanocascade.checkpoint import load_config, sha256_of
+from nanocascade.checkpoint import open_model, sha256_of
 from nanocascade.distributed import load
 from nanocascade.rollout import Rollout
 from nanocascade.state import read_json
@@ -42,7 +42,7 @@ class Teachers:
     def check_tokenizer(self, tokenizer) -> None:
         """A teacher must read the very ids the student writes: vocabulary, specials, template."""
         for name, path in self.paths.items():
-            load_config(path)  # a damaged directory is refused here, not at its first turn
+            open_model(path)  # a damaged directory is refused here, not at its first turn
             if Tokenizer(path).fingerprint() != tokenizer.fingerprint():
                 raise ValueError(
                     f"teacher {name} ({path}): its tokenizer, special ids or chat template differ "

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from nanocascade.chat import MARKUP, TEMPLATE, Piece, merge, parse_response, render_pieces
+from nanocascade.state import read_json, read_text
 
 # Style <- texts that, all together, only templates of this very behaviour contain. (Nemotron 3
 # Ultra has no newline after </think>, other descendants of Qwen3 another rule for history.)
@@ -31,7 +32,7 @@ STYLES = (
     ("chatml", ("You are a helpful AI assistant named SmolLM, trained by Hugging Face",
                 "{{'<|im_start|>' + message['role'] + '")),
 )
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
          "special_tokens_map.json")
 
 
@@ -39,16 +40,21 @@ class Tokenizer:
     """Reads a directory's tokenizer; save writes the same files again."""
 
     def __init__(self, path):
-        self.files = {name: file.read_text("utf-8") for name in FILES
+        self.files = {name: read_text(file) for name in FILES
                       if (file := Path(path) / name).exists()}
         if "tokenizer.json" not in self.files:
             raise ValueError(f"{path} has no tokenizer.json")
-        spec = json.loads(self.files["tokenizer.json"]) | {"truncation": None, "padding": None}
-        for token in spec["added_tokens"]:
-            # Qwen3 declares <think> an ordinary token; special means here: never made from text.
-            token["special"] = token["special"] or token["content"] in MARKUP
-        self.special_ids = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        spec, config, sampling = (read_json(Path(path) / name) if name in self.files else {}
+                                  for name in FILES[:3])
+        spec |= {"truncation": None, "padding": None}
+        try:
+            for token in spec["added_tokens"]:
+                # Qwen3 declares <think> an ordinary token; special here: never made from text.
+                token["special"] = token["special"] or token["content"] in MARKUP
+            self.special_ids = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path}/tokenizer.json is damaged: {error!r}") from None
         self._tokenizer.encode_special_tokens = True
         # Conversations repeat most of their pieces ("user\n", tool declarations).
         self._cached_ids = lru_cache(4096)(
@@ -56,13 +62,12 @@ class Tokenizer:
         self._turn = cache(self._read_turn)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-        config = json.loads(self.files.get("tokenizer_config.json", "{}"))
         self.template = self.files.get("chat_template.jinja") or config.get("chat_template") or ""
         self.style = next((style for style, marks in STYLES
                            if all(mark in self.template for mark in marks)), None)
         names = {key: config.get(key) or "" for key in ("bos_token", "eos_token", "pad_token")}
         self.names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items()}
-        stops = json.loads(self.files.get("generation_config.json", "{}")).get("eos_token_id")
+        stops = sampling.get("eos_token_id")
         named = [self.special_ids.get(text) for text in ("<|im_end|>", self.names["eos_token"])]
         stops = dict.fromkeys([*named, *(stops if isinstance(stops, list) else [stops])])
         self.eos_ids = [stop for stop in stops if stop is not None]

@@ -119,7 +119,14 @@ CHOICES = {
     "overlong": ("penalty", "filter"), "gate": ("zero", "clamp", "none"),
     "schedule": ("constant", "linear", "cosine"), "pairing": ("all", "circle"),
 }  # fmt: skip
-COUNTS = ("prompts", "rollouts", "batch_tokens", "micro_tokens", "max_new_tokens", "max_rows")
+# Least value that means something; a flag that is None is set by the stage.
+LEAST = dict.fromkeys(
+    "prompts rollouts steps batch_tokens row_tokens micro_tokens max_new_tokens eval_max_new_tokens"
+    " max_rows max_turns num_samples reference_samples toy_rows".split(), 1,
+) | dict.fromkeys(
+    "lr min_lr warmup temperature top_k kl_coef weight_decay bias_rate save_every show_every show"
+    " show_mask limit log_groups eval_samples own_eval_samples".split(), 0,
+)  # fmt: skip
 
 
 def check_settings(cfg) -> None:
@@ -127,9 +134,16 @@ def check_settings(cfg) -> None:
     for name, known in CHOICES.items():
         if getattr(cfg, name, known[0]) not in known:
             raise ValueError(f"--{name} {getattr(cfg, name)}: expected {' or '.join(known)}")
-    for name in COUNTS:
-        if getattr(cfg, name, 1) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: expected 1 or more")
+    for name, least in LEAST.items():
+        x = getattr(cfg, name, least)
+        if not isinstance(x, str) and not x >= least:  # nor is a NaN; sample.py's prompts are text
+            raise ValueError(f"--{name} {x}: expected {least} or more")
+    if hasattr(cfg, "rollouts") and cfg.temperature == 0:
+        raise ValueError("--temperature 0: log-probs of training are of logits / temperature")
+    if not 0 < getattr(cfg, "top_p", 1) <= 1:
+        raise ValueError(f"--top_p {cfg.top_p}: expected more than 0 and at most 1")
+    if len(betas := getattr(cfg, "betas", (0, 0))) != 2 or not all(0 <= x < 1 for x in betas):
+        raise ValueError(f"--betas {betas}: expected two numbers from 0 to below 1")
 
 
 def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_host=False):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import toy_runs
-from fixtures.toy_runs import run, run_here, start
+from fixtures.toy_runs import environments, run, run_here, start
 
 import nanocascade.grpo
 from nanocascade.distributed import Dist
@@ -32,12 +32,16 @@ def test_errors_of_flags(refused, sft):
     is needed is asked for."""
     refused("unknown flag --stpes: did you mean --steps", "train_sft.py", "--stpes", 3)
     refused("unknown flag --teacher: did you mean --teachers", "train_mopd.py", "--teacher", "x")
-    refused("unknown flag --dtype", "train_sft.py", "--dtype", "fp8")  # weights train in float32
+    refused("--dtype fp8: expected float32 or bfloat16$", "train_sft.py", "--dtype", "fp8")
     refused("unknown stage 'if': expected if_rl, multi_domain_rl", "train_rl.py", "--stage", "if")
     refused("--config full needs --init, --data", "train_sft.py", "--config", "full")
     stage = ("train_rl.py", "--stage", "if_rl", "--init", sft)
     refused("--overlong cut: expected penalty or filter", *stage, "--overlong", "cut")
     refused("--rollouts 0: expected 1 or more", *stage, "--rollouts", 0)
+    refused("--lr nan: expected 0 or more", *stage, "--lr", "nan")
+    refused("--temperature 0: .* of logits / temperature", *stage, "--temperature", 0)
+    refused("--top_p 1.5: expected more than 0 and at most 1", *stage, "--top_p", 1.5)
+    refused("--betas .0.9,.: expected two numbers", *stage, "--betas", 0.9)
     refused("--gate hard: expected zero or clamp or none", "train_mopd.py", "--init", sft,
             "--gate", "hard", "--teachers", f"math={sft}")  # fmt: skip
 
@@ -50,8 +54,13 @@ def test_errors_of_init(refused, sft, tmp_path):
         shutil.copytree(sft, broken, dirs_exist_ok=True)
         os.truncate(broken / WEIGHTS, size)
         refused("model.safetensors is missing, truncated or damaged", *stage, broken)
-    (broken / "config.json").write_text("{")
-    refused(r"cannot read .*broken/config\.json", *stage, broken)
+    for file, text, words in (
+        ("tokenizer.json", '{"added_tokens": []}', r"tokenizer\.json is damaged"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds a list"),
+        ("config.json", "{", r"cannot read .*broken/config\.json"),
+    ):
+        (broken / file).write_text(text)
+        refused(words, *stage, broken)
 
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_rl.py", "train_mopd.py"])
@@ -63,12 +72,14 @@ def test_errors_of_data(script, refused, sft, tmp_path):
     lacking |= {} if "sft" in script else {"expected_answer": None}
     path = tmp_path / "data.jsonl"
     no_role = math_row(responses_create_params={"input": [{"content": "Hi"}]})
+    no_text = math_row(responses_create_params={"input": [{"role": "user", "content": None}]})
     size = r"row long: \d+ tokens \+ (0 new ones; .* 256|\d+ new ones; .* 1024)$"
     for words, found in (
         (r"data\.jsonl:2: not JSON", (math_row(), '{"id": 3,')),
         (r"data\.jsonl:2: ", (math_row(), lacking, math_row())),
         (r"data\.jsonl: no rows", ()),
         (r"data\.jsonl:1: .*role", (no_role,)),
+        (r"data\.jsonl:1: .*no content", (no_text,)),
         (size, (math_row(), math_row("word " * 600, id="long"))),
     ):
         lines = (x if isinstance(x, str) else json.dumps(x) for x in found)
@@ -100,10 +111,69 @@ def test_errors_of_teachers(refused, sft, tmp_path):
         words = f"teacher math .*{other.name}.*tokenizer, special ids or chat template differ"
         refused(words, *mopd, f"preference={sft},math={other}")
     refused("nowhere", *mopd, f"math={tmp_path / 'nowhere'}")
+    shutil.copytree(sft, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / WEIGHTS, 3000)
+    refused("cut/model.safetensors is missing, truncated", *mopd, f"math={tmp_path / 'cut'}")
     refused("manifest.json has no evaluation of math", *mopd, f"math={sft}+{other}")
     refused("expected NAME=DIR, NAME one of .*math", *mopd, f"maths={sft}")
     refused("--domains .*code.* no teacher", *mopd, f"math={sft}", "--domains", "math,code")
     refused("--teachers is needed", "train_mopd.py", "--init", sft)
+
+
+def test_errors_of_references(refused, sft, tmp_path, monkeypatch):
+    """The stored answers of a parent are found where its directory was moved to, and asked for only
+    where preference is trained or evaluated."""
+    moved = tmp_path / "moved"
+    shutil.copytree(sft, moved)
+    manifest = json.loads((moved / "manifest.json").read_text()) | {"references": "/gone/answers"}
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    args = ("train_rl.py", "--init", moved, *toy_runs.UNREFUSED, "--stage")
+    run_here(monkeypatch, *args, "rlhf", "--out", tmp_path / "out", "--dry_run")
+    (moved / "references.jsonl").rename(tmp_path / "answers")
+    run_here(monkeypatch, *args, "if_rl", "--out", tmp_path / "out", "--dry_run")
+    refused("cannot read /gone/answers", *args, "rlhf")
+    (tmp_path / "answers").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
+    words, answers = "answers:2: no question and answer", tmp_path / "answers"
+    refused(words, *args, "rlhf", "--references", answers)
+
+
+@pytest.mark.parametrize("words, args", [
+    ("--model DIR is needed", ()), ("unknown flag --modle: did you mean --model", ("--modle", "x")),
+    ("nowhere has no tokenizer.json", ("--model", "nowhere")),
+    ("expected 1 or more", ("--model", "SFT", "--prompt", "hi", "--num_samples", 0)),
+    ("--dtype fp8: expected", ("--model", "SFT", "--prompt", "hi", "--dtype", "fp8")),
+    ("must fit the context of 1024", ("--model", "SFT", "--prompt", "word " * 2000)),
+    ("FILE: no prompts", ("--model", "SFT", "--prompts", "FILE")),
+    ("FILE: no rows", ("--model", "SFT", "--tasks", "FILE")),
+    ("--show_mask needs --tasks", ("--model", "SFT", "--show_mask", 1)),
+])  # fmt: skip
+def test_errors_of_sampling(words, args, sft, tmp_path, monkeypatch, capsys):
+    """sample.py refuses in one line what it cannot sample from."""
+    names = {"SFT": sft, "FILE": tmp_path / "empty.jsonl"}
+    names["FILE"].write_text("\n")
+    with pytest.raises(SystemExit) as stopped:
+        run_here(monkeypatch, "sample.py", *(names.get(x, x) for x in args))
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and line.count("\n") == 1
+    assert line.startswith("error: ") and words.replace("FILE", str(names["FILE"])) in line
+
+
+def test_errors_of_one_rank(tmp_path):
+    """The process that goes wrong says why; one that waited for it adds a line, no traceback."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from nanocascade import config, distributed, run\n"
+        "def main():\n"
+        "    with distributed.start(run.RunConfig(device='cpu')) as dist:\n"
+        "        if dist.rank:\n"
+        "            raise ValueError('loss is nan at step 2')\n"
+        "        dist.sum(1)\n"
+        "config.run_main(main)\n")  # fmt: skip
+    running = [start(script, env=x) for x in environments(2)]
+    lines = [process.communicate()[1].splitlines()[-1:] for process in running]
+    assert [process.returncode for process in running] == [2, 2], lines
+    assert lines[1] == ["error: loss is nan at step 2"]
+    assert lines[0] == ["error: another process of this run stopped and said why"]
 
 
 def test_errors_of_out(refused, sft, tmp_path):

@@ -12,11 +12,10 @@ from fixtures import make_parity
 from nanocascade.checkpoint import (
     disk_names,
     experts_of,
-    load_config,
     load_model,
-    parse_config,
     save_model,
 )
+from nanocascade.hf_config import load_config, parse_config
 from nanocascade.logprobs import token_logprobs
 from nanocascade.model import Model
 

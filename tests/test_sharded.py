@@ -12,9 +12,10 @@ from fixtures.toy_runs import environments
 from torch.distributed.tensor import DTensor
 
 from nanocascade import distributed
-from nanocascade.checkpoint import load_config, load_model, save_model
+from nanocascade.checkpoint import load_model, save_model
 from nanocascade.distributed import Dist
 from nanocascade.grpo import grpo_loss
+from nanocascade.hf_config import load_config
 from nanocascade.mamba2 import Mamba2
 from nanocascade.model import Model
 from nanocascade.moe import Router, update_correction_bias

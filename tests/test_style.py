@@ -19,7 +19,7 @@ LONGER_FILES = {}  # path: why it may have up to 450 lines
 # What a module may import at its top level: its own layer and those before it.
 LAYERS = (
     ("sft", "grpo", "mopd"), ("config", "stages", "chat"), ("cache", "mamba2", "moe", "model",
-    "logprobs"), ("checkpoint", "tokenizer", "sampler", "state"),
+    "logprobs"), ("hf_config", "checkpoint", "tokenizer", "sampler", "state"),
     ("rewards", "environments", "tasks", "data"),
     ("rollout", "distributed", "teachers", "training", "run"),
 )  # fmt: skip
