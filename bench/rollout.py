@@ -8,6 +8,7 @@ Ours returns log-probs with the tokens, the peer does not.
 """
 
 import statistics
+from contextlib import contextmanager
 
 import torch
 
@@ -17,9 +18,12 @@ from nanocascade import sampler
 
 
 class ForcedDecoder(sampler.Decoder):
-    """A Decoder whose rows end at lengths given by rollout and not by prompt."""
+    """A Decoder whose rows end at lengths given by rollout, and at no stop token."""
 
     lengths: torch.Tensor  # (p*r,)
+
+    def finished(self, stop_ids):
+        return super().finished(stop_ids[:0])
 
     def admit(self, prompts, owners, keys, limits):
         experts = super().admit(prompts, owners, keys, limits)
@@ -27,31 +31,37 @@ class ForcedDecoder(sampler.Decoder):
         return experts
 
 
-def our_rollouts(model, prompts, rollouts, lengths, **options):
-    """samples[p][r] with the given lengths (p*r of them), nothing else changed."""
+@contextmanager
+def forced_decoder(lengths):
     plain, ForcedDecoder.lengths = sampler.Decoder, torch.tensor(lengths)
     sampler.Decoder = ForcedDecoder
     try:
+        yield
+    finally:
+        sampler.Decoder = plain
+
+
+def our_rollouts(model, prompts, rollouts, lengths, **options):
+    """samples[p][r] with the given lengths (p*r of them), nothing else changed."""
+    with forced_decoder(lengths):
         samples = sampler.generate(
             model, prompts, num_samples=rollouts, max_new_tokens=max(lengths), **options
         )
-    finally:
-        sampler.Decoder = plain
     said = [len(x.tokens) for group in samples for x in group]
     assert said == list(lengths), "forced lengths were not kept"
     return samples
 
 
-def forced_lengths(lengths, width):
+def forced_lengths(lengths, width, eos=EOS, pad=0):
     """A logits processor that ends row i of a batch after lengths[i] tokens and not before."""
     from transformers import LogitsProcessor, LogitsProcessorList
 
     class Forced(LogitsProcessor):
         def __call__(self, ids, scores):
-            scores[:, : EOS + 1] = -torch.inf  # nor padding, which is 0
+            scores[:, [eos, pad]] = -torch.inf
             ending = limits == ids.shape[1] - width + 1  # (b,)
             scores[ending] = -torch.inf
-            scores[ending, EOS] = 0.0
+            scores[ending, eos] = 0.0
             return scores
 
     limits = torch.tensor(lengths)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 STEP_BYTES = 1 << 20  # of state that a decoding step works on at once: half a core's cache
 
 

@@ -1,0 +1,196 @@
+"""A whole step of GRPO and of on-policy distillation, against TRL's GRPOTrainer and
+DistillationTrainer.
+
+    python -m bench.grpo_step [--short] [--pairs 7]
+
+Same weights, prompts, group size, output lengths (forced) and reward function; fp32, one optimizer
+step a batch of responses, no KL term. TRL runs its own train(); a callback runs our step between
+two of its steps, so the two alternate in one process. Ours is the body of the loops in train_rl.py
+and train_mopd.py. TRL's distillation compares whole distributions, ours the sampled tokens (Eq. 2-4):
+each is what its recipe prescribes.
+"""
+
+import logging
+import statistics
+import tempfile
+import time
+
+import torch
+
+from bench import common
+from bench.common import ratios, spread
+from bench.rollout import forced_decoder, forced_lengths, row_steps
+from nanocascade.checkpoint import load_model
+from nanocascade.grpo import group_advantages, grpo_loss
+from nanocascade.moe import update_correction_bias
+from nanocascade.mopd import compute_mopd_loss
+from nanocascade.rewards import Reward
+from nanocascade.rollout import Sampling, Scorer, roll_out
+from nanocascade.tasks import make_rows, vocabulary
+from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.training import (
+    freeze_routers,
+    make_batches,
+    make_optimizer,
+    new_routing,
+    no_load,
+    optimizer_step,
+    score_tokens,
+)
+
+MICRO = 4096  # tokens of our micro-batches; TRL trains on the whole padded batch at once
+
+
+def reward_of(text: str) -> float:
+    return sum(x.isalpha() for x in text) / max(len(text), 1)
+
+
+class LetterScorer(Scorer):
+    """The share of letters in the response, in worker threads while sampling goes on."""
+
+    def submit(self, rollout):
+        text = rollout.turns[-1]["content"]
+        return self.pool.submit(lambda: Reward(reward_of(text), "letters"))
+
+
+class Ours:
+    """One step as train_rl.py takes it, or, with a teacher, as train_mopd.py does."""
+
+    def __init__(self, folder, teacher_folder, rows, rollouts, lengths):
+        self.model, self.tokenizer = load_model(folder), Tokenizer(folder)
+        self.teacher = load_model(teacher_folder).requires_grad_(False) if teacher_folder else None
+        freeze_routers(self.model)
+        self.optimizer = make_optimizer(self.model, 1e-6, (0.9, 0.95), 0.0)
+        self.rows, self.rollouts, self.lengths = rows, rollouts, lengths
+        self.scorer, self.step = LetterScorer(), 0
+
+    def __call__(self):
+        model, self.step = self.model, self.step + 1
+        with forced_decoder(self.lengths):
+            groups, _ = roll_out(
+                model, self.tokenizer, self.rows, self.rollouts, Sampling(max(self.lengths)),
+                self.step, range(len(self.rows)), self.scorer,
+            )  # fmt: skip
+        rollouts = [x for group in groups for x in group]
+        rewards = torch.tensor([x.reward for x in rollouts]).view(-1, self.rollouts)  # (p, r)
+        for x, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist(), strict=True):
+            x.advantage = advantage
+        counts = torch.tensor([x.num_loss_tokens for x in rollouts])  # (o,)
+        load = no_load(model)
+        for batch in make_batches(rollouts, MICRO):
+            routing = new_routing(model, batch)
+            train_logprobs, _ = score_tokens(model, batch, 1.0, routing)
+            if self.teacher is None:
+                loss, _ = grpo_loss(
+                    train_logprobs, batch.advantages, batch.mask, num_tokens=int(counts.sum()),
+                    sampler_logprobs=batch.sampler_logprobs,
+                )  # fmt: skip
+            else:
+                with torch.no_grad():
+                    teacher_logprobs, _ = score_tokens(self.teacher, batch)
+                loss, _ = compute_mopd_loss(
+                    train_logprobs, teacher_logprobs, batch.sampler_logprobs, batch.mask,
+                    response_ids=batch.response_ids, num_tokens=counts, num_responses=len(rollouts),
+                )  # fmt: skip
+            loss.backward()
+            load += routing.load(batch.valid, model.config.num_experts)
+        optimizer_step(model, self.optimizer, 1e-6, 1.0)
+        update_correction_bias(model, load, 1e-3)
+
+
+def make_trainer(folder, teacher_folder, rows, rollouts, lengths, steps, callback, out):
+    """TRL's trainer on the same directory, its generate forced to the same lengths."""
+    import datasets
+    import transformers
+    import trl
+
+    datasets.disable_progress_bars()
+    logging.disable(logging.WARNING)
+    tokenizer, reader = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    prompts = [reader.render_text(x["responses_create_params"]["input"], None, True, True)
+               for x in rows]  # fmt: skip
+    ids = [reader.render(x["responses_create_params"]["input"], None, True, True)[0] for x in rows]
+    assert tokenizer(prompts[0], add_special_tokens=False).input_ids == ids[0], "other prompts"
+    model = common.peer(folder)
+    plain, eos = model.generate, reader.eos_ids[0]
+
+    def generate(input_ids, **options):
+        assert len(input_ids) == len(lengths), "TRL splits the batch"
+        forced = forced_lengths(lengths, input_ids.shape[1], eos, tokenizer.pad_token_id)
+        return plain(input_ids, logits_processor=forced, **options)
+
+    model.generate = generate
+    settings = dict(
+        output_dir=out, per_device_train_batch_size=len(lengths), max_steps=steps, use_cpu=True,
+        max_completion_length=max(lengths), temperature=1.0, top_p=1.0, top_k=0, bf16=False,
+        learning_rate=1e-6, gradient_checkpointing=False, report_to="none", save_strategy="no",
+        logging_steps=1000, disable_tqdm=True, optim="adamw_torch_fused", max_grad_norm=1.0,
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"prompt": prompts * (2 if len(prompts) == 1 else 1)})
+    shared = dict(train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    if teacher_folder:
+        return trl.DistillationTrainer(
+            model, common.peer(teacher_folder), trl.DistillationConfig(**settings), **shared
+        )
+    args = trl.GRPOConfig(num_generations=rollouts, beta=0.0, **settings)
+
+    def reward(completions, **_):
+        return [reward_of(x) for x in completions]
+
+    return trl.GRPOTrainer(model, reward, args, **shared)
+
+
+def compare(name, folder, teacher_folder, rows, rollouts, lengths, cfg):
+    """Alternates TRL's steps with ours; the first pair warms up and is not counted."""
+    from transformers import TrainerCallback
+
+    ours, mine, theirs = Ours(folder, teacher_folder, rows, rollouts, lengths), [], []
+
+    class Alternate(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            theirs.append(time.perf_counter() - self.start)
+            mine.append(common.timed(ours))
+
+    pairs = 1 if cfg.short else cfg.pairs
+    with tempfile.TemporaryDirectory() as out:
+        make_trainer(folder, teacher_folder, rows, rollouts, lengths, pairs + 1, Alternate(),
+                     out).train()  # fmt: skip
+    assert len(mine) == pairs + 1
+    mine, theirs = mine[1:], theirs[1:]
+    padding = row_steps([[0]] * len(rows), rollouts, lengths, len(lengths)) / sum(lengths)
+    print(f"{name:<30} {statistics.median(mine):6.2f} s | {statistics.median(theirs):6.2f} s a step"
+          f"  ratio {spread(ratios(mine, theirs))}, padding of the responses alone {padding:.2f}",
+          flush=True)  # fmt: skip
+
+
+def main():
+    cfg = common.options(losses=(["grpo", "mopd"], "grpo, mopd"),
+                         shapes=(["equal", "unequal"], "equal, unequal"))  # fmt: skip
+    print(common.machine())
+    p, r, longest = (2, 2, 8) if cfg.short else (8, 8, 256)
+    with tempfile.TemporaryDirectory() as folder:
+        build_toy_tokenizer(folder, vocabulary())
+        tokenizer = Tokenizer(folder)
+    config = {"vocab_size": tokenizer.vocab_size, "eos_token_id": list(tokenizer.eos_ids),
+              "pad_token_id": tokenizer.special_ids["<|endoftext|>"]}  # fmt: skip
+    unequal = common.lengths(p * r, longest)
+    for family in cfg.families:
+        with (common.model_dir(family, tokenizer, **config) as folder,
+              common.model_dir(family, tokenizer, seed=1, **config) as teacher):  # fmt: skip
+            for loss in cfg.losses:
+                for shape in cfg.shapes:
+                    lengths = unequal
+                    if shape == "equal":
+                        lengths = [round(sum(unequal) / len(unequal))] * (p * r)
+                    # TRL's distillation draws one response a prompt
+                    prompts, rollouts = (p, r) if loss == "grpo" else (p * r, 1)
+                    compare(f"{family} {loss} {shape} {prompts}x{rollouts}", folder,
+                            teacher if loss == "mopd" else None, make_rows("math", prompts),
+                            rollouts, lengths, cfg)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
