@@ -2,9 +2,9 @@
 
     python -m bench.growth [--short] [--out assets/growth]         (writes .csv, and .png)
 
-Each curve is fitted as seconds = a + b x by least squares on relative errors; a is what a step costs
-whatever its size (dispatch, reading the weights), b what one more unit costs. The points of all
-curves are measured in turns, so that a slow minute falls on all of them.
+Each curve is fitted as seconds = a + b x by least squares on relative errors; a is what a step
+costs whatever its size (dispatch, reading the weights), b what one more unit costs. The points of
+all curves are measured in turns, so that a slow minute falls on all of them.
 """
 
 import csv

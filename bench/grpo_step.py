@@ -6,8 +6,8 @@ DistillationTrainer.
 Same weights, prompts, group size, output lengths (forced) and reward function; fp32, one optimizer
 step a batch of responses, no KL term. TRL runs its own train(); a callback runs our step between
 two of its steps, so the two alternate in one process. Ours is the body of the loops in train_rl.py
-and train_mopd.py. TRL's distillation compares whole distributions, ours the sampled tokens (Eq. 2-4):
-each is what its recipe prescribes.
+and train_mopd.py. TRL's distillation compares whole distributions, ours the sampled tokens (Eq.
+2-4): each is what its recipe prescribes.
 """
 
 import logging
@@ -73,7 +73,8 @@ class Ours:
             )  # fmt: skip
         rollouts = [x for group in groups for x in group]
         rewards = torch.tensor([x.reward for x in rollouts]).view(-1, self.rollouts)  # (p, r)
-        for x, advantage in zip(rollouts, group_advantages(rewards).flatten().tolist(), strict=True):
+        advantages = group_advantages(rewards).flatten().tolist()
+        for x, advantage in zip(rollouts, advantages, strict=True):
             x.advantage = advantage
         counts = torch.tensor([x.num_loss_tokens for x in rollouts])  # (o,)
         load = no_load(model)

@@ -2,8 +2,8 @@
 
     python -m bench.train_step [--short] [--pairs 7]
 
-The work is 64 documents (prompt and response) whose lengths come from bench/lengths.json, or are all
-equal: next-token cross-entropy, backward, clipping, AdamW (fused on both sides). The peer runs
+The work is 64 documents (prompt and response) whose lengths come from bench/lengths.json, or are
+all equal: next-token cross-entropy, backward, clipping, AdamW (fused on both sides). The peer runs
 right-padded batches, sorted by length, at the better of two batch sizes. nemotron_h in transformers
 carries its state over packed boundaries, so padding is what it can do.
 """
@@ -85,8 +85,8 @@ def compare(name, ours, theirs, sizes, cfg):
     tokens, seconds = sum(sizes) - len(sizes), [statistics.median(x) for x in times]
     gflops = 3 * tokens * token_flops(ours.config, tokens / len(sizes) / 2) / seconds[0] / 1e9
     print(f"{name:<28} {tokens / seconds[0]:8,.0f} | {tokens / seconds[1]:8,.0f} real tok/s (rows "
-          f"{rows})  ratio {spread(ratios(*times))}, padding alone {padded_share(sizes, rows):.2f}  "
-          f"{gflops:.0f} GFLOP/s = {100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}",
+          f"{rows})  ratio {spread(ratios(*times))}, padding alone "
+          f"{padded_share(sizes, rows):.2f}  {gflops:.0f} GFLOP/s = {100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}",
           flush=True)  # fmt: skip
 
 

@@ -19,7 +19,7 @@ STEP_BYTES = 1 << 20  # of state that a decoding step works on at once: half a c
 
 def upcast(x: Tensor) -> Tensor:
     """At least fp32: the precision of the islands (router, dt, A, state, logits), fp64 kept."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype.itemsize >= 4 else x.float()
 
 
 def chunk_scan(x, dt, A, B, C, chunk_size, segments=None, state=None):
@@ -112,15 +112,15 @@ def causal_conv(padded, weight, bias, segments=None):
     bias (m,), segments (b, t). Returns (b, t, m). Written as a sum of w shifted products: the
     document mask then costs one comparison a tap.
     """
-    taps = weight.shape[-1]
-    t = padded.shape[1] - taps + 1
-    y = torch.addcmul(bias, padded[:, taps - 1 :], weight[:, 0, -1])  # (b, t, m)
-    for back in range(1, taps):
-        shifted = padded[:, taps - 1 - back : taps - 1 - back + t]  # (b, t, m) x, `back` earlier
+    *earlier, now = weight[:, 0].unbind(-1)  # w taps (m,)
+    t = padded.shape[1] - len(earlier)
+    y = torch.addcmul(bias, padded[:, len(earlier) :], now)  # (b, t, m)
+    for i, tap in enumerate(earlier):
+        back, shifted = len(earlier) - i, padded[:, i : i + t]  # (b, t, m) x, `back` earlier
         if segments is not None:
             same = F.pad(segments, (back, 0), value=-1)[:, :t] == segments  # (b, t)
             shifted = shifted * same[..., None]
-        y = torch.addcmul(y, shifted, weight[:, 0, -1 - back])
+        y = torch.addcmul(y, shifted, tap)
     return y
 
 
@@ -174,7 +174,7 @@ class Mamba2(nn.Module):
         cfg = self.config
         y = upcast(y) * F.silu(upcast(gate))  # (b, t, h*c)
         groups = y.unflatten(-1, (cfg.mamba_n_groups, -1))  # (b, t, g, h*c/g)
-        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + cfg.norm_eps)
+        groups = F.rms_norm(groups, groups.shape[-1:], None, cfg.norm_eps)
         return groups.flatten(-2).to(gate.dtype) * self.norm.weight  # (b, t, h*c)
 
     def forward(self, x: Tensor, ctx, layer: dict | None = None) -> Tensor:
@@ -186,8 +186,10 @@ class Mamba2(nn.Module):
         projected = self.in_proj(x)
         sizes = (cfg.mamba_inner, cfg.conv_dim, cfg.mamba_num_heads)
         gate, xBC, raw_dt = projected.split(sizes, dim=-1)  # (b, t, h*c), (b, t, m), (b, t, h)
-        before = xBC.new_zeros(b, cfg.conv_kernel - 1, cfg.conv_dim)  # (b, w-1, m)
-        padded = torch.cat([before if layer is None else layer["conv"], xBC], 1)  # (b, w-1+t, m)
+        if layer is None:
+            padded = F.pad(xBC, (0, 0, cfg.conv_kernel - 1, 0))  # (b, w-1+t, m)
+        else:
+            padded = torch.cat([layer["conv"], xBC], 1)  # (b, w-1+t, m)
         weight, bias = self.conv1d.weight, self.conv1d.bias
         mixed = F.silu(causal_conv(padded, weight, bias, ctx.segments))  # (b, t, m)
         groups_size = cfg.mamba_n_groups * cfg.ssm_state_size

@@ -105,7 +105,7 @@ class Context:
 
     valid (b, t): False on padding, or None; segments (b, t): document ids of packed rows, or None;
     rows (b, 1) and slots (b, t): where in the cache each token is written; seen: cache slots that
-    attention reads; rotary: cos and sin (b, 1, t, c/2), or None; mask: (b, 1, t, t'), or None for
+    attention reads; rotary: cos and sin (b, 1, t, c), or None; mask: (b, 1, t, t'), or None for
     plain causal (or, for single tokens of equally long rows, everything);
     documents: (start, end) of each document where rows are too long for a mask.
     """
@@ -137,7 +137,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (b, 1, t, c/2) of the rotary embedding at positions (b, t), at least fp32."""
+    """cos (b, 1, t, c) and sin, its first half negated, of the rotary embedding at positions."""
     half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / config.rope_theta ** (half / config.head_dim)  # (c/2,)
     scaling = config.rope_scaling
@@ -147,14 +147,15 @@ def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor
         smooth = ((turns - low) / (high - low)).clamp(0, 1)  # (c/2,)
         frequency = frequency * (smooth + (1 - smooth) / scaling["factor"])
     angle = positions[:, None, :, None].float() * frequency  # (b, 1, t, c/2)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate-half rotary embedding of x (b, h, t, c)."""
-    cos, sin = (y.to(x.dtype) for y in rotary)
-    first, second = x.chunk(2, dim=-1)  # (b, h, t, c/2) each
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    """Rotate-half rotary embedding of x (b, h, t, c): (first, second) halves of the channels become
+    (first * cos - second * sin, second * cos + first * sin)."""
+    cos, sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -338,7 +339,8 @@ class Model(nn.Module):
                 itself = torch.eye(t, dtype=torch.bool, device=ids.device)  # (t, t)
                 ctx.mask = (causal & valid[:, None, :] | itself)[:, None]  # (b, 1, t, t)
         if self.config.rope_theta is not None:
-            ctx.rotary = rotary_table(self.config, positions)
+            dtype = self.embed.weight.dtype
+            ctx.rotary = tuple(x.to(dtype) for x in rotary_table(self.config, positions))
         return ctx
 
     def cache_mask(self, positions: Tensor, seen: int) -> Tensor:

@@ -112,8 +112,8 @@ class Experts(nn.Module):
         for x, up, gate, down in zip(groups, ups, gates, downs, strict=True):
             if not len(x):
                 continue
-            gated = None if gate is None else x @ gate.mT  # (n, f)
-            pieces.append(activate(x @ up.mT, gated) @ down.mT)  # (n, d)
+            gated = None if gate is None else F.linear(x, gate)  # (n, f)
+            pieces.append(F.linear(activate(F.linear(x, up), gated), down))  # (n, d)
         return torch.cat(pieces)  # (n*a, d)
 
 

@@ -39,7 +39,7 @@ def mix(x: Tensor) -> Tensor:
 
 def hash_uniform(keys: Tensor, positions: Tensor) -> Tensor:
     """u in [0, 1) for each (key, position), both int64 (b,): (b,) fp64."""
-    bits = mix(mix(keys) + positions * 0x1E3779B97F4A7C15)
+    bits = mix(keys + positions * 0x1E3779B97F4A7C15)
     return ((bits >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
 
 
@@ -48,7 +48,7 @@ def sample_keys(seed: int, row_ids: Sequence[int], num_samples: int, device="cpu
     rows = torch.tensor(list(row_ids), dtype=torch.long, device=device)[:, None]  # (p, 1)
     rollouts = torch.arange(num_samples, device=device)  # (r,)
     base = mix(torch.tensor(seed, device=device) + 0x51ED270B)  # ()
-    return mix(mix(base + rows * 0x2545F4914F6CDD1D) + rollouts)
+    return mix(mix(mix(base + rows * 0x2545F4914F6CDD1D) + rollouts))
 
 
 def truncate(p: Tensor, top_p: float, top_k: int) -> Tensor:
