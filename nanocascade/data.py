@@ -84,6 +84,8 @@ def normalize(row: dict, name: str) -> dict:
     messages = conversation(row)[0]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise ValueError("the prompt must end with a user turn or a tool's result")
+    if not 0 <= row.get("pass_rate", 0) <= 1:
+        raise ValueError(f"pass_rate {row['pass_rate']} is not within 0 and 1")
     row = {"id": row.get("uuid") or row.get("hash_id") or name} | equip(row)
     return row if "domain" in row else row | {"domain": kind_of(row)}
 

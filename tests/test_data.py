@@ -43,6 +43,8 @@ def test_three_forms_become_one(tmp_path):
     ({"responses_create_params": {"input": "Hi"}}, False, "fits no verifier"),
     (GYM | {"responses_create_params": {"input": [BOX]}}, False, "must end with a user"),
     ({"messages": [USER]}, True, "answer"), ({"messages": [USER, BOX]}, False, "fits no verifier"),
+    (GYM | {"pass_rate": 2}, False, "pass_rate 2 is not"),
+    (GYM | {"environment": {"name": "chess"}}, False, "environment 'chess' is unknown"),
     ({"messages": [{"role": "robot", "content": "x"}, BOX]}, True, "robot"),
     ({"messages": [USER, BOX | {"content": [{"image": "x"}]}]}, True, "missing field: 'text'"),
     ('{"question": "\\ud800", "answer": "1"}', True, "surrogates"), ("[" * 100_000, True, "Recurs"),

@@ -37,7 +37,8 @@ def test_errors_of_flags(refused, sft):
     refused("--config full needs --init, --data", "train_sft.py", "--config", "full")
     stage = ("train_rl.py", "--stage", "if_rl", "--init", sft)
     refused("--overlong cut: expected penalty or filter", *stage, "--overlong", "cut")
-    refused("--rollouts 0: expected 1 or more", *stage, "--rollouts", 0)
+    for flag in ("--rollouts", "--pass_samples", "--max_turns"):
+        refused(f"{flag} 0: expected 1 or more", *stage, flag, 0)
     refused("--lr nan: expected 0 or more", *stage, "--lr", "nan")
     refused("--temperature 0: .* of logits / temperature", *stage, "--temperature", 0)
     refused("--top_p 1.5: expected more than 0 and at most 1", *stage, "--top_p", 1.5)
