@@ -74,7 +74,7 @@ def main():
     elif cfg.prompts or cfg.prompt:
         prompts = [cfg.prompt]
         if cfg.prompts:
-            prompts = [x for x in read_text(cfg.prompts).splitlines() if x.strip()]
+            prompts = [x for x in read_text(cfg.prompts).split("\n") if x.strip()]
             if not prompts:
                 raise ValueError(f"{cfg.prompts}: no prompts")
         answer_prompts(cfg, model, tokenizer, prompts)

@@ -24,6 +24,7 @@ from pathlib import Path
 from nanocascade.chat import split_thought
 from nanocascade.environments import equip
 from nanocascade.rewards import check_row, kind_of
+from nanocascade.state import read_text
 
 BOXED = "\n\nReason step by step and put the final answer inside \\boxed{}."
 
@@ -115,6 +116,19 @@ def from_question(row: dict) -> dict:
     on = {"on": [boxed | {"reasoning_content": work}]} if work else {}
     return {"expected_answer": final, "solutions": {**on, "off": off}, **row,
             "responses_create_params": {"input": [prompt]}}
+
+
+def read_references(path: str) -> dict[str, list[str]]:
+    """{question: stored answers} that preference answers are compared with, of the SFT run."""
+    found: dict[str, list[str]] = {}
+    lines = read_text(path).rstrip("\n").split("\n") if path else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            found.setdefault(record["question"], []).append(record["answer"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number}: no question and answer: {error!r}") from None
+    return found
 
 
 def chat_form(items) -> list[dict]:

@@ -8,8 +8,6 @@ beside the weights; state/ exists until the run is finished.
 import json
 import os
 import platform
-import resource
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -21,7 +19,13 @@ from tqdm import tqdm
 from nanocascade import tasks
 from nanocascade.checkpoint import save_model, sha256_of
 from nanocascade.config import describe
-from nanocascade.data import PromptStream, conversation, read_rows, sft_conversation
+from nanocascade.data import (
+    PromptStream,
+    conversation,
+    read_references,
+    read_rows,
+    sft_conversation,
+)
 from nanocascade.distributed import LAYOUT, load, parallelize
 from nanocascade.hf_config import load_config
 from nanocascade.model import Model, ModelConfig
@@ -32,13 +36,19 @@ from nanocascade.state import (
     check_out_dir,
     load_state,
     read_json,
-    read_text,
     remove_state,
     save_state,
     write_json_atomic,
 )
 from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
-from nanocascade.training import Log, check_settings, evaluation_table, show_rollout
+from nanocascade.training import (
+    Log,
+    check_settings,
+    commit,
+    evaluation_table,
+    peak_gib,
+    show_rollout,
+)
 
 TOY = "toy"  # as a data source: rows of tasks.py
 
@@ -115,10 +125,8 @@ class Run:
         identity = {k: v for k, v in asdict(cfg).items() if k not in free}
         identity |= {"stage": stage, "teachers": self.teachers}
         self.out = Path(cfg.out)
-        self.resumes = False
-        if not cfg.dry_run:
-            self.resumes = check_out_dir(self.out, cfg.resume, identity)
-        self.parent = {}
+        self.resumes = not cfg.dry_run and check_out_dir(self.out, cfg.resume, identity)
+        self.parent, self.references, self.evaluation, self.eval_rows = {}, None, {}, {}
         if self.toy_start:
             with tempfile.TemporaryDirectory() as scratch:  # a dry run leaves nothing in --out
                 path = scratch if cfg.dry_run else self.out
@@ -132,9 +140,6 @@ class Run:
             self.tokenizer = Tokenizer(cfg.init)
             if (Path(cfg.init) / "manifest.json").exists():
                 self.parent = read_json(Path(cfg.init) / "manifest.json")
-        self.references: dict[str, list[str]] | None = None
-        self.evaluation: dict[str, dict] = {}
-        self.eval_rows: dict[str, list[dict]] = {}
         self.seconds, self.stopping = 0.0, False
 
     # ---- Data ----
@@ -147,8 +152,7 @@ class Run:
         self.evaluation_rows(domains)
         if self.cfg.data == (TOY,):
             seed = f"{self.cfg.seed} {self.stage}"  # no stage trains on another's problems
-            made = [tasks.make_rows(d, per_domain, "train", seed) for d in domains]
-            rows = [row for part in made for row in part]
+            rows = [x for d in domains for x in tasks.make_rows(d, per_domain, "train", seed)]
         else:
             rows = list(read_rows(self.cfg.data, sft=sft))
             found = {r["domain"] for r in rows}
@@ -195,24 +199,13 @@ class Run:
                 held = f"--row_tokens is {most}" if sft else f"the model's context is {most}"
                 raise ValueError(f"row {row['id']}: {size} tokens + {new_tokens} new ones; {held}")
 
-    def read_references(self, path: str) -> dict[str, list[str]]:
-        """{question: stored answers} that preference answers are compared with, of the SFT run."""
-        found: dict[str, list[str]] = {}
-        for number, line in enumerate(read_text(path).splitlines() if path else (), 1):
-            try:
-                record = json.loads(line)
-                found.setdefault(record["question"], []).append(record["answer"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}:{number}: no question and answer: {error!r}") from None
-        return found
-
     def with_references(self, rows: list[dict]) -> list[dict]:
         """Rows whose question has stored answers get one of them, by their position. Where no row
         is of preference, a parent's answers need not be there any more."""
         if not self.cfg.references and all(row["domain"] != "preference" for row in rows):
             return rows
         if self.references is None:
-            self.references = self.read_references(self.reference_path())
+            self.references = read_references(self.reference_path())
         out = []
         for i, row in enumerate(rows):
             answers = self.references.get(question_of(row))
@@ -252,8 +245,7 @@ class Run:
         stream = PromptStream(rows, self.cfg.seed, shares or None, curriculum)
         if extra is not None:
             stream.load_state(extra["stream"])
-            first, self.evaluation = extra["step"], extra["evaluation"]
-            self.seconds = extra["seconds"]
+            first, self.evaluation, self.seconds = map(extra.get, ("step", "evaluation", "seconds"))
         self.log = Log(self.cfg.out, first) if self.dist.is_main else None
         self.started = time.perf_counter()
         return rows, stream, first
@@ -372,7 +364,7 @@ class Run:
     def reference_path(self) -> str:
         """Own answers (SFT), --references, or the parent's, wherever its directory stands now."""
         own, near = (Path(x) / "references.jsonl" for x in (self.out, self.cfg.init))
-        known = str(near) if near.exists() else self.parent.get("references", "")
+        known = str(near) if self.cfg.init and near.exists() else self.parent.get("references", "")
         return str(own) if own.exists() else self.cfg.references or known
 
     def write_references(self, model, scorer) -> None:
@@ -391,7 +383,7 @@ class Run:
             part.write_text("".join(json.dumps(x) + "\n" for x in records))
             os.replace(part, self.out / "references.jsonl")
         self.dist.barrier()
-        self.references = self.read_references(self.out / "references.jsonl")
+        self.references = read_references(self.out / "references.jsonl")
 
     def describe(self) -> None:
         """--dry_run: the resolved run and what it would train."""
@@ -404,21 +396,5 @@ class Run:
               f"optimizer {2 * total * size:,}")  # fmt: skip
 
 
-def peak_gib(device: str) -> float:
-    """The most memory this process has used: of its device, or resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
-
-
 def question_of(row: dict) -> str:
     return conversation(row)[0][-1]["content"]
-
-
-def commit() -> str:
-    """The commit of this code, or "" outside a repository."""
-    command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

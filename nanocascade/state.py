@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is at one rank
 
 
 def check_out_dir(out, resume: bool, identity: dict) -> bool:

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import subprocess
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -306,3 +308,19 @@ def evaluation_table(evaluation: dict[str, dict]) -> str:
         ]
         lines.append(f"{domain:<14} {cells[0]:>16} {cells[1]:>16}")
     return "\n".join(lines)
+
+
+def peak_gib(device: str) -> float:
+    """The most memory this process has used: of its device, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
+
+
+def commit() -> str:
+    """The commit of this code, or "" outside a repository."""
+    command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

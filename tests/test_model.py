@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanocascade import logprobs, model
 from nanocascade.cache import Cache
 from nanocascade.checkpoint import disk_names, experts_of, load_model
+from nanocascade.distributed import Dist, parallelize
 from nanocascade.logprobs import token_logprobs
 from nanocascade.moe import Routing
 from nanocascade.sampler import generate
@@ -164,6 +165,22 @@ def test_parity_replay(case, tmp_path):
     other = Routing(layers, shifted)
     assert (network(ids, routing=other) - hidden).abs().max() > 1e-2
     assert other.experts().equal(shifted)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_invariance_checkpointed_blocks(case, tmp_path):
+    """Blocks that are recomputed in backward, their inputs in host memory or not, give the bits of
+    kept ones and count a token's experts once."""
+    ids, found = make_parity.training_ids(), []
+    for options in ({}, {"checkpoint_blocks": True},
+                    {"checkpoint_blocks": True, "offload_blocks": True}):  # fmt: skip
+        network = parallelize(build(case, tmp_path), Dist(**options))
+        routing = Routing(network.config.num_moe_layers)
+        network.logits(network(ids, routing=routing)).square().mean().backward()
+        load = routing.load(torch.ones_like(ids, dtype=torch.bool), network.config.num_experts)
+        found.append([load, *(p.grad for p in network.parameters())])
+    for other in found[1:]:
+        assert all(x.equal(y) for x, y in zip(found[0], other, strict=True))
 
 
 def test_invariance_frozen_router(tmp_path):
