@@ -5,7 +5,6 @@ Wrong input is one line and exit code 2 (with NANOCASCADE_DEBUG=1 in the environ
 """
 
 import ast
-import contextlib
 import difflib
 import inspect
 import io
@@ -17,11 +16,11 @@ from dataclasses import fields
 from typing import get_args, get_type_hints
 
 
-@contextlib.contextmanager
-def user_errors():
-    """Inside this block an error of the user's making (a value, a file) is one line and exit 2."""
+def run_main(main) -> None:
+    """Run a script's main(): an error of the user's making (a value, a file) is one line and exit
+    code 2, a broken invariant (assert) keeps its traceback."""
     try:
-        yield
+        main()
     except (ValueError, OSError) as error:  # OSError: missing file, no permission, disk full
         if os.environ.get("NANOCASCADE_DEBUG"):
             raise
@@ -29,13 +28,6 @@ def user_errors():
         raise SystemExit(2) from None
 
 
-def run_main(main) -> None:
-    """Run a script's main() under user_errors. Broken invariants (assert) keep their traceback."""
-    with user_errors():
-        main()
-
-
-@user_errors()
 def parse_args(cls, argv=None, presets=None):
     """An instance of the dataclass `cls` from argv: ["--lr", "3e-6", "--dry_run", "--data=a,b"].
 

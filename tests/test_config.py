@@ -48,7 +48,7 @@ def test_flags_and_presets(argv, expected):
 def test_bad_flags_are_one_line(argv, words, capsys):
     """A wrong flag ends with code 2 and one line that says what would be right."""
     with pytest.raises(SystemExit) as stop:
-        parse_args(Config, argv, PRESETS)
+        run_main(lambda: parse_args(Config, argv, PRESETS))
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
     assert all(word in line for word in words), line
