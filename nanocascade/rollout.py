@@ -92,8 +92,8 @@ class Scorer:
         self.pool = ThreadPoolExecutor(workers)
 
     def submit(self, rollout: Rollout) -> Future:
-        finished = rollout.stop_reason == "stop"
-        return self.pool.submit(score, rollout.row, rollout.turns, finished=finished)
+        options = {"finished": rollout.stop_reason == "stop", "judge": self.judge}
+        return self.pool.submit(score, rollout.row, rollout.turns, **options)
 
     def group(self, rollouts: list[Rollout], encode) -> list[Reward]:
         """Pairwise rewards of one prompt's rollouts; lengths are counted in tokens."""

@@ -30,7 +30,7 @@ from nanocascade.distributed import LAYOUT, load, parallelize
 from nanocascade.hf_config import load_config
 from nanocascade.model import Model, ModelConfig
 from nanocascade.rewards import kind_of
-from nanocascade.rewards.preference import EndpointJudge, rule_judge
+from nanocascade.rewards.preference import EndpointJudge, reference_of, rule_judge
 from nanocascade.rollout import Rollout, Sampling, evaluate
 from nanocascade.state import (
     check_out_dir,
@@ -219,8 +219,8 @@ class Run:
             return EndpointJudge(cfg.judge_url, cfg.judge_model)
         real = [] if cfg.data == (TOY,) else list(rows)
         real += [] if cfg.eval_data == (TOY,) else evaluated
-        if any(kind_of(row) == "preference" for row in real):
-            raise ValueError("preference rows need --judge_url and --judge_model")
+        if any(kind_of(row) == "preference" or reference_of(row) is not None for row in real):
+            raise ValueError("preference rows need --judge_url and --judge_model, as do judged ones")
         return rule_judge
 
     # ---- Model and checkpoints ----

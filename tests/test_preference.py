@@ -1,13 +1,14 @@
 """Preference rewards: the report's formulas by hand, the toy's judge, a judge that misbehaves."""
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nanocascade.rewards import preference
+from nanocascade.rewards import check_row, kind_of, preference, score
 from nanocascade.rewards.preference import rule_judge, score_group, win_rate
 
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "About the cat."}]}}
@@ -108,8 +109,12 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.faults.pop(0) if self.server.faults else None
         time.sleep(0.5 if fault == "slow" else 0)
         texts = {message["role"]: message["content"] for message in body["messages"]}
-        scores = by_digit(texts["user"], texts["response_1"], texts["response_2"])
-        scores["score_1"] += 0.5
+        if "response_1" in texts:
+            scores = by_digit(texts["user"], texts["response_1"], texts["response_2"])
+            scores["score_1"] += 0.5
+        else:  # grading: right where the digits agree, else 0.75 if the first place has the larger
+            one, two = re.findall(r"<solution_\d>\n.*?(\d)", texts["user"], re.DOTALL)
+            scores = {"score": 1.0 if one == two else 0.75 * (one > two)}
         content = "I like both." if fault == "no verdict" else json.dumps(scores)
         answer = json.dumps({"choices": [{"message": {"content": content}}]})
         if fault != "drop":
@@ -152,3 +157,41 @@ def test_a_judge_that_is_away_is_an_error_and_no_reward(server, capsys):
     server.faults = [404]
     with pytest.raises(ValueError, match="404"):
         values(["1", "2"], judge)
+
+
+QUESTION = {"agent_ref": {"name": "equivalence_llm_judge_simple_agent"}, "expected_answer": "5 men",
+            "responses_create_params": {"input": "A long text. How many men?"}}
+REPAIR = {"responses_create_params": {"input": "Mend f."}, "verifier_metadata": {
+    "files": {"a.py": "x = 1"}, "patch": "+x = 5\n-x = 1"}}
+MENDED = "Now 5:\na.py\n<<<<<<< SEARCH\nx = 1\n=======\nx = 5\n>>>>>>> REPLACE"
+
+
+def test_answers_are_graded_beside_a_reference(server):
+    """Questions on long texts and repairs without tests: right in the end through every fault, and
+    a judge that likes a place gives nothing away; what is blank or does not apply is not asked."""
+    server.faults = ["drop", 429, 500, "slow", "no JSON", "no verdict"]
+    judge = preference.EndpointJudge(server.url, "m", timeout=0.2, pause=0.01)
+    assert (kind_of(QUESTION), kind_of(REPAIR)) == ("long_context", "swe")
+    for row, answer, reward in [
+        (QUESTION, "<think>\n4\n</think>\nThere are 5.", 1), (QUESTION, "There are 4.", 0),
+        (QUESTION, "6 or more", 0), (REPAIR, MENDED, 1), (REPAIR, MENDED.replace("5", "7"), 0),
+    ]:  # fmt: skip
+        assert score(row, answer, judge=judge).value == reward, answer
+    asked = len(server.bodies)
+    for row, answer in [(QUESTION, " "), (REPAIR, "5"), (REPAIR, MENDED.replace("x = 1", "x = 2"))]:
+        assert score(row, answer, judge=judge).value == 0
+    assert asked == len(server.bodies) == 6 + 10
+    assert score(QUESTION, "5", finished=False, judge=judge).reason == "cut off"
+
+
+def test_judged_rows_need_a_judge_that_answers(server):
+    """Without a judge, or with one that is away, a judged row is an error and never a reward."""
+    for judge in (None, rule_judge):
+        with pytest.raises(ValueError, match="needs a judge"):
+            score(QUESTION, "5", judge=judge)
+    server.faults = [503] * 50
+    with pytest.raises(ConnectionError):
+        away = preference.EndpointJudge(server.url, "m", pause=0.01, max_wait=0.1)
+        score(QUESTION, "5", judge=away)
+    with pytest.raises(ValueError, match="patch"):
+        check_row({"verifier_metadata": {"files": {"a.py": ""}}})

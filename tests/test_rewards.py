@@ -82,7 +82,9 @@ def test_numbers_compare_exactly():
         assert value({"expected_answer": expected}, rf"\boxed{{{answer}}}") == 1, answer
     assert rational("0.1") * 3 == rational("0.3") and rational(r"\frac{-3}{4}") == rational("-.75")
     assert value({"expected_answer": "1.5"}, r"\boxed{15}") == 0
-    for text in ("1 00", "1 0000", "1 000,000", "1,5", "", ".", "-", "1/0", "9**9", "9^9", "1e9", "1,23", "inf", "\u0663", r"\frac{1}{}"):
+    for text in ("1 00", "1 0000", "1 000,000", "1,5"):
+        assert rational(text) is None, text
+    for text in ("", ".", "-", "1/0", "9**9", "9^9", "1e9", "1,23", "inf", "\u0663", r"\frac{1}{}"):
         assert rational(text) is None, text
 
 

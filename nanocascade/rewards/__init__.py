@@ -13,7 +13,7 @@ import re
 from nanocascade.chat import parse_response
 from nanocascade.rewards import choice, code, instruct, math, proof, retrieval, structured, tools
 from nanocascade.rewards.base import Reward
-from nanocascade.rewards.preference import score_group
+from nanocascade.rewards.preference import grade, reference_of, score_group
 
 __all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "score", "score_group"]
 
@@ -51,9 +51,12 @@ def kind_of(row):
     {"options": [...], "expected_answer": "B"} -> "mcqa"; {"expected_answer": "32"} -> "math".
     """
     carried = {*row, *(f"verifier_metadata.{key}" for key in row.get("verifier_metadata") or ())}
-    if "genrm" in str((row.get("agent_ref") or {}).get("name")):
+    agent = str((row.get("agent_ref") or {}).get("name"))
+    if "genrm" in agent:
         carried.add("genrm")
     carried.add(f"environment.{(row.get('environment') or {}).get('name')}")
+    if "llm_judge" in agent:  # a question about the long text before it
+        carried.add("problem_type")
     for kind, (needed, _, _) in VERIFIERS.items():
         if needed <= carried:
             return kind
@@ -72,14 +75,17 @@ def check_row(row):
     return kind
 
 
-def score(row, response, *, finished=True):
+def score(row, response, *, finished=True, judge=None):
     r"""Grade one response: the text after "<|im_start|>assistant\n", or the list of turns.
 
     finished=False: generation stopped at the length limit. It is a 0 here; whether it then stays in
     the loss is the stage's choice (overlong penalty or filtering). Of several assistant turns the
-    last is the answer; tool calls count from all of them, in order.
+    last is the answer; tool calls count from all of them, in order. judge: for rows that have a
+    reference and no program to compare with it (preference.EndpointJudge).
     """
-    kind = check_row(row)
+    kind, judged = check_row(row), reference_of(row) is not None
+    if judged and not hasattr(judge, "grade"):
+        raise ValueError(f"{name_of(row)}: a {kind} row like this needs a judge")
     verify = VERIFIERS[kind][1]
     if verify is None:
         raise ValueError(f"{name_of(row)}: {kind} rows are scored in groups, by score_group")
@@ -92,5 +98,8 @@ def score(row, response, *, finished=True):
     said = [parse_response(x["content"], declared) for x in turns if x["role"] == "assistant"]
     if not said or any(message["unfinished"] for message in said):
         return Reward(0.0, "unfinished thought" if said else "no response")
+    if judged:
+        reason = kind == "swe" and code.repaired(row, said[-1])[1]  # what applies nowhere
+        return Reward(0.0, reason) if reason else grade(row, said[-1]["content"], judge)
     calls = [call for message in said for call in message["tool_calls"]]
     return verify(row, {**said[-1], "tool_calls": calls})

@@ -239,7 +239,9 @@ def patched(files, text):
     files, lines, place = dict(files), text.split("\n"), 0
     if len(text) > MAX_PATCH:
         return None, "patch too long"
-    for _ in range(lines.count("<<<<<<< SEARCH")):
+    if not (blocks := lines.count("<<<<<<< SEARCH")):
+        return None, "no patch"
+    for _ in range(blocks):
         try:
             start = lines.index("<<<<<<< SEARCH", place)
             middle = lines.index("=======", start)
@@ -275,14 +277,19 @@ def judge_files(files, row):
     return judge(modules, names[row["verifier_metadata"]["entry"]], row)
 
 
-def verify_repair(row, message):
-    """The row's files with the answer's patch, or with its ```python block as the entry file."""
+def repaired(row, message):
+    """(the row's files with the answer's patch, or its ```python block as the entry file; None), or
+    (None, reason)."""
     metadata, text = row["verifier_metadata"], message["content"]
-    if "<<<<<<< SEARCH" in text:
-        files, reason = patched(metadata["files"], text)
-    else:
-        program, reason = last_program(text)
-        files = {**metadata["files"], metadata["entry"]: program}
+    if "<<<<<<< SEARCH" in text or "entry" not in metadata:
+        return patched(metadata["files"], text)
+    program, reason = last_program(text)
+    return (None, reason) if reason else ({**metadata["files"], metadata["entry"]: program}, None)
+
+
+def verify_repair(row, message):
+    """What the row's tests say to its files as the answer repairs them."""
+    files, reason = repaired(row, message)
     return Reward(0.0, reason) if reason else judge_files(files, row)
 
 
@@ -314,10 +321,15 @@ def verify_episode(row, message):
 
 
 def check_files(row):
-    """ValueError for a repository whose files are no texts, or lack the module to be tested."""
-    files, entry = row["verifier_metadata"]["files"], row["verifier_metadata"]["entry"]
-    if not all(isinstance(x, str) for x in files.values()):
+    """ValueError for a repository whose files are no texts, or lack the module to be tested; without
+    tests a judge compares with the row's patch."""
+    metadata = row["verifier_metadata"]
+    if not all(isinstance(x, str) for x in metadata["files"].values()):
         raise ValueError("files must be {path: text}")
-    if entry not in files or not entry.endswith(".py"):
-        raise ValueError(f"entry {entry!r} is no Python file of {sorted(files)}")
+    if "unit_tests" not in metadata and "environment" not in row:
+        metadata["patch"]
+        return
+    entry = metadata["entry"]
+    if entry not in metadata["files"] or not entry.endswith(".py"):
+        raise ValueError(f"entry {entry!r} is no Python file of {sorted(metadata['files'])}")
     check_tests(row)
