@@ -196,13 +196,31 @@ def test_any_text():
     assert time.process_time() - begin < 20
 
 
+WORDS = """
+for _ in range(int(input())):
+    words = [input() for _ in range(int(input()))]
+    kinds = {kind: [i for i, x in enumerate(words, 1) if x[0] + x[-1] == kind] for kind in KINDS}
+    up, down, known = kinds["01"], kinds["10"], set(words)
+    if not up + down and kinds["00"] and kinds["11"]:
+        print(-1)
+        continue
+    more = max(up, down, key=len)
+    free = [i for i in more if words[i - 1][::-1] not in known]
+    free = free[: abs(len(up) - len(down)) // 2]
+    print(len(free))
+    print(*free)"""
+PATHS = """
+for _ in range(int(input())):
+    n, m, k = map(int, input().split())
+    print(-1 if max(n, m) > k else k - 1 if (n + m) % 2 else k - 2 * ((k - n) % 2))"""
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="needs the released example rows")
-def test_released_row():
-    """A released row: a right program earns 1, the same with one sign changed 0."""
-    row = json.loads(DATA.read_text().splitlines()[1])
-    program = (
-        "for _ in range(int(input())):\n    n, m, k = map(int, input().split())\n"
-        "    print(-1 if max(n, m) > k else k - 1 if (n + m) % 2 else k - 2 * ((k - n) % 2))"
-    )
-    for text, value in ((program, 1), (program.replace("k - 2", "k + 2"), 0)):
-        assert code.verify_program(row, {"content": block(text)}).value == value
+def test_released_rows():
+    """For each released row a right program earns 1, the same with one sign changed 0."""
+    rows = map(json.loads, DATA.read_text().splitlines())
+    words = 'KINDS = ("00", "01", "10", "11")' + WORDS
+    for row, program, sign in zip(rows, (words, PATHS), ("len(down)) //", "k - 2"), strict=True):
+        wrong = program.replace(sign, sign.replace("//", "+").replace("-", "+"))
+        for text, value in ((program, 1), (wrong, 0)):
+            assert code.verify_program(row, {"content": block(text)}).value == value, text

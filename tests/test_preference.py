@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from nanocascade.rewards import check_row, kind_of, preference, score
 from nanocascade.rewards.preference import rule_judge, score_group, win_rate
 
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "About the cat."}]}}
+DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym" / "genrm_compare.jsonl"
 CAT = "The cat is old. It can swim. I hope this helps."
 PLAIN = {"length_coef": 0, "conciseness_bonus": 0}
 
@@ -59,6 +61,15 @@ def test_numbers_a_whole_group():
     lengths = {"thought_lengths": [10, 30], "answer_lengths": [8, 4]}
     assert values(["5 good", "2 bad"], by_digit, **lengths) == pytest.approx([5.5, 2.0])
     assert values(["5 good", "2 bad"], by_digit, **PLAIN) == [5, 2]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the released rows are not here")
+def test_released_rows():
+    """In each released conversation the answer that the judge likes gets the higher reward."""
+    for row in map(json.loads, DATA.read_text().splitlines()):
+        assert check_row(row) == "preference"
+        rewards = score_group(row, ["<think>\n9\n</think>\n2 x", "4 y"], by_digit, **PLAIN)
+        assert [x.value for x in rewards] == [2, 4]
 
 
 def test_cut_off_responses_are_not_judged_and_come_last():
