@@ -165,7 +165,7 @@ CHANGES = [
     lambda t: t.replace("\n\n", "******", 1), lambda t: re.sub(r"\b(\w{7})\b", r"*\1*", t, count=3),
     lambda t: re.sub(r"\b(\w{5})\b", r"[\1]", t, count=2), lambda t: t.replace(". ", ".\n* "),
     lambda t: "".join(f"SECTION {i}\n{x}\n" for i, x in enumerate(t.split("\n\n"), 1)),
-    lambda t: t.replace(". ", "... ").replace("the", "Dr. A. Low's"), lambda t: t.title(),
+    lambda t: t.replace(". ", "... ").replace("the", "Dr. J. Smith's"), lambda t: t.title(),
     lambda t: "- " + t.replace("\n\n", "\n- "), lambda t: t.replace(". ", "! He said \"so?\" "),
 ]  # fmt: skip
 
@@ -182,7 +182,7 @@ def arguments(rng, text):
         "letter": letter, "let_frequency": near(text.lower().count(letter)), "language": "en",
         "let_relation": rng.choice(["less than", "at least"]), "num_words": near(len(words)),
         "num_sentences": near(len(instruct.sentences(text))), "num_paragraphs": near(len(parts)),
-        "nth_paragraph": 1, "first_word": (parts[0].split() or ["a"])[0].strip("*\"<>-[").lower(),
+        "nth_paragraph": 1, "first_word": (parts[0].split() or ["a"])[0].strip("*\"<>-[").lower() or "a",
         "num_placeholders": rng.randint(1, 3), "postscript_marker": rng.choice(["P.S.", "P.P.S"]),
         "num_bullets": near(text.count("\n- ") + text.count("\n* ") + text.startswith("- ")),
         "num_highlights": rng.randint(1, 3), "section_spliter": "SECTION", "num_sections":
@@ -281,19 +281,18 @@ def documents(num=2000):
 
 def own_rows():
     """The committed rows, by kind: their own right and wrong answers."""
-    from nanocascade.rewards import kind_of
+    from nanocascade.data import read_rows
 
     kinds = {}
-    for line in (ROOT / "tests" / "fixtures" / "rows.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        answers = row.pop("right", []), row.pop("wrong", [])
-        name = kind_of(row)
+    for row in read_rows(ROOT / "tests" / "fixtures" / "rows.jsonl", sft=None, problems=[]):
+        answers, name = (row["right"], row["wrong"]), row["domain"]
+        if not answers[0]:
+            continue  # graded by a judge, or read for SFT
         kind = kinds.setdefault(name, Kind(f"{name}: own rows", "answers written for them"))
         for expected, texts in zip((1.0, 0.0), answers, strict=True):
             for text in texts:
                 kind.check(row, text, expected)
-        if answers[0]:
-            kind.attack(row, HOSTILE, 2.0)
+        kind.attack(row, HOSTILE, 2.0)
     return list(kinds.values())
 
 

@@ -87,6 +87,9 @@ def test_forms_of_function_tests(inputs, outputs, program):
     ("def add(x, y) return 3", "syntax error"), ("add = z", "crashed: NameError on test 1"),
     ("def add(x): return x", "crashed: TypeError on test 1"),
     ("def add(x, y): return [0] * 10**12", "memory on test 1"),
+    ("def add(x, y): return 1 << 10**5", "wrong output on test 1"),  # giant integers
+    ("def add(x, y): return 1 << 10**8", "crashed: NoReply on test 1"),
+    ("def add(x, y): return 10 ** 10 ** 10", "time limit on test 1"),
     ("def add(x, y):\n    while x < 0: pass\n    return x + y", "time limit on test 2"),
     # what must not help: objects that equal all, leaving early, patches, forged replies
     (EQUAL % "int", "wrong output on test 1"), (EQUAL % "", "crashed: TypeError on test 1"),
@@ -118,6 +121,24 @@ def test_script_verdicts():
         ("while 1: print(1)", "output limit on test 1"),
     ]:  # fmt: skip
         assert grade(SUM, program).reason == reason, program
+
+
+def test_expected_answers_are_out_of_reach():
+    """Neither memory, frames, modules nor open files of a program hold what is expected of it."""
+    search = (
+        "import gc, os, sys\ngc.unfreeze()\nfound, x = [*gc.get_objects(), os.environ], sys._getframe()\n"
+        "while x: found += [x.f_locals, x.f_globals]; x = x.f_back\n"
+        "texts = [repr(x)[:99999] for x in found]\n"
+        "for file in range(7):\n    try: texts.append(repr(os.pread(file, 1 << 20, 0)))\n"
+        "    except OSError: pass\n"
+        "word = 'QX7-'.lower()\nhits = [t[t.find(word):][:10] for t in texts if word in t]\n"
+    )
+    script = {"inputs": ["1"], "outputs": ["qx7-answer"]}
+    assert grade(script, search + "print(*hits)").reason == "wrong output on test 1"
+    function = {"inputs": [[1]], "outputs": ["qx7-answer"], "fn_name": "f"}
+    assert grade(function, search + "f = lambda x: ''.join(hits)").reason == "wrong output on test 1"
+    tests = {"asserts": ["assert f(1) == 'qx7-answer'"]}
+    assert grade(tests, search + "f = lambda x: ''.join(hits)").reason == "wrong output on test 1"
 
 
 def test_assert_verdicts():
@@ -178,22 +199,23 @@ def test_rows_checked():
             code.check_tests({"verifier_metadata": {"unit_tests": tests}})
 
 
-def test_any_text():
-    """2,000 random answers and replies, and a long one, are read fast and without an exception."""
+@pytest.mark.parametrize("num", [2000, pytest.param(100_000, marks=pytest.mark.nightly)])
+def test_any_text(num):
+    """Any 2,000 answers and replies (nightly: 100,000), and a long one, are read without an error."""
     pieces = ["```", "```python", "\n", " ", "x = 1", "<<<<<<< SEARCH", "=======", "a.py",
               ">>>>>>> REPLACE", "\0", "\ud800", "`"]  # fmt: skip
     rng, begin = random.Random(0), time.process_time()
-    for length in [30] * 2000 + [300_000]:
+    for length in [30] * num + [300_000]:
         text = "".join(rng.choices(pieces, k=length))
         for found, reason in (code.last_program(text), code.patched({"a.py": "x = 1"}, text)):
             assert (found is None) != (reason is None)
     tokens = ['{"value": ', "{", "[", "]", "}", '"int": ', '"dict": ', '"x"', "1", '{"error": ']
     row = {"inputs": [[0]], "outputs": [{"x": [2]}], "fn_name": "f"}
-    for _ in range(2000):
+    for _ in range(num):
         reply = Outcome(b"", ["".join(rng.choices(tokens, k=rng.randint(2, 8))).encode()], "", 0.0)
         box = SimpleNamespace(run_calls=lambda *_, reply=reply: reply)
         assert next(code.judge_calls(box, {}, "", row, code.Limits()))
-    assert time.process_time() - begin < 20
+    assert time.process_time() - begin < 20 * num / 2000
 
 
 WORDS = """

@@ -36,6 +36,9 @@ ROWS = {
     "structured": {"schema_str": json.dumps(PERSON)},
     "tools": {"ground_truth": [{"name": "f", "arguments": '{"x": 3, "s": "5", "b": true}'}]},
     "long_context": {"problem_type": "bfs", "expected_answer": '["a1", "b2"]'},
+    "if": {"instruction_id_list": ["length_constraints:number_sentences", "copy:repeat_phrase"],
+           "kwargs": [{"num_sentences": 2, "relation": "less than"},
+                      {"phrase": "Time flies when having fun", "small_n": 2}]},
 }
 
 
@@ -333,6 +336,7 @@ SEEDS = {
     "structured": [GOOD, f"```json\n{GOOD}\n```", '{"a":' * 30, "[[[[" + "1e9,"],
     "tools": [call("f", x=3, s=5, b="true"), "<tool_call>{}</tool_call>", "<tool_call><function="],
     "long_context": ["Final Answer: [a1, b2]", "answer: []", "[,,']", "\n\n"],
+    "if": ["Time flies when having fun. Time runs when having fun", "Dr. A. Low... said \"so?\" (a)."],
 }
 
 

@@ -60,9 +60,11 @@ _SHORT = set(
     "vs ave jan feb sept sep oct nov dec tues wed fri u.s u.k u.n u.s.a u.s.s.r d.c n.y n.j l.a "
     "s.c n.c a.m p.m ph.d m.b.a a.d ok calif conn fla mich minn tenn wash ariz colo ill".split())
 _OPENERS = set(
-    "he she it they these those this there if when while although though despite since so thus but "
+    "he it they these this there if when while although though despite since so thus but "
     "yet however instead moreover meanwhile nonetheless nevertheless indeed similarly most many "
-    "some both even nor under among according separately in the".split())
+    "some both even nor under among according separately in the therefore her hence finally note "
+    "otherwise currently without unfortunately between using given same such which being overall "
+    "unlike together previously normally initially including".split())
 _MARK = re.compile(r"(.*[.?!])(?=[?!)\";}\]*:@'({\[ ])", re.DOTALL)  # to a word's last end mark
 
 
