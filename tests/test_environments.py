@@ -19,7 +19,7 @@ from nanocascade.chat import render_pieces
 from nanocascade.data import conversation, normalize
 from nanocascade.environments import MAX_RESULT, answer
 from nanocascade.rewards import check_row, code, score
-from nanocascade.rewards.sandbox import Sandbox
+from nanocascade.sandbox import Sandbox
 from nanocascade.sampler import Sample
 from nanocascade.tokenizer import Tokenizer
 

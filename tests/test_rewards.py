@@ -336,7 +336,7 @@ SEEDS = {
     "structured": [GOOD, f"```json\n{GOOD}\n```", '{"a":' * 30, "[[[[" + "1e9,"],
     "tools": [call("f", x=3, s=5, b="true"), "<tool_call>{}</tool_call>", "<tool_call><function="],
     "long_context": ["Final Answer: [a1, b2]", "answer: []", "[,,']", "\n\n"],
-    "if": ["Time flies when having fun. Time runs when having fun", "Dr. A. Low... said \"so?\" (a)."],
+    "if": ["Time flies when having fun. Time runs when having fun", "Dr. A. Low... so?\" (a)."],
 }
 
 

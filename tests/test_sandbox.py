@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from nanocascade.rewards import jail, sandbox
-from nanocascade.rewards.sandbox import Limits, Sandbox
+from nanocascade import jail, sandbox
+from nanocascade.sandbox import Limits, Sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 ROOT = str(Path(__file__).parents[1])
 IMPORT = """import sys
 sys.path.insert(0, sys.argv[1])
-from nanocascade.rewards import jail, sandbox
+from nanocascade import jail, sandbox
 """
 TRY = """import ctypes, fcntl, os, resource, signal, socket, subprocess
 libc = ctypes.CDLL(None)

@@ -21,10 +21,10 @@ import os
 import re
 import threading
 
+from nanocascade.jail import encode
 from nanocascade.rewards.base import Reward
-from nanocascade.rewards.jail import encode
-from nanocascade.rewards.sandbox import Limits, Sandbox
 from nanocascade.rewards.tools import MAX_CALLS
+from nanocascade.sandbox import Limits, Sandbox
 
 MAX_PROGRAM, MAX_PATCH = 1 << 18, 1 << 16  # characters; Codeforces takes 65,536 bytes
 MAX_VERDICTS = 20_000

@@ -30,7 +30,8 @@ from nanocascade.chat import parse_response
 from nanocascade.rewards.base import Reward
 
 LOWEST, MIDDLE, NO_DIFFERENCE = 1.0, 3.0, 3.5  # of the scores 1..5 and of the ranking 1..6
-COMPARED, GRADED = {"score_1": (1, 5), "score_2": (1, 5), "ranking": (1, 6)}, {"score": (0, 1)}
+COMPARED = (("score_1", 1, 5), ("score_2", 1, 5), ("ranking", 1, 6))  # numbers, from, to
+GRADED = (("score", 0, 1),)
 GRADING = """%s
 
 Above is a task, below are two solutions of it. One is known to be right. How likely is it that the
@@ -209,10 +210,10 @@ def parse_verdict(text: str, bounds=COMPARED) -> dict:
     for brace in [match.start() for match in re.finditer("{", answer)][:-200:-1]:
         try:
             found = json.JSONDecoder().raw_decode(answer, brace)[0]
-            verdict = {key: float(found[key]) for key in bounds}
+            verdict = {key: float(found[key]) for key, _, _ in bounds}
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if all(low <= verdict[key] <= high for key, (low, high) in bounds.items()):
+        if all(low <= verdict[key] <= high for key, low, high in bounds):
             return verdict
     raise ValueError(f"no verdict in the judge's answer {text[-80:]!r}")
 
@@ -238,14 +239,14 @@ class EndpointJudge:
     def __call__(self, conversation, response_1: str, response_2: str) -> dict:
         turns = [*conversation, {"role": "response_1", "content": response_1},
                  {"role": "response_2", "content": response_2}]
-        return self.ask(json.dumps({"messages": turns, **self.options}), tuple(COMPARED.items()))
+        return self.ask(json.dumps({"messages": turns, **self.options}), COMPARED)
 
     def grade(self, conversation, solution_1: str, solution_2: str) -> float:
         task = "\n\n".join(f"[{x['role']}]\n{x['content']}" for x in conversation)
         turns = [{"role": "user", "content": GRADING % (task, solution_1, solution_2)}]
-        return self.ask(json.dumps({"messages": turns, **self.options}), tuple(GRADED.items()))["score"]
+        return self.ask(json.dumps({"messages": turns, **self.options}), GRADED)["score"]
 
-    def _ask(self, body: str, bounds: tuple) -> dict:
+    def _ask(self, body: str, bounds) -> dict:
         """The endpoint's verdict, however often it must be asked."""
         began, pause = time.monotonic(), self.pause
         while True:
@@ -253,7 +254,7 @@ class EndpointJudge:
                 post = request.Request(self.url, body.encode(), self.headers)
                 with request.urlopen(post, timeout=self.timeout) as reply:
                     said = json.load(reply)["choices"][0]["message"]["content"] or ""
-                return parse_verdict(said, dict(bounds))
+                return parse_verdict(said, bounds)
             except error.HTTPError as refusal:
                 if refusal.code < 500 and refusal.code not in (408, 429):  # no use to ask again
                     raise ValueError(f"judge {self.url}: {refusal} {refusal.read(200)}") from None

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nanocascade.rewards import jail
+from nanocascade import jail
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.code import last_program
 

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from nanocascade.rewards import jail
+from nanocascade import jail
 
 
 class Limits(NamedTuple):

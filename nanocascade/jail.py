@@ -75,7 +75,6 @@ ATTACKS = {  # what a confined child of the server's tries when the server start
 
 # ---- confinement ----------------------------------------------------------------------------
 
-
 def checked(result):
     """The result of a C function, or OSError for its -1."""
     if result == -1:
@@ -168,7 +167,6 @@ class Confinement:
 
 
 # ---- a program in its child -----------------------------------------------------------------
-
 
 def encode(value):
     """Plain data as JSON that keeps Python's types: (1, {2}) -> {"tuple": [1, {"set": [2]}]}."""
@@ -338,7 +336,6 @@ def launch(seconds, memory, output, writes, reads, *command):
 
 
 # ---- the server -----------------------------------------------------------------------------
-
 
 def probe(confinement):
     """The attacks that a confined child is refused here, found by trying them."""
