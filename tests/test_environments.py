@@ -19,8 +19,8 @@ from nanocascade.chat import render_pieces
 from nanocascade.data import conversation, normalize
 from nanocascade.environments import MAX_RESULT, answer
 from nanocascade.rewards import check_row, code, score
-from nanocascade.sandbox import Sandbox
 from nanocascade.sampler import Sample
+from nanocascade.sandbox import Sandbox
 from nanocascade.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")

@@ -321,8 +321,8 @@ def verify_episode(row, message):
 
 
 def check_files(row):
-    """ValueError for a repository whose files are no texts, or lack the module to be tested; without
-    tests a judge compares with the row's patch."""
+    """ValueError for a repository whose files are no texts, or lack the module to be tested, or the
+    patch that a judge compares with where there are no tests."""
     metadata = row["verifier_metadata"]
     if not all(isinstance(x, str) for x in metadata["files"].values()):
         raise ValueError("files must be {path: text}")
