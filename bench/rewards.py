@@ -50,10 +50,14 @@ class Kind:
         self.survived = self.attacks = 0
 
     def check(self, row, response, expected, what=""):
-        """Score, time and count; a disagreement is printed."""
-        begin = time.perf_counter()
-        reward = score(row, response)
-        self.times.append(1000 * (time.perf_counter() - begin))
+        """Score, time (the best of three, as other work may share the cores; verdicts of programs
+        are remembered, so one) and count; a disagreement is printed."""
+        times = []
+        for _ in range(1 if "verifier_metadata" in row else 3):
+            begin = time.perf_counter()
+            reward = score(row, response)
+            times.append(1000 * (time.perf_counter() - begin))
+        self.times.append(min(times))
         self.count(reward.value == expected, what or f"{row} {response[-200:]!r} {reward}")
 
     def count(self, agrees, what):
@@ -314,8 +318,8 @@ def sandbox_attacks():
     """The hostile programs of the test suite, counted as pytest does."""
     files = [f"tests/test_{x}.py" for x in ("sandbox", "code", "proof")]
     command = [sys.executable, "-m", "pytest", "-q", "-rN", *files]
-    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
-    print(f"sandbox, programs and proofs: {last}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print("sandbox, programs and proofs:", (done.stdout or done.stderr).splitlines()[-1])
 
 
 def main():
@@ -330,9 +334,9 @@ def main():
             rows += [part()] if part is not own_rows else part()
         except ImportError as missing:
             print(f"left out: {missing}")
-    sandbox_attacks()
     print("\n| kind | against | agreement | median ms | p99 ms | attacks survived |\n"
           "| --- | --- | --- | --- | --- | --- |", *rows, sep="\n")  # fmt: skip
+    sandbox_attacks()
 
 
 if __name__ == "__main__":
