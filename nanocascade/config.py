@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import tokenize
@@ -66,6 +67,15 @@ def parse_args(cls, argv=None, presets=None):
 def describe(cfg) -> str:
     """The resolved run, one `name = value` a line."""
     return "\n".join(f"{field.name:<20} = {getattr(cfg, field.name)}" for field in fields(cfg))
+
+
+def commit() -> str:
+    """The commit of this code, or "" outside a repository."""
+    command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def save_json(cfg, path) -> None:

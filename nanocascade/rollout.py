@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -110,9 +111,7 @@ class Scorer:
         )
 
 
-def roll_out(
-    model, tokenizer, rows, num_samples, sampling: Sampling, seed, row_ids, scorer=None, dist=None
-):
+def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, scorer=None, dist=None):
     """`num_samples` episodes of each row: groups[p][r], scored where a scorer is given.
 
     seed already holds the training step, row_ids name the rows for the sampler's hash. Returns the
@@ -130,6 +129,8 @@ def roll_out(
     def scored(rollout: Rollout) -> bool:
         return scorer is not None and kind_of(rollout.row) != "preference"
 
+    calls_tool = partial(wants_tool, sampling=sampling)
+
     def finish(p: int, r: int, sample) -> None:
         """Book a turn; a finished episode goes to the scorer while others are still sampled."""
         rollout = groups[p][r]
@@ -137,22 +138,22 @@ def roll_out(
         rollout.stop_reason, rollout.experts = sample.stop_reason, sample.experts
         text = tokenizer.said(sample.tokens, sampling.thinking)
         rollout.turns.append({"role": "assistant", "content": text})
-        if scored(rollout) and not wants_tool(rollout, sampling):
+        if scored(rollout) and not calls_tool(rollout):
             verdicts[id(rollout)] = scorer.submit(rollout)
 
     options = {
         "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
         "stop_ids": tokenizer.eos_ids, "max_rows": sampling.max_rows, "seed": seed,
-        "return_experts": sampling.return_experts,
+        "return_experts": sampling.return_experts, "keep_going": dist.keep_going(),
     }  # fmt: skip
     with unsharded(model):
         generate(
             model, prompts, num_samples=num_samples, max_new_tokens=sampling.max_new_tokens,
-            row_ids=row_ids, on_sample=finish, keep_going=dist.keep_going(), **options,
+            row_ids=row_ids, on_sample=finish, **options,
         )  # fmt: skip
-        everyone = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
-        pending = [(p, r) for p, r in everyone if wants_tool(groups[p][r], sampling)]
-        while dist.any(pending):  # the next turn of every episode whose last one called a tool
+        pending = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
+        # The next turn of every episode whose last one called a tool.
+        while dist.together(pending := [(p, r) for p, r in pending if calls_tool(groups[p][r])]):
             answer_calls([groups[p][r] for p, r in pending], tokenizer, sampling)
             pending = [(p, r) for p, r in pending if not groups[p][r].truncated]
             texts = [groups[p][r] for p, r in pending]
@@ -162,9 +163,8 @@ def roll_out(
                 # a name of its own for each episode; positions differ from turn to turn
                 row_ids=[(row_ids[p] + 1) * (1 << 20) + r for p, r in pending],
                 on_sample=lambda i, _, sample, who=tuple(pending): finish(*who[i], sample),
-                keep_going=dist.keep_going(), **options,
+                **options,
             )  # fmt: skip
-            pending = [(p, r) for p, r in pending if wants_tool(groups[p][r], sampling)]
     sampled = time.perf_counter()
     for group in groups if scorer is not None else ():
         book_rewards(group, verdicts, scorer, tokenizer)

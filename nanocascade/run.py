@@ -8,8 +8,6 @@ beside the weights; state/ exists until the run is finished.
 import json
 import os
 import platform
-import resource
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from nanocascade import tasks
-from nanocascade.checkpoint import load_config, save_model, sha256_of
-from nanocascade.config import describe
+from nanocascade.checkpoint import load_config, save_model
+from nanocascade.config import commit, describe
 from nanocascade.data import PromptStream, conversation, read_rows, sft_conversation
 from nanocascade.distributed import LAYOUT, load, parallelize
 from nanocascade.model import Model, ModelConfig
@@ -33,10 +31,11 @@ from nanocascade.state import (
     read_json,
     remove_state,
     save_state,
+    sha256_of,
     write_json_atomic,
 )
 from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
-from nanocascade.training import Log, check_settings, evaluation_table, show_rollout
+from nanocascade.training import Log, check_settings, evaluation_table, peak_gib, show_rollout
 
 TOY = "toy"  # as a data source: rows of tasks.py
 
@@ -395,21 +394,5 @@ class Run:
               f"optimizer {2 * total * size:,}")  # fmt: skip
 
 
-def peak_gib(device: str) -> float:
-    """The most memory this process has used: of its device, or resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
-
-
 def question_of(row: dict) -> str:
     return conversation(row)[0][-1]["content"]
-
-
-def commit() -> str:
-    """The commit of this code, or "" outside a repository."""
-    command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

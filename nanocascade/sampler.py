@@ -228,11 +228,9 @@ def generate(
     max_new_tokens: of every response, or one limit a prompt; temperature 0 is greedy; top_k 0 and
     top_p 1 are off; row_ids: names of the prompts for the random hash; max_rows: decoded at once;
     on_sample: called with (p, r, sample) as each finishes; on_token: with each token of a single
-    response; keep_going: given whether rows are left, says whether to decode on: ranks that share a
-    model end together, and one that is done decodes padding. Raises ValueError for an empty prompt
-    or one beyond the context length.
+    response; keep_going: whether to, given whether rows are left (some ranks end together).
     """
-    p, r, longest = len(prompts), num_samples, max((len(x) for x in prompts), default=0)
+    p, r, longest = len(prompts), num_samples, max(map(len, prompts), default=0)
     limits = [max_new_tokens] * p if isinstance(max_new_tokens, int) else list(max_new_tokens)
     max_new_tokens = max(limits, default=1)
     check_prompts(prompts, limits, model.config.max_position_embeddings)

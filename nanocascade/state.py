@@ -5,9 +5,11 @@ whole. No pickle: safetensors and JSON.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+
+# One process alone is no mishap that every save has to mention.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 def check_out_dir(out, resume: bool, identity: dict) -> bool:
@@ -147,6 +152,16 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 def sync(file: Path) -> None:
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())
+
+
+def sha256_of(path) -> str:
+    """Hash of a directory's weights for the manifest: `cat model*.safetensors | sha256sum`."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_json_atomic(path, obj) -> None:

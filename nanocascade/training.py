@@ -3,13 +3,13 @@
 import json
 import math
 import os
+import resource
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nanocascade.data import pack
 from nanocascade.logprobs import token_logprobs
@@ -139,7 +139,7 @@ def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_h
     """
     groups = {}
     for p in model.parameters():
-        mesh = p.device_mesh if isinstance(p, DTensor) else None
+        mesh = getattr(p, "device_mesh", None)
         if p.requires_grad:
             groups.setdefault((p.ndim < 2, mesh), []).append(p)
     groups = [{"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay}
@@ -235,6 +235,13 @@ def check_finite(loss: Tensor, step: int, batch: Batch, rollouts: list[Rollout])
         indices = batch.response_ids.unique().tolist()
         rows = sorted({str(rollouts[i].row.get("id")) for i in indices})
         raise ValueError(f"loss is {loss.item()} at step {step}; rows {', '.join(rows[:20])}")
+
+
+def peak_gib(device: str) -> float:
+    """The most memory this process has used: of its device, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
 
 
 class Log:
