@@ -119,17 +119,15 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
     """
     start, dist = time.perf_counter(), dist or Dist()
     prompts = [tokenizer.render(*conversation(x), sampling.thinking, True)[0] for x in rows]
-    groups = [
-        [Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
-         for _ in range(num_samples)]
-        for row, ids in zip(rows, prompts, strict=True)
-    ]  # fmt: skip
+    groups = [[Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
+               for _ in range(num_samples)]
+              for row, ids in zip(rows, prompts, strict=True)]  # fmt: skip
     verdicts: dict[int, Future] = {}
+
+    calls_tool = partial(wants_tool, sampling=sampling)
 
     def scored(rollout: Rollout) -> bool:
         return scorer is not None and kind_of(rollout.row) != "preference"
-
-    calls_tool = partial(wants_tool, sampling=sampling)
 
     def finish(p: int, r: int, sample) -> None:
         """Book a turn; a finished episode goes to the scorer while others are still sampled."""
@@ -152,8 +150,8 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
             row_ids=row_ids, on_sample=finish, **options,
         )  # fmt: skip
         pending = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
-        # The next turn of every episode whose last one called a tool.
         while dist.together(pending := [(p, r) for p, r in pending if calls_tool(groups[p][r])]):
+            # the next turn of every episode whose last one called a tool
             answer_calls([groups[p][r] for p, r in pending], tokenizer, sampling)
             pending = [(p, r) for p, r in pending if not groups[p][r].truncated]
             texts = [groups[p][r] for p, r in pending]
