@@ -76,9 +76,11 @@ class Dist:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def shard(self, items: list) -> list:
-        """This rank's share: every world_size-th item, so that long and short ones mix."""
-        return items[self.rank :: self.world_size]
+    def shard(self, items: list, size=None) -> list:
+        """This rank's share: every world_size-th item, in order of size(item) where it is given, so
+        that all have as much to do."""
+        order = sorted(range(len(items)), key=lambda i: -size(items[i]) if size else i)
+        return [items[i] for i in sorted(order[self.rank :: self.world_size])]
 
     def sum(self, x):
         """Sum over ranks of a number or tensor."""

@@ -232,7 +232,8 @@ def collect_groups(
     while kept < prompts and tried < MAX_DRAWS * prompts:
         drawn = stream.take(prompts - kept)
         tried += len(drawn)
-        mine = dist.shard(drawn)
+        # What is asked at length is thought about at length, and prefilled at length in any case.
+        mine = dist.shard(drawn, size=lambda x: len(str(x[1].get("responses_create_params"))))
         groups, spent = roll_out(
             model, tokenizer, [row for _, row in mine], num_samples, sampling,
             step_seed(seed, step), [i for i, _ in mine], scorer, dist,

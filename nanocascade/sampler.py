@@ -148,7 +148,7 @@ class Decoder:
         hidden = self.model(self.state["last"][:, None], cache=self.cache, routing=routing)
         if routing is not None:
             rows = torch.arange(self.cache.rows, device=self.device)
-            at = (self.state["count"] - 1).clamp(min=0)  # idle rows may write anywhere
+            at = (self.state["count"] - 1).clamp(0, self.max_new - 1)  # idle rows write anywhere
             self.state["experts"][rows, at] = routing.experts()[:, 0]
         self.say(slice(None), self.model.logits(hidden[:, -1]))
 
