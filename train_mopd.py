@@ -149,6 +149,7 @@ def train(cfg: Config, dist: distributed.Dist):
                 metrics.add(values, weight=int(batch.mask.sum()))
                 load += routing.load(batch.valid, model.config.num_experts)
             start += len(part)
+        teachers.load()  # out of the way, to host memory
         lr = learning_rate(
             step, lr=cfg.lr, min_lr=cfg.lr, warmup=cfg.warmup, warmup_from=cfg.warmup_from,
             total=cfg.steps, shape="constant",

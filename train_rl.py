@@ -144,6 +144,8 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         stream.progress = step / max(cfg.steps - 1, 1)
         # Rollouts: pi_inf is the model itself, with a cache (sampler.py).
         model.eval()
+        if reference is not None:
+            reference.cpu()  # to be out of the way
         groups, timing = collect_groups(
             model, tokenizer, stream, cfg.prompts, cfg.rollouts, sampling, cfg.seed, step, scorer,
             dist, cfg.dynamic_filtering,
@@ -163,6 +165,8 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         num_tokens = max(dist.sum(sum(x.num_loss_tokens for x in rollouts)), 1)
         batches = step_batches(model, dist, rollouts, cfg.micro_tokens, cfg.routing_replay)
         metrics, load = Mean(), no_load(model)
+        if reference is not None:
+            reference.to(dist.device)
         for batch in batches:
             routing = new_routing(model, batch)
             train_logprobs, entropy = score_tokens(model, batch, cfg.temperature, routing)

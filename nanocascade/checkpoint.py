@@ -5,9 +5,9 @@ tokenizer. NAMES maps parameters to tensors and serves reading and writing, so w
 saved. A directory is judged by its headers before memory is taken for it.
 """
 
-import hashlib
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -162,7 +162,10 @@ def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
     layout, state = model.state_dict(), {}
     for name, published in names.items():
         kept, spec = kept_dtype(name, dtype), layout[name]
-        shape, start = own_part(spec)
+        where = (spec.device_mesh, spec.placements) if isinstance(spec, DTensor) else None
+        shape, start = spec.shape, (0,) * spec.ndim  # this rank's part of the whole
+        if where:
+            shape, start = compute_local_shape_and_global_offset(spec.shape, *where)
         local = torch.empty(shape, dtype=kept, device=device)
         first = start[0] if len(published) > 1 else 0  # of several tensors: this rank's experts
         targets = experts_of(name, local)
@@ -174,21 +177,13 @@ def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
             ends = target.aminmax() if target.numel() else (target.sum(),)
             if not torch.isfinite(torch.stack(tuple(ends))).all():
                 raise ValueError(f"{file}: {inside} holds NaN or infinity, read as {kept}")
-        state[name] = local if not isinstance(spec, DTensor) else DTensor.from_local(
-            local, spec.device_mesh, spec.placements, run_check=False, shape=spec.shape,
-            stride=spec.stride())
+        state[name] = local if not where else DTensor.from_local(
+            local, *where, run_check=False, shape=spec.shape, stride=spec.stride())
     state.setdefault("head.weight", state["embed.weight"])  # tied
     model.load_state_dict(state, assign=True)  # in place of the meta tensors
     if config.tie_word_embeddings:
         model.head.weight = model.embed.weight  # assigning made two parameters of them
     return model
-
-
-def own_part(x: Tensor) -> tuple[tuple, tuple]:
-    """Shape and start, in the whole tensor, of what this rank holds of it."""
-    if not isinstance(x, DTensor):
-        return tuple(x.shape), (0,) * x.ndim
-    return compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
 
 
 def within(index: tuple, start, shape) -> tuple:
@@ -208,9 +203,7 @@ def save_model(model: Model, path, tokenizer=None, *, dtype=None, max_shard_byte
     """
     path, dtype = Path(path), dtype or model.embed.weight.dtype
     if torch_dist.is_initialized() and torch_dist.get_rank():  # only helps the first rank to gather
-        for _ in whole_tensors(model, dtype):
-            pass
-        return
+        return deque(whole_tensors(model, dtype), 0)
     config = config_json(model.config, dtype)
     sampling = {key: config[key] for key in ("eos_token_id", "pad_token_id") if config.get(key)}
     if model.config.model_type == "nemotron_h":  # as the model's card recommends
@@ -262,12 +255,3 @@ def write_weights(model: Model, path: Path, dtype: torch.dtype, max_bytes: int) 
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
         write_json_atomic(path / names[-1], index)
     return set(names)
-
-
-def sha256_of(path) -> str:
-    """Hash of a directory's weights for the manifest: `cat model*.safetensors | sha256sum`."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("model*.safetensors")):
-        with open(file, "rb") as opened:
-            hashlib.file_digest(opened, lambda: digest)
-    return digest.hexdigest()

@@ -78,17 +78,15 @@ class Dist:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def shard(self, items: list) -> list:
-        """This rank's share: every world_size-th item, so that long and short ones mix."""
-        return items[self.rank :: self.world_size]
+    def shard(self, items: list, size=None) -> list:
+        """This rank's share: every world_size-th item, in order of size(item) where it is given, so
+        that all have as much to do."""
+        order = sorted(range(len(items)), key=lambda i: -size(items[i]) if size else i)
+        return [items[i] for i in sorted(order[self.rank :: self.world_size])]
 
     def sum(self, x):
         """Sum over ranks of a number or tensor."""
         return self.reduce(x, torch_dist.ReduceOp.SUM)
-
-    def any(self, x) -> bool:
-        """Whether x holds on any rank."""
-        return bool(self.reduce(int(bool(x)), torch_dist.ReduceOp.MAX))
 
     def reduce(self, x, op, group=None):
         if self.world_size == 1:
@@ -116,19 +114,19 @@ class Dist:
         return self.reduce(n, torch_dist.ReduceOp.MAX) if self.sharded else n
 
     def keep_going(self):
-        """For one call of the sampler: asks whether its decode loop goes on, given whether this
-        rank still samples. Where experts are spread over ranks their loops end together."""
+        """For the sampler: asks whether its decode loop goes on, given whether this rank still
+        samples. Where experts are spread over ranks their loops end together, so a rank that is
+        done decodes padding until all are."""
         if self.expert_parallel == 1:
             return bool
         calls = count()
+        return lambda active: True if next(calls) % ASK_EVERY else self.together(active)
 
-        def ask(active) -> bool:
-            if next(calls) % ASK_EVERY:
-                return True
-            most = torch_dist.ReduceOp.MAX
-            return bool(self.reduce(int(bool(active)), most, self.expert_group))
-
-        return ask
+    def together(self, x) -> bool:
+        """Whether x holds here, or on any rank of those whose decode loops end together."""
+        if self.expert_parallel == 1:
+            return bool(x)
+        return self.reduce(int(bool(x)), torch_dist.ReduceOp.MAX, self.expert_group) > 0
 
     # ---- Gradients ----
 
@@ -245,41 +243,25 @@ def unsharded(model: nn.Module):
 # ---- Expert parallelism --------------------------------------------------------------------------
 
 
-class Gather(torch.autograd.Function):
-    """(n, d) of each rank -> (ep*n, d) on all of them; their gradients are summed."""
+class Rows(torch.autograd.Function):
+    """Gathered: (n, d) of each rank -> (ep*n, d) on all. Otherwise the reverse, whose gradient it
+    is: the sum of all ranks' (ep*n, d), its own n rows on each."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return gather_rows(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return sum_rows(grad, ctx.group), None
-
-
-class Scatter(torch.autograd.Function):
-    """(ep*n, d) of each rank -> the sum's own n rows; the reverse of Gather."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return sum_rows(x, group)
+    def forward(ctx, x, group, gathered):
+        ctx.group, ctx.gathered = group, gathered
+        return move_rows(x, group, gathered)
 
     @staticmethod
     def backward(ctx, grad):
-        return gather_rows(grad, ctx.group), None
+        return move_rows(grad, ctx.group, not ctx.gathered), None, None
 
 
-def gather_rows(x: Tensor, group) -> Tensor:
-    out = x.new_empty(len(x) * group.size(), *x.shape[1:])
-    torch_dist.all_gather_single(out, x.contiguous(), group=group)
-    return out
-
-
-def sum_rows(x: Tensor, group) -> Tensor:
-    out = x.new_empty(len(x) // group.size(), *x.shape[1:])
-    torch_dist.reduce_scatter_single(out, x.contiguous(), group=group)
+def move_rows(x: Tensor, group, gathered: bool) -> Tensor:
+    n = len(x) * group.size() if gathered else len(x) // group.size()
+    out = x.new_empty(n, *x.shape[1:])
+    move = torch_dist.all_gather_single if gathered else torch_dist.reduce_scatter_single
+    move(out, x.contiguous(), group=group)
     return out
 
 
@@ -319,8 +301,8 @@ def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> T
     room = (0, 0, 0, tokens[0] - n)
     ids = F.pad(chosen, room, value=num_experts)  # (n, a) padding is routed nowhere
     both = torch.cat([F.pad(weights, room), ids.to(weights.dtype)], 1)  # (n, 2a) ids are exact
-    everyone = Gather.apply(F.pad(x, room), group)  # (ep*n, d)
-    weights, ids = Gather.apply(both, group).split(a, 1)  # (ep*n, a) each
+    everyone = Rows.apply(F.pad(x, room), group, True)  # (ep*n, d)
+    weights, ids = Rows.apply(both, group, True).split(a, 1)  # (ep*n, a) each
     mine = Experts.__new__(Experts)  # a bare one that holds this rank's weights for this call
     nn.Module.__init__(mine)
     for name, p in experts.named_parameters():
@@ -335,7 +317,8 @@ def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> T
                                       preserve_rng_state=False))  # fmt: skip
         else:
             outputs.append(own_experts(mine, *part))
-    return Scatter.apply(torch.cat(outputs), group)[:n].clone()  # no view, on which hooks get lost
+    out = Rows.apply(torch.cat(outputs), group, False)  # (n, d) and padding
+    return out[:n].clone()  # no view: FSDP's hooks get lost on one
 
 
 def own_experts(mine: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -110,9 +111,7 @@ class Scorer:
         )
 
 
-def roll_out(
-    model, tokenizer, rows, num_samples, sampling: Sampling, seed, row_ids, scorer=None, dist=None
-):
+def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, scorer=None, dist=None):
     """`num_samples` episodes of each row: groups[p][r], scored where a scorer is given.
 
     seed already holds the training step, row_ids name the rows for the sampler's hash. Returns the
@@ -120,12 +119,12 @@ def roll_out(
     """
     start, dist = time.perf_counter(), dist or Dist()
     prompts = [tokenizer.render(*conversation(x), sampling.thinking, True)[0] for x in rows]
-    groups = [
-        [Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
-         for _ in range(num_samples)]
-        for row, ids in zip(rows, prompts, strict=True)
-    ]  # fmt: skip
+    groups = [[Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
+               for _ in range(num_samples)]
+              for row, ids in zip(rows, prompts, strict=True)]  # fmt: skip
     verdicts: dict[int, Future] = {}
+
+    calls_tool = partial(wants_tool, sampling=sampling)
 
     def scored(rollout: Rollout) -> bool:
         return scorer is not None and kind_of(rollout.row) != "preference"
@@ -137,22 +136,22 @@ def roll_out(
         rollout.stop_reason, rollout.experts = sample.stop_reason, sample.experts
         text = tokenizer.said(sample.tokens, sampling.thinking)
         rollout.turns.append({"role": "assistant", "content": text})
-        if scored(rollout) and not wants_tool(rollout, sampling):
+        if scored(rollout) and not calls_tool(rollout):
             verdicts[id(rollout)] = scorer.submit(rollout)
 
     options = {
         "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
         "stop_ids": tokenizer.eos_ids, "max_rows": sampling.max_rows, "seed": seed,
-        "return_experts": sampling.return_experts,
+        "return_experts": sampling.return_experts, "keep_going": dist.keep_going(),
     }  # fmt: skip
     with unsharded(model):
         generate(
             model, prompts, num_samples=num_samples, max_new_tokens=sampling.max_new_tokens,
-            row_ids=row_ids, on_sample=finish, keep_going=dist.keep_going(), **options,
+            row_ids=row_ids, on_sample=finish, **options,
         )  # fmt: skip
-        everyone = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
-        pending = [(p, r) for p, r in everyone if wants_tool(groups[p][r], sampling)]
-        while dist.any(pending):  # the next turn of every episode whose last one called a tool
+        pending = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
+        while dist.together(pending := [(p, r) for p, r in pending if calls_tool(groups[p][r])]):
+            # the next turn of every episode whose last one called a tool
             answer_calls([groups[p][r] for p, r in pending], tokenizer, sampling)
             pending = [(p, r) for p, r in pending if not groups[p][r].truncated]
             texts = [groups[p][r] for p, r in pending]
@@ -162,9 +161,8 @@ def roll_out(
                 # a name of its own for each episode; positions differ from turn to turn
                 row_ids=[(row_ids[p] + 1) * (1 << 20) + r for p, r in pending],
                 on_sample=lambda i, _, sample, who=tuple(pending): finish(*who[i], sample),
-                keep_going=dist.keep_going(), **options,
+                **options,
             )  # fmt: skip
-            pending = [(p, r) for p, r in pending if wants_tool(groups[p][r], sampling)]
     sampled = time.perf_counter()
     for group in groups if scorer is not None else ():
         book_rewards(group, verdicts, scorer, tokenizer)
@@ -234,7 +232,8 @@ def collect_groups(
     while kept < prompts and tried < MAX_DRAWS * prompts:
         drawn = stream.take(prompts - kept)
         tried += len(drawn)
-        mine = dist.shard(drawn)
+        # What is asked at length is thought about at length, and prefilled at length in any case.
+        mine = dist.shard(drawn, size=lambda x: len(str(x[1].get("responses_create_params"))))
         groups, spent = roll_out(
             model, tokenizer, [row for _, row in mine], num_samples, sampling,
             step_seed(seed, step), [i for i, _ in mine], scorer, dist,

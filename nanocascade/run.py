@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from nanocascade import tasks
-from nanocascade.checkpoint import save_model, sha256_of
+from nanocascade.checkpoint import save_model
 from nanocascade.config import describe
 from nanocascade.data import (
     PromptStream,
@@ -38,6 +38,7 @@ from nanocascade.state import (
     read_json,
     remove_state,
     save_state,
+    sha256_of,
     write_json_atomic,
 )
 from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer

@@ -148,7 +148,7 @@ class Decoder:
         hidden = self.model(self.state["last"][:, None], cache=self.cache, routing=routing)
         if routing is not None:
             rows = torch.arange(self.cache.rows, device=self.device)
-            at = (self.state["count"] - 1).clamp(min=0)  # idle rows may write anywhere
+            at = (self.state["count"] - 1).clamp(0, self.max_new - 1)  # idle rows write anywhere
             self.state["experts"][rows, at] = routing.experts()[:, 0]
         self.say(slice(None), self.model.logits(hidden[:, -1]))
 
@@ -227,18 +227,15 @@ def generate(
 
     max_new_tokens: of every response, or one limit a prompt; temperature 0 is greedy; top_k 0 and
     top_p 1 are off; row_ids: names of the prompts for the random hash; max_rows: decoded at once;
-    on_sample: called with (p, r, sample) as each finishes; on_token: with each token of a single
-    response; keep_going: given whether rows are left, says whether to decode on: ranks that share a
-    model end together, and one that is done decodes padding. Raises ValueError for an empty prompt
-    or one beyond the context length.
+    on_sample: gets (p, r, sample) as each finishes; on_token: each token of a lone response;
+    keep_going: told whether rows are left, says whether to go on (ranks may end together).
     """
-    p, r, longest = len(prompts), num_samples, max((len(x) for x in prompts), default=0)
+    p, r, longest = len(prompts), num_samples, max(map(len, prompts), default=0)
     limits = [max_new_tokens] * p if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    max_new_tokens = max(limits, default=1)
     check_prompts(prompts, limits, model.config.max_position_embeddings)
     options = dict(temperature=temperature, top_p=top_p, top_k=top_k, return_experts=return_experts)
-    rows = max(min(max_rows // r, p), 1) * r
-    decoder = Decoder(model, rows, longest + max_new_tokens, max_new_tokens, options)
+    rows, most = max(min(max_rows // r, p), 1) * r, max(limits, default=1)
+    decoder = Decoder(model, rows, longest + most, most, options)
     keys = sample_keys(seed, range(p) if row_ids is None else row_ids, r, decoder.device)  # (p, r)
     owners = torch.arange(p * r, device=decoder.device).view(p, r)
     limits = torch.tensor(limits, dtype=torch.long, device=decoder.device)  # (p,)

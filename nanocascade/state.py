@@ -5,6 +5,7 @@ whole. No pickle: safetensors and JSON.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -150,6 +151,15 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 def sync(file: Path) -> None:
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())
+
+
+def sha256_of(path) -> str:
+    """Hash of a directory's weights for the manifest: `cat model*.safetensors | sha256sum`."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with open(file, "rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)
+    return digest.hexdigest()
 
 
 def write_json_atomic(path, obj) -> None:

@@ -3,10 +3,10 @@
 from collections import Counter
 from pathlib import Path
 
-from nanocascade.checkpoint import open_model, sha256_of
+from nanocascade.checkpoint import open_model
 from nanocascade.distributed import load
 from nanocascade.rollout import Rollout
-from nanocascade.state import read_json
+from nanocascade.state import read_json, sha256_of
 from nanocascade.tokenizer import Tokenizer
 
 

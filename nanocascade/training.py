@@ -11,7 +11,6 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nanocascade.data import pack
 from nanocascade.logprobs import token_logprobs
@@ -155,7 +154,7 @@ def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_h
     """
     groups = {}
     for p in model.parameters():
-        mesh = p.device_mesh if isinstance(p, DTensor) else None
+        mesh = getattr(p, "device_mesh", None)
         if p.requires_grad:
             groups.setdefault((p.ndim < 2, mesh), []).append(p)
     groups = [{"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay}

@@ -11,10 +11,10 @@ import torch
 from fixtures import make_parity, toy_runs
 from safetensors.torch import load_file, save_file
 
-from nanocascade.checkpoint import KEEP_FP32, load_model, save_model, sha256_of
+from nanocascade.checkpoint import KEEP_FP32, load_model, save_model
 from nanocascade.hf_config import load_config
 from nanocascade.model import Model, ModelConfig
-from nanocascade.state import read_json
+from nanocascade.state import read_json, sha256_of
 from nanocascade.tokenizer import Tokenizer
 
 sft = toy_runs.sft

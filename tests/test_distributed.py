@@ -39,6 +39,7 @@ def collectives(rank: int, variables: list[dict]) -> None:
         with distributed.start(RunConfig(device="cpu")) as dist:
             assert (dist.rank, dist.world_size, dist.is_main) == (rank, 2, rank == 0)
             assert dist.shard([10, 11, 12]) == [[10, 12], [11]][rank] and dist.shard([]) == []
+            assert dist.shard([1, 7, 6, 2, 9], size=int) == [[1, 6, 9], [7, 2]][rank]
             total = dist.sum(rank + 3)
             assert total == 7 and isinstance(total, int) and dist.sum(rank + 0.5) == 2.0
             mine = torch.tensor([rank, 2])

@@ -33,6 +33,7 @@ def test_errors_of_flags(refused, sft):
     refused("unknown flag --stpes: did you mean --steps", "train_sft.py", "--stpes", 3)
     refused("unknown flag --teacher: did you mean --teachers", "train_mopd.py", "--teacher", "x")
     refused("--dtype fp8: expected float32 or bfloat16$", "train_sft.py", "--dtype", "fp8")
+    refused("1 ranks do not divide into --replicas 2", "train_sft.py", "--replicas", 2)
     refused("unknown stage 'if': expected if_rl, multi_domain_rl", "train_rl.py", "--stage", "if")
     refused("--config full needs --init, --data", "train_sft.py", "--config", "full")
     stage = ("train_rl.py", "--stage", "if_rl", "--init", sft)

@@ -51,7 +51,9 @@ def test_run_killed(tmp_path):
     one before, never a mixture."""
     model = torch.nn.Linear(40, 40)
     optimizer = torch.optim.AdamW(model.parameters())
-    last = 0
+    began, last = time.monotonic(), 0
+    save_state(tmp_path / "other", model=model, optimizer=optimizer, extra={})
+    took = time.monotonic() - began
     for kill in range(40):
         child = os.fork()
         if child == 0:
@@ -61,7 +63,7 @@ def test_run_killed(tmp_path):
                 for parameter in model.parameters():
                     parameter.data.fill_(step)
                 save_state(tmp_path, model=model, optimizer=optimizer, extra={"step": step})
-        time.sleep(0.01 + 0.0007 * kill)
+        time.sleep(took * (0.5 + kill / 20))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         extra = load_state(tmp_path, model, optimizer)
