@@ -72,8 +72,8 @@ RL_STAGES = {
     # is solved 16 of 16 times is removed, what never is kept with probability 0.1.
     # OURS: of the report's 256K tokens of context 16K are the prompt's; steps and top-p are ours.
     "swe_agentic_rl": dict(
-        domains={"swe_agentic": 1.0}, prompts=(16, 16), rollouts=(64, 16),
-        max_new_tokens=(240 * THOUSAND, 200), lr=(3e-6, 3e-4), steps=(40, 15), warmup=(10, 2),
+        domains={"swe_agentic": 1.0}, prompts=(16, 16), rollouts=(64, 8),
+        max_new_tokens=(240 * THOUSAND, 200), lr=(3e-6, 1e-4), steps=(40, 15), warmup=(10, 2),
         schedule="linear", temperature=(0.8, 1.0), max_turns=(200, 4), max_pass_rate=(0.99, 1.0),
         keep_unsolved=(0.1, 1.0), pass_samples=16,
     ),
