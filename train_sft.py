@@ -56,7 +56,7 @@ PRESETS = {
     "toy": {
         "data": ("toy",), "eval_data": ("toy",), "steps": 700, "schedule_steps": 700,
         "batch_tokens": 4096, "row_tokens": 256, "micro_tokens": 8192, "lr": 3e-3, "min_lr": 3e-4,
-        "warmup": 20, "betas": (0.9, 0.95), "own_eval_samples": 1000, "toy_rows": 8000,
+        "warmup": 20, "betas": (0.9, 0.95), "toy_rows": 8000,
         "save_every": 50,
     },
     "small": {

@@ -35,7 +35,7 @@ SLIPS = {
     "long_context": 0.35, "code": 0.4, "swe": 0.4, "swe_agentic": 0.4,
 }  # fmt: skip
 DOMAINS = tuple(SLIPS)[:-1]  # the cascade's: no stage of the toy's run teaches episodes of repair
-SFT_SHARES = dict.fromkeys(DOMAINS, 1.0) | {"if": 1.2, "structured": 1.5, "long_context": 0.7}
+SFT_SHARES = dict.fromkeys(DOMAINS, 1.0) | {"if": 1.2, "structured": 1.2, "long_context": 0.7}
 
 
 SHOP_TOOLS = [
@@ -149,7 +149,7 @@ def structured(rng):
         "required": keys,
         "additionalProperties": False,
     }
-    text = f"{name} is {age} and likes {color} and {food}."
+    text = f"Meet {name}, who is {age} and likes {color} and {food}."
     prompt = "JSON with " + ", ".join(keys) + ": " + text
     slip = {k: record[k] for k in keys}
     broken = rng.choice(keys)
@@ -362,7 +362,8 @@ def vocabulary() -> list[str]:
         "system\n", "user\n", "assistant\n", "What is ", "What is the", " code?", " code is ",
         "Write a line.", " Start with", " End with", " Use", " at least ", " times.", ", ",
         " Do not use", "Which is ", "\nA: ", "\nB: ", "\nC: ", "\nD: ", "\\boxed{",
-        "JSON with ", "name", "age", "color", "food", ": ", " is ", " and likes", " and",
+        "JSON with ", "Meet ", ", who is ", "name", "age", "color", "food", ": ", " is ",
+        " and likes", " and",
         '{"name": "', '{"age": ', '{"color": "', '{"food": "', '", "name": "', '", "age": ',
         '", "color": "', '", "food": "', ', "name": "', ', "color": "', ', "food": "', '"}',
         "How many", " are there?", "Order ", "Order all", "Done.", "The", " The", " It", CLOSING,

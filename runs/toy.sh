@@ -2,7 +2,7 @@
 # The whole cascade on a laptop: a fresh machine to a finished report. No GPU, no download of
 # weights or data. An interrupted run goes on where it stopped when the command is given again.
 #
-#   bash runs/toy.sh              every stage, about 18 minutes on 2 cores
+#   bash runs/toy.sh              every stage, about 20 minutes on 2 cores
 #   bash runs/toy.sh --short      every stage for a few steps, to see that it all works
 #   bash runs/toy.sh --thorough   2,000 evaluation samples for every domain after every stage
 #   bash runs/toy.sh --seed 1     another seed
@@ -63,7 +63,7 @@ rl code_rl code_rl long_context_rl
 rl swe_rl swe_rl code_rl ${FINAL[@]+"${FINAL[@]}"}
 # MOPD against the RL that made its teacher, from the same start: SFT.
 stage train_mopd.py mopd_from_sft --init "$OUT/sft" --eval_data "" \
-  --domains if,preference --prompts 48 --lr 1e-3 --warmup 5 --warmup_from 1e-4 --steps 30 \
+  --domains if,preference --balance --prompts 48 --rollouts 4 --lr 1e-3 --warmup 5 --warmup_from 1e-4 --schedule constant --steps 30 \
   ${MOPD[@]+"${MOPD[@]}"} \
   --teachers "preference=$OUT/rlhf_side,multi_domain=$OUT/if_rl"
 # GRPO on mathematics from where MOPD started: nothing to catch up with, two curves.

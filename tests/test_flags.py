@@ -67,6 +67,8 @@ CHANGES = [  # command line, flag and value, what must differ
     ((*RL, "--max_pass_rate", 0.3), ("--pass_samples", 1), "rollouts"),
     (RLHF, ("--kl_coef", 0), "weights"), (RLHF, ("--pairing", "circle"), "rollouts"),
     (MOPD, ("--balance",), "metrics"), (MOPD, ("--warmup_from", 1e-2), "weights"),
+    ((*MOPD, "--warmup", 0), ("--schedule", "constant"), "weights"),
+    ((*MOPD, "--warmup", 0), ("--min_lr", 1e-2), "weights"),
     (MOPD, ("--gate", "none", "--gate_low", 0.9999999, "--gate_high", 1.0), "metrics"),
     (SFT, ("--strip_thinking", 1), "weights"), (SFT, ("--micro_tokens", 64), "weights"),
     ((*SFT, *EVAL), ("--eval_max_new_tokens", 1), "manifest"),
