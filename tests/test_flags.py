@@ -103,7 +103,7 @@ def test_flags_that_only_cost(outcome_of, capsys):
 
 
 def test_flags_of_judges(refused, sft, skilled, tmp_path, outcome_of, capsys):
-    """Preference rows of a file need a named judge; stored answers turn outcomes into wins."""
+    """Preference and judged rows of a file need a named judge; stored answers turn outcomes into wins."""
     row = tasks.make_rows("preference", 1)[0]
     (tmp_path / "rows").write_text(json.dumps(row))
     args = ("train_rl.py", "--stage", "rlhf", "--init", skilled, "--data", tmp_path / "rows")
@@ -111,6 +111,10 @@ def test_flags_of_judges(refused, sft, skilled, tmp_path, outcome_of, capsys):
     refused("expected an address like http", *args, "--judge_url", "here", "--judge_model", "x")
     refused("preference rows need --judge_url", "train_sft.py", "--init", sft, "--eval_data",
             tmp_path / "rows")  # fmt: skip
+    judged = {"expected_answer": "five", "agent_ref": {"name": "equivalence_llm_judge"},
+              "responses_create_params": {"input": "How many?"}}  # fmt: skip
+    (tmp_path / "rows").write_text(json.dumps(judged))
+    refused("so do judged", *args[:2], "long_context_rl", *args[3:])
     assert all(x["outcome/preference"] == 0 for x in outcome_of(RLHF, capsys)["metrics"])
     stored = [{"question": f"Tell me about the {x}.", "answer": "<think>\nno"} for x in tasks.NOUNS]
     (tmp_path / "stored").write_text("".join(json.dumps(x) + "\n" for x in stored))

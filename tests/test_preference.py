@@ -11,6 +11,7 @@ import pytest
 
 from nanocascade.rewards import check_row, kind_of, preference, score
 from nanocascade.rewards.preference import rule_judge, score_group, win_rate
+from nanocascade.rollout import Rollout, Scorer
 
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "About the cat."}]}}
 DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym" / "genrm_compare.jsonl"
@@ -193,6 +194,9 @@ def test_answers_are_graded_beside_a_reference(server):
         assert score(row, answer, judge=judge).value == 0
     assert asked == len(server.bodies) == 6 + 10
     assert score(QUESTION, "5", finished=False, judge=judge).reason == "cut off"
+    rollout = Rollout(QUESTION, [], 0, turns=[{"role": "assistant", "content": "5"}])
+    rollout.stop_reason = "stop"
+    assert Scorer(judge).submit(rollout).result().value == 1
 
 
 def test_judged_rows_need_a_judge_that_answers(server):
