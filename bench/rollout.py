@@ -130,10 +130,12 @@ def best_batch(theirs, prompts, rollouts, lengths, batches) -> int:
 
 def main():
     cfg = common.options(
-        dtypes=(["float32"], "float32, bfloat16"), shapes=(["rl", "equal", "decode"], "what to run")
-    )
+        dtypes=(["float32"], "float32, bfloat16"), shapes=(["rl", "equal", "decode"], "what to run"),
+        batches=(["16", "64", "256", "512"], "batch sizes of which the peer takes its best"),
+    )  # fmt: skip
     print(common.machine())
-    p, r, longest, batches = (4, 2, 12, [8]) if cfg.short else (64, 8, 256, [16, 64, 256, 512])
+    p, r, longest, batches = (4, 2, 12, [8]) if cfg.short else (64, 8, 256, map(int, cfg.batches))
+    batches = list(batches)
     prompts = common.random_prompts(p, 16, 64)
     for family in cfg.families:
         for dtype in cfg.dtypes:

@@ -9,6 +9,8 @@ with transformers. Nothing here knows about ranks or devices.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,9 @@ from nanocascade.cache import Cache
 from nanocascade.mamba2 import Mamba2, upcast
 from nanocascade.moe import MLP, Experts, MoE, Router, Routing
 
-MASK_MAX = 2048  # packed rows up to this long attend under one (t, t) mask, longer ones a document
-# at a time: the mask is quadratic, 2.4 GB at 49K tokens
+# Packed rows attend a document at a time, or, short documents in short rows, under one (t, t) mask:
+# it is quadratic (2.4 GB at 49K tokens), but a call a document costs as much as 64 tokens.
+MASK_MAX, MASK_DOCUMENT = 2048, 64
 
 
 @dataclass
@@ -107,7 +110,7 @@ class Context:
     rows (b, 1) and slots (b, t): where in the cache each token is written; seen: cache slots that
     attention reads; rotary: cos and sin (b, 1, t, c), or None; mask: (b, 1, t, t'), or None for
     plain causal (or, for single tokens of equally long rows, everything);
-    documents: (start, end) of each document where rows are too long for a mask.
+    documents: lengths of each row's documents where they attend one by one.
     """
 
     valid: Tensor | None = None
@@ -117,7 +120,7 @@ class Context:
     seen: int = 0
     rotary: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    documents: list[list[tuple[int, int]]] | None = None
+    documents: list[list[int]] | None = None
     routing: Routing | None = None
 
 
@@ -206,16 +209,11 @@ class Attention(nn.Module):
     def by_document(self, q, k, v, documents) -> Tensor:
         """One causal attention a document: linear memory, and no neighbour's key is ever read."""
         rows = []
-        for i, spans in enumerate(documents):
-            pieces = [
-                F.scaled_dot_product_attention(
-                    *(x[i : i + 1, :, start:end] for x in (q, k, v)),
-                    is_causal=True,
-                    enable_gqa=True,
-                )
-                for start, end in spans
-            ]
-            rows.append(torch.cat(pieces, 2))
+        for *qkv, sizes in zip(q.split(1), k.split(1), v.split(1), documents, strict=True):
+            # split, since the gradient of a slice is as large as what it was cut from
+            pieces = zip(*(x.split(sizes, 2) for x in qkv), strict=True)
+            attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+            rows.append(torch.cat([attend(*piece) for piece in pieces], 2))  # (1, h, t, c)
         return torch.cat(rows)  # (b, h, t, c)
 
 
@@ -325,12 +323,12 @@ class Model(nn.Module):
             changed = segments[:, 1:] != segments[:, :-1]  # (b, t-1)
             starts[:, 1:] = torch.where(changed, steps[:, 1:], 0)
             positions = steps - starts.cummax(1).values  # (b, t)
-            if t <= MASK_MAX:
+            ends = [[*(row.nonzero().flatten() + 1).tolist(), t] for row in changed]
+            if t <= MASK_MAX and b * t < MASK_DOCUMENT * sum(map(len, ends)):
                 same = segments[:, :, None] == segments[:, None, :]  # (b, t, t)
                 ctx.mask = same.tril()[:, None]  # (b, 1, t, t)
-            else:
-                edges = [[0, *(row.nonzero().flatten() + 1).tolist(), t] for row in changed]
-                ctx.documents = [list(zip(row, row[1:], strict=False)) for row in edges]
+            elif max(map(len, ends)) > 1:  # and with one document a row, plain causal
+                ctx.documents = [[y - x for x, y in pairwise([0, *row])] for row in ends]
         else:
             positions = steps.clamp(min=0)  # (b, t)
             if not right:
