@@ -119,19 +119,25 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def alternate(ours, theirs, pairs: int, between) -> tuple[list[float], list[float]]:
+def alternate(ours, theirs, pairs: int, between) -> tuple[list[float], list[float], list[float]]:
     """Seconds of each side, in turns, who goes first changing; one warm-up of both before.
 
     `between` runs before each pair, outside the clocks: the measurement of the machine's peaks.
+    The third list has the ratio of CPU seconds (all threads) of each pair: on a machine where other
+    work takes most of the cores it is steadier than the ratio of wall time.
     """
     ours(), theirs()
-    times = ([], [])
+    times, cpu = ([], []), []
     for i in range(pairs):
         gc.collect()
         between()
+        spent = [0.0, 0.0]
         for side in (0, 1) if i % 2 == 0 else (1, 0):
+            start = time.process_time()
             times[side].append(timed((ours, theirs)[side]))
-    return times
+            spent[side] = time.process_time() - start
+        cpu.append(spent[1] / spent[0])
+    return *times, cpu
 
 
 def spread(values) -> str:

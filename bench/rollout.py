@@ -107,16 +107,17 @@ def compare(name, ours, theirs, prompts, rollouts, lengths, batch, cfg):
     def run_theirs():
         their_rollouts(theirs, prompts, rollouts, lengths, batch)
 
-    mine, other = alternate(run_ours, run_theirs, pairs, peak.measure)
+    mine, other, cpu = alternate(run_ours, run_theirs, pairs, peak.measure)
     tokens, gain = sum(lengths), ratios(mine, other)
     seconds = statistics.median(mine)
     context = sum(map(len, prompts)) / len(prompts) + tokens / len(lengths) / 2
     gflops = tokens / seconds * token_flops(ours.config, context) / 1e9
     padding = row_steps(prompts, rollouts, lengths, batch) / tokens
     print(f"{name:<34} {tokens / seconds:8,.0f} | {tokens / statistics.median(other):8,.0f} tok/s "
-          f"(peer's batch {batch})  ratio {spread(gain)}, padding alone {padding:.2f}  "
-          f"{gflops:.1f} GFLOP/s = {100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}, "
-          f"copy {peak.gbytes:.1f} GB/s", flush=True)  # fmt: skip
+          f"(peer's batch {batch})  ratio {spread(gain)}, of CPU time {spread(cpu)}, "
+          f"padding alone {padding:.2f}  {gflops:.1f} GFLOP/s = "
+          f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}, copy {peak.gbytes:.1f} GB/s",
+          flush=True)  # fmt: skip
     return statistics.median(gain)
 
 
@@ -130,12 +131,15 @@ def best_batch(theirs, prompts, rollouts, lengths, batches) -> int:
 
 def main():
     cfg = common.options(
-        dtypes=(["float32"], "float32, bfloat16"), shapes=(["rl", "equal", "decode"], "what to run"),
+        dtypes=(["float32"], "float32, bfloat16"),
+        shapes=(["rl", "equal", "decode"], "what to run"),
+        longest=(["256"], "the longest output of the list, the mean is a quarter"),
         batches=(["16", "64", "256", "512"], "batch sizes of which the peer takes its best"),
     )  # fmt: skip
     print(common.machine())
-    p, r, longest, batches = (4, 2, 12, [8]) if cfg.short else (64, 8, 256, map(int, cfg.batches))
-    batches = list(batches)
+    p, r, longest, batches = 64, 8, int(cfg.longest[0]), [int(x) for x in cfg.batches]
+    if cfg.short:
+        p, r, longest, batches = 4, 2, 12, [8]
     prompts = common.random_prompts(p, 16, 64)
     for family in cfg.families:
         for dtype in cfg.dtypes:

@@ -79,13 +79,13 @@ def compare(name, ours, theirs, sizes, cfg):
     choices = {b: timed(lambda b=b: their_step(theirs, other, rollouts, b))
                for b in sorted({max(len(sizes) // 4, 1), len(sizes)})}  # fmt: skip
     rows = min(choices, key=choices.get)
-    times = alternate(lambda: our_step(ours, mine, rollouts),
+    *times, cpu = alternate(lambda: our_step(ours, mine, rollouts),
                       lambda: their_step(theirs, other, rollouts, rows),
                       1 if cfg.short else cfg.pairs, peak.measure)  # fmt: skip
     tokens, seconds = sum(sizes) - len(sizes), [statistics.median(x) for x in times]
     gflops = 3 * tokens * token_flops(ours.config, tokens / len(sizes) / 2) / seconds[0] / 1e9
     print(f"{name:<28} {tokens / seconds[0]:8,.0f} | {tokens / seconds[1]:8,.0f} real tok/s (rows "
-          f"{rows})  ratio {spread(ratios(*times))}, padding alone "
+          f"{rows})  ratio {spread(ratios(*times))}, of CPU time {spread(cpu)}, padding alone "
           f"{padded_share(sizes, rows):.2f}  {gflops:.0f} GFLOP/s = "
           f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}", flush=True)  # fmt: skip
 

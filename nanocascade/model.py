@@ -327,8 +327,10 @@ class Model(nn.Module):
             if t <= MASK_MAX and b * t < MASK_DOCUMENT * sum(map(len, ends)):
                 same = segments[:, :, None] == segments[:, None, :]  # (b, t, t)
                 ctx.mask = same.tril()[:, None]  # (b, 1, t, t)
-            elif max(map(len, ends)) > 1:  # and with one document a row, plain causal
+            elif max(map(len, ends)) > 1:
                 ctx.documents = [[y - x for x, y in pairwise([0, *row])] for row in ends]
+            else:  # one document a row: nothing to keep apart
+                ctx.segments = None
         else:
             positions = steps.clamp(min=0)  # (b, t)
             if not right:
