@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanocascade import moe
+from nanocascade import mamba2, moe
 from nanocascade.mamba2 import chunk_scan, scan_step
 from nanocascade.model import ModelConfig
 from nanocascade.moe import Experts, Router, load_imbalance, update_correction_bias
@@ -34,6 +34,16 @@ def test_parity_scan(t, chunk_size):
         scanned, last = chunk_scan(x, dt, A, B, C, chunk_size, ids, start)
         assert (scanned - torch.stack(outputs, 1)).abs().max() < 1e-9
         assert (last - state).abs().max() < 1e-9
+
+
+def test_invariance_step_blocks(monkeypatch):
+    """A decoding step works on a few rows at a time; how many is speed, not arithmetic."""
+    x, dt, A, B, C = (y.squeeze(0) if y.ndim > 1 else y for y in scan_inputs(5))  # 5 rows
+    states = torch.ones(2, 5, 4, 3, 2, dtype=torch.float64)
+    together = mamba2.scan_step(x, dt, A, B, C, states[0])
+    monkeypatch.setattr(mamba2, "STEP_BYTES", 2 * states[0, 0].numel() * 8)  # two rows
+    assert (mamba2.scan_step(x, dt, A, B, C, states[1]) - together).abs().max() < 1e-12
+    assert (states[1] - states[0]).abs().max() < 1e-12 and (states[0] != 1).any()
 
 
 def one_by_one(experts, x, chosen, weights):
