@@ -135,6 +135,10 @@ def main():
         a, b = fit(points)
         print(f"{name:<34} {1e3 * a:8.2f} + {1e3 * b:9.5f} x ms   "
               + "  ".join(f"{x}: {1e3 * y:.1f}" for x, y in points.items()))  # fmt: skip
+    for name, changes in (("hybrid", {}), ("attention only", ATTENTION_ONLY)):
+        config = build(**changes).config
+        one, two = (Cache(config, 1, n).bytes for n in (1, 2))
+        print(f"cache, {name}: {two - one:,} bytes a token and {2 * one - two:,} a row")
     plot(measured, out + ".png")
 
 

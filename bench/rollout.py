@@ -133,11 +133,13 @@ def main():
     cfg = common.options(
         dtypes=(["float32"], "float32, bfloat16"),
         shapes=(["rl", "equal", "decode"], "what to run"),
+        prompts=(["64"], "prompts, of 8 responses each"),
         longest=(["256"], "the longest output of the list, the mean is a quarter"),
         batches=(["16", "64", "256", "512"], "batch sizes of which the peer takes its best"),
     )  # fmt: skip
     print(common.machine())
-    p, r, longest, batches = 64, 8, int(cfg.longest[0]), [int(x) for x in cfg.batches]
+    p, longest = int(cfg.prompts[0]), int(cfg.longest[0])
+    r, batches = 8, [int(x) for x in cfg.batches]
     if cfg.short:
         p, r, longest, batches = 4, 2, 12, [8]
     prompts = common.random_prompts(p, 16, 64)
