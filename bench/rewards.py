@@ -77,7 +77,7 @@ class Kind:
         times = sorted(self.times) or [float("nan")]
         middle, late = statistics.median(times), times[int(0.99 * (len(times) - 1))]
         share = f"{self.agree:,} of {self.of:,} ({100 * self.agree / self.of:.1f} %)"
-        return (f"| {self.name} | {self.against} | {share} | {middle:.2f} | {late:.1f} "
+        return (f"| {self.name} | {self.against} | {share} | {middle:.2f} | {late:.2f} "
                 f"| {self.survived:,} of {self.attacks:,} |")  # fmt: skip
 
 
