@@ -103,7 +103,7 @@ def test_flags_that_only_cost(outcome_of, capsys):
 
 
 def test_flags_of_judges(refused, sft, skilled, tmp_path, outcome_of, capsys):
-    """Preference and judged rows of a file need a named judge; stored answers turn outcomes into wins."""
+    """Preference and judged rows need a named judge; stored answers turn outcomes into wins."""
     row = tasks.make_rows("preference", 1)[0]
     (tmp_path / "rows").write_text(json.dumps(row))
     args = ("train_rl.py", "--stage", "rlhf", "--init", skilled, "--data", tmp_path / "rows")
