@@ -19,9 +19,9 @@ import torch
 from nanocascade import tasks
 from nanocascade.chat import parse_response
 from nanocascade.checkpoint import load_model
-from nanocascade.config import parse_args, run_main
+from nanocascade.config import find_device, parse_args, run_main
 from nanocascade.data import conversation, read_rows, sft_conversation
-from nanocascade.distributed import DTYPES, find_device
+from nanocascade.distributed import DTYPES
 from nanocascade.environments import answer, equip
 from nanocascade.rewards import kind_of
 from nanocascade.rollout import Rollout, Sampling, Scorer, roll_out

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from nanocascade.checkpoint import KEEP_FP32, load_model
+from nanocascade.config import find_device
 from nanocascade.moe import Experts, group_ends
 
 # A rank that dies is noticed at once: gloo sees its connection close, torchrun its process end. So
@@ -343,19 +344,6 @@ def own_experts(mine: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tenso
 
 
 # ---- Processes -----------------------------------------------------------------------------------
-
-
-def find_device(name: str) -> str:
-    """The device asked for, or the best there is: cuda, mps, cpu."""
-    if name and name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: expected cuda, mps or cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch finds no such device")
-    if name and name != "cuda":  # of several processes each takes its own
-        return name
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @contextmanager
