@@ -122,12 +122,8 @@ def test_parity_transformers(source, style, toy, tmp_path):
         roles = ["assistant", *(m["role"] for m in turns if m["role"] != "system")]
         if ("assistant", "assistant") not in zip(roles, roles[1:], strict=False):
             render = partial(_jinja(ours.template).render, tools=tools, **ours.names)
-<<<<<<< ours
-            both = (render_pieces(turns, tools, style=style),
-                    _jinja_pieces(render, turns, True, False))
-=======
-            both = render_pieces(turns, tools, style=style), _jinja_pieces(render, turns, True, False)
->>>>>>> theirs
+            foreign = _jinja_pieces(render, turns, True, False)
+            both = render_pieces(turns, tools, style=style), foreign
             found = ("".join(str(int(p.loss)) * len(p.text) for p in pieces) for pieces in both)
             assert next(found) == next(found)
             num_masks += 1
