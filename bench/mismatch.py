@@ -1,6 +1,6 @@
 """How far apart trainer and sampler are in bf16 at the real model's depth, with and without replay.
 
-    python bench/mismatch.py --steps 300
+    python -m bench.mismatch --steps 91
 
 A nemotron_h with the 52 blocks of the 30B-A3B and a small width learns the toy's tasks for some
 steps, for an untrained model's distribution is nearly flat and hides everything. Its weights then
