@@ -392,9 +392,8 @@ class Run:
         active = self.model_config.num_parameters(active=True)
         print(describe(self.cfg))
         print(f"parameters: {total:,} in all, {active:,} active a token")
-        size = 4  # bytes: weights, gradients and both moments are fp32
-        print(f"bytes: weights {total * size:,}, gradients {total * size:,}, "
-              f"optimizer {2 * total * size:,}")  # fmt: skip
+        size = 4 * total  # bytes: weights, gradients and both moments are fp32
+        print(f"bytes: weights {size:,}, gradients {size:,}, optimizer {2 * size:,}")
 
 
 def question_of(row: dict) -> str:
