@@ -22,6 +22,13 @@ SUM = {"inputs": ["1 2\n", "-3 3\n"], "outputs": ["3\n", "0\n"]}
 CHECK = {"asserts": ["def check(f):\n    for x in range(9): assert f(x, 1) == x + 1", "check(add)",
                      "assert all(map(lambda x: add(x, x) == 2 * x, range(9)))"]}  # fmt: skip
 PATCH = "a/ops.py\n<<<<<<< SEARCH\n%s\n=======\n%s\n>>>>>>> REPLACE\n"
+DIFF = """--- a/a/ops.py
++++ b/a/ops.py
+@@ -4,2 +4,2 @@ numbers do not count
+ def op(x):
+-    return x - 1
++    return x + 1
+"""
 EQUAL = "class E(%s):\n    __eq__ = lambda *a: True\n    __hash__ = None\nadd = lambda x, y: E()"
 FORGE = "import os\nfor x in %r: os.write(5, x.encode() + b'\\n')\nos._exit(%d)"
 
@@ -161,14 +168,14 @@ def test_assert_verdicts():
 
 
 def test_repair():
-    """A patch applies where its lines stand exactly once; then the entry file is tested."""
+    """A patch or diff applies where its lines stand exactly once; then the entry file is tested."""
     main = "from a.ops import op\nfrom .ops import no\nf = lambda x: op(no(x))"
     ops = "def op(x):\n    return x - 1\n\n\ndef no(x):\n    return x"
     tests = {"inputs": [[1]], "outputs": [2], "fn_name": "f"}
     metadata = {"files": {"a/ops.py": ops, "a/main.py": main}, "entry": "a/main.py"}
     row = {"verifier_metadata": {**metadata, "unit_tests": tests}}
     good = PATCH % ("    return x - 1", "    return x + 1")
-    absent = "patch of a file that is not there"
+    absent, wrong = "patch of a file that is not there", "wrong output on test 1"
     for answer, reason in [
         (good, RIGHT), (f"```\n{good}```", RIGHT), (block("def f(x): return x + 1"), RIGHT),
         (PATCH % ("    return x", "    return x + 2"), RIGHT),
@@ -177,6 +184,11 @@ def test_repair():
         (PATCH % ("", "    return x + 1"), "lines to replace found 2 times"),
         (good.replace("    return x - 1\n", ""), "lines to replace found 0 times"),
         (good + good, "lines to replace found 0 times"), (good[:60], "unfinished patch"),
+        (DIFF, RIGHT), (f"```diff\n{DIFF}```\n", RIGHT),
+        (DIFF.replace("+ 1", "+ 2"), wrong),
+        (DIFF.replace("4,2", "4,9") + "end", "unfinished patch"),
+        (DIFF.replace(" def op(x):", " def up(x):"), "lines to replace found 0 times"),
+        (DIFF.replace("b/a/", "b/"), absent), (DIFF.replace("@@", "@"), "no code block"),
         ("x + 1", "no code block"), (good.replace("a/", "b/"), absent), (good[9:], absent),
     ]:  # fmt: skip
         assert code.verify_repair(row, {"content": answer}).reason == reason, answer
@@ -204,7 +216,7 @@ def test_rows_checked():
 def test_any_text(num):
     """2,000 (nightly: 100,000) random answers and replies, and a long one, are read in peace."""
     pieces = ["```", "```python", "\n", " ", "x = 1", "<<<<<<< SEARCH", "=======", "a.py",
-              ">>>>>>> REPLACE", "\0", "\ud800", "`"]  # fmt: skip
+              ">>>>>>> REPLACE", "\0", "\ud800", "`", "@@ -1 +1 @@", "-", "+++ a.py"]  # fmt: skip
     rng, begin = random.Random(0), time.process_time()
     for length in [30] * num + [300_000]:
         text = "".join(rng.choices(pieces, k=length))

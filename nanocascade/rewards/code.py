@@ -1,4 +1,4 @@
-r"""Programs: the last ```python block of an answer against `unit_tests`; code repair: a patch, or
+r"""Programs: the last ```python block of an answer against `unit_tests`; repair: a patch, a diff or
 the edits of an episode in a repository (environments.py).
 
 unit_tests takes one of three forms, and every test must pass: the reward is 1 or 0.
@@ -28,6 +28,7 @@ from nanocascade.sandbox import Limits, Sandbox
 
 MAX_PROGRAM, MAX_PATCH = 1 << 18, 1 << 16  # characters; Codeforces takes 65,536 bytes
 MAX_VERDICTS = 20_000
+HUNK = re.compile(r"^@@ -\d+(?:,(\d{1,6}))? \+\d+(?:,(\d{1,6}))? @@", re.MULTILINE)
 PATH = re.compile(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*")  # of a new file
 PYTHON = ("python", "py", "python3")
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")  # "2.50", "1e-3"; not "2"
@@ -229,33 +230,64 @@ def verify_program(row, message):
     return Reward(0.0, reason) if reason else judge({"solution": program}, "solution", row)
 
 
-def patched(files, text):
-    """(files with the blocks of an answer applied in order, None), or (None, reason). A block:
+def block_edits(lines):
+    """[(path, old lines, new lines)] of the blocks of an answer; None if one has no end. A block:
 
         path, <<<<<<< SEARCH, old lines, =======, new lines, >>>>>>> REPLACE
 
-    each on a line of its own. The old lines, whole, must occur exactly once.
+    each on a line of its own.
     """
-    files, lines, place = dict(files), text.split("\n"), 0
-    if len(text) > MAX_PATCH:
-        return None, "patch too long"
-    if not (blocks := lines.count("<<<<<<< SEARCH")):
-        return None, "no patch"
-    for _ in range(blocks):
+    edits, place = [], 0
+    for _ in range(lines.count("<<<<<<< SEARCH")):
         try:
             start = lines.index("<<<<<<< SEARCH", place)
             middle = lines.index("=======", start)
             place = lines.index(">>>>>>> REPLACE", middle)
         except ValueError:
-            return None, "unfinished patch"
+            return None
         path = lines[start - 1].strip().strip("`") if start else ""
+        edits.append((path, lines[start + 1 : middle], lines[middle + 1 : place]))
+    return edits
+
+
+def diff_edits(lines):
+    """The same of a unified diff's hunks, read by the counts in their headers and not by place."""
+    edits, path, rest = [], "", iter(lines)
+    for line in rest:
+        if line.startswith("+++ "):
+            path = line[4:].partition("\t")[0].strip().removeprefix("b/")
+        elif head := HUNK.match(line):
+            num_old, num_new = (int(count or 1) for count in head.groups())
+            old, new = [], []
+            while len(old) < num_old or len(new) < num_new:
+                line = next(rest, "end")
+                if line[:1] not in ("", " ", "-", "+", "\\"):
+                    return None
+                if line[:1] in ("", " ", "-"):  # editors strip a blank line's space
+                    old.append(line[1:])
+                if line[:1] in ("", " ", "+"):
+                    new.append(line[1:])
+            edits.append((path, old, new))
+    return edits
+
+
+def patched(files, text):
+    """(files with the edits of an answer applied in order, None), or (None, reason). The old lines
+    of an edit, whole, must occur exactly once."""
+    files, lines = dict(files), text.split("\n")
+    if len(text) > MAX_PATCH:
+        return None, "patch too long"
+    edits = block_edits(lines) if "<<<<<<< SEARCH" in lines else diff_edits(lines)
+    if not edits:
+        return None, "unfinished patch" if edits is None else "no patch"
+    for path, old, new in edits:
         if path not in files:
             return None, "patch of a file that is not there"
-        body, old = files[path].split("\n"), lines[start + 1 : middle]
+        body = files[path].split("\n")
         found = [k for k in range(len(body)) if old and body[k : k + len(old)] == old]
         if len(found) != 1:
             return None, f"lines to replace found {len(found)} times"
-        body[found[0] : found[0] + len(old)] = lines[middle + 1 : place]
+        body[found[0] : found[0] + len(old)] = new
         files[path] = "\n".join(body)
     return files, None
 
@@ -281,7 +313,7 @@ def repaired(row, message):
     """(the row's files with the answer's patch, or its ```python block as the entry file; None), or
     (None, reason)."""
     metadata, text = row["verifier_metadata"], message["content"]
-    if "<<<<<<< SEARCH" in text or "entry" not in metadata:
+    if "<<<<<<< SEARCH" in text or HUNK.search(text) or "entry" not in metadata:
         return patched(metadata["files"], text)
     program, reason = last_program(text)
     return (None, reason) if reason else ({**metadata["files"], metadata["entry"]: program}, None)
