@@ -154,7 +154,7 @@ def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_h
     """
     groups = {}
     for p in model.parameters():
-        mesh = getattr(p, "device_mesh", None)
+        mesh = getattr(p, "device_mesh", None)  # of a sharded one
         if p.requires_grad:
             groups.setdefault((p.ndim < 2, mesh), []).append(p)
     groups = [{"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay}

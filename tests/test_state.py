@@ -10,7 +10,7 @@ from fixtures import make_parity
 
 from nanocascade.checkpoint import load_model
 from nanocascade.moe import Routing, update_correction_bias
-from nanocascade.state import check_out_dir, load_state, save_state
+from nanocascade.state import check_out_dir, load_state, save_state, state_dirs
 
 
 def train(model, optimizer, steps):
@@ -55,7 +55,7 @@ def test_run_killed(tmp_path):
     save_state(tmp_path / "other", model=model, optimizer=optimizer, extra={})
     took = time.monotonic() - began
     for kill in range(40):
-        child = os.fork()
+        before, child = state_dirs(tmp_path), os.fork()
         if child == 0:
             step = last
             while True:
@@ -63,7 +63,9 @@ def test_run_killed(tmp_path):
                 for parameter in model.parameters():
                     parameter.data.fill_(step)
                 save_state(tmp_path, model=model, optimizer=optimizer, extra={"step": step})
-        time.sleep(took * (0.5 + kill / 20))
+        while kill % 2 and state_dirs(tmp_path) == before:
+            time.sleep(0.001)  # every other one lives to save once
+        time.sleep(took * kill / 20)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         extra = load_state(tmp_path, model, optimizer)
