@@ -65,8 +65,8 @@ class Config(RunConfig):
 
 PRESETS = {
     "toy": {  # a rate that falls to 0: at a constant one Adam's noise costs mathematics (LOG.md)
-        "data": ("toy",), "eval_data": ("toy",), "steps": 50, "prompts": 512,
-        "rollouts": 1, "lr": 6e-4, "warmup": 8, "warmup_from": 6e-5, "schedule": "linear",
+        "data": ("toy",), "eval_data": ("toy",), "steps": 50, "prompts": 768,
+        "rollouts": 1, "lr": 8e-4, "warmup": 8, "warmup_from": 8e-5, "schedule": "linear",
         "max_new_tokens": 72, "max_turns": 4, "toy_rows": 4000,
     },
     "small": {
