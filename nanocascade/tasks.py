@@ -35,7 +35,7 @@ SLIPS = {
     "long_context": 0.35, "code": 0.4, "swe": 0.4, "swe_agentic": 0.4,
 }  # fmt: skip
 DOMAINS = tuple(SLIPS)[:-1]  # the cascade's: no stage of the toy's run teaches episodes of repair
-SFT_SHARES = dict.fromkeys(DOMAINS, 1.0) | {"if": 1.2, "structured": 1.2, "long_context": 0.7}
+SFT_SHARES = dict.fromkeys(DOMAINS, 1.0) | {"mcqa": 1.5, "structured": 1.3, "long_context": 0.7}
 
 
 SHOP_TOOLS = [
