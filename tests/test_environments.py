@@ -371,5 +371,6 @@ def test_run_leaves_nothing(stage, worker, tmp_path):
     ended = time.monotonic()
     while left := {x for _, family, _ in seen.values() for x in family if alive(x)}:
         assert time.monotonic() < ended + 5, left
-    assert not list((tmp_path / "tmp").iterdir())
+    left = [x for x in (tmp_path / "tmp").iterdir() if not x.name.startswith("torchinductor_")]
+    assert not left  # but for torch's own cache folder, one a user and empty here
     assert not (tmp_path / "out" / "state").exists()
