@@ -299,7 +299,7 @@ def descendants(process):
 
 
 def test_nothing_stays():
-    """400 episodes with hostile programs leave no process but the sandbox's servers, no open file,
+    """120 episodes with hostile programs leave no process but the sandbox's servers, no open file,
     and no memory growth."""
     hostile = ["import os\nos.dup(1)\nos.pipe()", "import threading\nfor i in range(9):\n    "
                "threading.Thread(target=print, daemon=True).start()", "x = ['y'] * 10**7", "1 / 0",
@@ -313,10 +313,10 @@ def test_nothing_stays():
             assert score(REPAIR, [said(edit)]).value == 0
         return len(os.listdir("/proc/self/fd")), len(descendants("self")), resident()
 
-    episodes(50)  # what is loaded and started once
-    files, processes, memory = episodes(50)
+    episodes(20)  # what is loaded and started once
+    files, processes, memory = episodes(20)
     assert processes == len([x for x in code.shared_sandbox().idle.queue if x])
-    later = episodes(300)
+    later = episodes(80)
     assert later[:2] == (files, processes) and later[2] < memory + 4096
 
 
