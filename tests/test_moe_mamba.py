@@ -128,3 +128,23 @@ def test_invariance_balance():
         worst.append(load_imbalance(load))
         update_correction_bias(router, load, 5e-3)
     assert worst[0] > 1.5 and worst[-1] < 1.2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_invariance_spans(packed, monkeypatch):
+    """A row scanned in spans, a document ending on a span's edge or not, gives output, state and
+    gradients of one scan (fp64)."""
+    torch.manual_seed(0)
+    sizes = {"x": (2, 70, 4, 3), "dt": (2, 70, 4), "A": (4,), "B": (2, 70, 2, 5), "C": (2, 70, 2, 5)}
+    inputs = [torch.rand(size, dtype=torch.float64, requires_grad=True) for size in sizes.values()]
+    ends = [[20, 20, 30], [16, 54, 0]]  # lengths of documents; a span has 16
+    ids = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(x)) for x in ends])  # (b, t)
+    ids, entry = ids if packed else None, torch.rand(2, 4, 3, 5, dtype=torch.float64)
+    found = []
+    for span in (1000, 16):
+        monkeypatch.setattr(mamba2, "SPAN", span)
+        x, dt, A, B, C = inputs
+        y, state = mamba2.long_scan(x, dt, -A, B, C, 8, ids, entry)
+        found.append([y, state, *torch.autograd.grad(y.square().sum() + state.sum(), inputs)])
+    for one, spans in zip(*found, strict=True):
+        assert (one - spans).abs().max() < 1e-13 * one.abs().max()
