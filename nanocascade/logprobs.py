@@ -8,7 +8,9 @@ backward.
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 32 << 20  # of fp32 logits at once; the backward holds about three such blocks
+# Of fp32 logits at once; the backward holds about three such blocks. A large head gets chunks as
+# large as itself: with smaller ones reading it anew for each would cost more than the products.
+CHUNK_BYTES = 32 << 20
 
 
 class ChunkedLogprobs(torch.autograd.Function):
@@ -18,7 +20,7 @@ class ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         logprobs = torch.empty_like(hidden[:, 0], dtype=wide(hidden))  # (n,)
         entropy = torch.empty_like(logprobs)  # (n,)
-        for part in chunks(len(hidden), len(weight)):
+        for part in chunks(len(hidden), weight):
             log_p = log_softmax(hidden[part], weight, temperature)  # (q, v)
             logprobs[part] = log_p.gather(1, targets[part, None])[:, 0]
             entropy[part] = -(log_p.exp() * log_p).sum(1)
@@ -34,7 +36,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=wide(weight))  # (v, d)
-        for part in chunks(len(hidden), len(weight)):
+        for part in chunks(len(hidden), weight):
             # d log p[y] / d logits = (onehot(y) - p) / T
             delta = log_softmax(hidden[part], weight, ctx.temperature).exp_().neg_()  # (q, v)
             rows = torch.arange(len(delta), device=delta.device)
@@ -56,8 +58,8 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def chunks(num_tokens: int, vocab: int) -> list[slice]:
-    size = max(CHUNK_BYTES // (4 * vocab), 1)
+def chunks(num_tokens: int, weight: Tensor) -> list[slice]:
+    size = max(CHUNK_BYTES, weight.nbytes) // (4 * len(weight))
     return [slice(i, min(i + size, num_tokens)) for i in range(0, num_tokens, size)]
 
 
