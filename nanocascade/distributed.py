@@ -333,7 +333,8 @@ def own_experts(mine: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tenso
     flat = flat.where((flat >= 0) & (flat < e), e)
     order = flat.argsort(stable=True)  # (n*a,)
     ends = group_ends(flat[order], e)  # (e,)
-    if x.device.type == "cpu":  # reading a number costs nothing here, computing on junk does
+    # Copying what others compute costs more than waiting for a number, but for a decode step's few.
+    if x.device.type == "cpu" or len(x) > EXPERT_TOKENS // 4:
         order = order[: max(int(ends[-1]), 1)]
     own = (flat[order] < e)[:, None]  # (n*a, 1)
     token = order // ids.shape[1]  # (n*a,)
@@ -354,6 +355,9 @@ def start(cfg):
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(cfg.device)
+    if cfg.dry_run:  # whose plan imagines the ranks
+        yield Dist(rank, device=device)
+        return
     dist = Dist(rank, size, device, **{name: getattr(cfg, name) for name in LAYOUT})
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
