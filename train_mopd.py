@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanocascade import distributed, stages
+from nanocascade import distributed, plan, stages
 from nanocascade.config import parse_args, run_main
 from nanocascade.moe import load_imbalance, update_correction_bias
 from nanocascade.mopd import compute_mopd_loss, masked_mean
@@ -73,12 +73,14 @@ PRESETS = {
         "prompts": 32, "max_new_tokens": 512, "lr": 1e-6, "warmup_from": 1e-7,
         "eval_max_new_tokens": 512,
     },
-    "full": {"micro_tokens": 49152, "max_rows": 256, "eval_max_new_tokens": 49152},
+    "full": stages.FULL_LAYOUT | {"eval_max_new_tokens": 49152},
 }  # fmt: skip
 
 
 def main():
     cfg = parse_args(Config, presets=PRESETS)
+    if cfg.dry_run and not cfg.data:
+        return plan.report(cfg)
     with distributed.start(cfg) as dist:
         train(cfg, dist)
 
@@ -98,7 +100,7 @@ def train(cfg: Config, dist: distributed.Dist):
     rows = run.train_rows(teachers.domains, per_domain=cfg.toy_rows)
     scorer = Scorer(run.judge(rows))
     if cfg.dry_run:
-        return run.describe()
+        return run.describe(rows)
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.model

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanocascade import distributed, stages
+from nanocascade import distributed, plan, stages
 from nanocascade.config import parse_args, run_main
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.moe import load_imbalance, update_correction_bias
@@ -58,6 +58,7 @@ class Config(RunConfig):
     warmup: int | None = None  # steps of linear warm-up
     schedule: str | None = None  # constant, linear or cosine
     max_new_tokens: int | None = None  # of a response; with tools, of the whole episode
+    max_tokens: int | None = None  # of prompt and response together (0 = no limit of its own)
     max_turns: int | None = None  # assistant turns of an episode with tools
     temperature: float | None = None  # of sampling; all log-probs are of logits / temperature
     top_p: float | None = None  # nucleus of sampling; the loss scores the full distribution
@@ -84,7 +85,7 @@ PRESETS = {
         "prompts": 16, "rollouts": 8, "max_new_tokens": 512, "lr": 1e-6, "steps": 100,
         "eval_max_new_tokens": 512,
     },
-    "full": {"micro_tokens": 49152, "max_rows": 256, "eval_max_new_tokens": 49152},
+    "full": stages.FULL_LAYOUT | {"eval_max_new_tokens": 49152},
 }  # fmt: skip
 
 
@@ -92,6 +93,8 @@ def main():
     cfg = parse_args(Config, presets=PRESETS)
     stage = stages.settings(cfg.stage, toy=cfg.config == "toy")
     stages.apply_stage(cfg, stage)
+    if cfg.dry_run and not cfg.data:
+        return plan.report(cfg)
     with distributed.start(cfg) as dist:
         train(cfg, stage, dist)
 
@@ -102,7 +105,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     tokenizer = run.tokenizer
     sampling = Sampling(
         cfg.max_new_tokens, cfg.temperature, cfg.top_p, max_turns=cfg.max_turns,
-        max_rows=cfg.max_rows, return_experts=cfg.routing_replay,
+        max_rows=cfg.max_rows, return_experts=cfg.routing_replay, max_tokens=cfg.max_tokens,
     )  # fmt: skip
 
     # ---- Data ------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         if dist.is_main:
             print(sandbox.describe())
     if cfg.dry_run:
-        return run.describe()
+        return run.describe(rows)
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.model

@@ -12,7 +12,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from nanocascade import distributed, tasks
+from nanocascade import distributed, plan, stages, tasks
 from nanocascade.config import parse_args, run_main
 from nanocascade.data import conversation, sft_conversation
 from nanocascade.moe import load_imbalance, update_correction_bias
@@ -63,12 +63,14 @@ PRESETS = {
         "steps": 200, "schedule_steps": 200, "batch_tokens": 16384, "row_tokens": 2048,
         "micro_tokens": 4096, "lr": 2e-5, "min_lr": 2e-6, "warmup": 10, "eval_max_new_tokens": 512,
     },
-    "full": {"micro_tokens": 262144, "eval_max_new_tokens": 49152},
+    "full": stages.FULL_LAYOUT | {"eval_max_new_tokens": 49152},
 }  # fmt: skip
 
 
 def main():
     cfg = parse_args(Config, presets=PRESETS)
+    if cfg.dry_run and not cfg.data:
+        return plan.report(cfg)
     with distributed.start(cfg) as dist:
         train(cfg, dist)
 
@@ -82,7 +84,7 @@ def train(cfg: Config, dist: distributed.Dist):
     rows = run.train_rows(tasks.DOMAINS, per_domain=cfg.toy_rows, sft=True)
     scorer = Scorer(run.judge(()))
     if cfg.dry_run:
-        return run.describe()
+        return run.describe(rows)
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.model

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SPAN = 8192  # positions of a row that are scanned at once
-
 CPU_CHUNK = 64  # a core's cache holds 64 x 64 weights of all heads; a GPU takes the published 128
 STEP_BYTES = 1 << 20  # of state that a decoding step works on at once: half a core's cache
 

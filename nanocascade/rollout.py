@@ -37,6 +37,12 @@ class Sampling:
     max_rows: int = 512
     thinking: bool = True
     return_experts: bool = False  # routing replay
+    max_tokens: int = 0  # of prompt and response together (0 = no limit of its own)
+
+    def room(self, prompt: int) -> int:
+        """Tokens that may follow a prompt of so many."""
+        total = self.max_tokens or prompt + self.max_new_tokens
+        return min(self.max_new_tokens, total - prompt)
 
 
 @dataclass
@@ -146,7 +152,8 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
     }  # fmt: skip
     with unsharded(model):
         generate(
-            model, prompts, num_samples=num_samples, max_new_tokens=sampling.max_new_tokens,
+            model, prompts, num_samples=num_samples,
+            max_new_tokens=[sampling.room(len(x)) for x in prompts],
             row_ids=row_ids, on_sample=finish, **options,
         )  # fmt: skip
         pending = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
@@ -155,7 +162,7 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
             answer_calls([groups[p][r] for p, r in pending], tokenizer, sampling)
             pending = [(p, r) for p, r in pending if not groups[p][r].truncated]
             texts = [groups[p][r] for p, r in pending]
-            left = [sampling.max_new_tokens - len(x.tokens) + x.prompt_length for x in texts]
+            left = [sampling.room(x.prompt_length) - len(x.tokens) + x.prompt_length for x in texts]
             generate(
                 model, [x.tokens for x in texts], max_new_tokens=left,
                 # a name of its own for each episode; positions differ from turn to turn
@@ -193,7 +200,7 @@ def answer_calls(rollouts: list[Rollout], tokenizer, sampling: Sampling) -> None
         called = list(threads.map(run_calls, rollouts))
     for rollout, results in zip(rollouts, called, strict=True):
         told = tokenizer.tool_result_ids(results, sampling.thinking)
-        if len(rollout.tokens) + len(told) - rollout.prompt_length >= sampling.max_new_tokens:
+        if len(rollout.tokens) + len(told) - rollout.prompt_length >= sampling.room(rollout.prompt_length):
             rollout.stop_reason = "length"  # no room to answer: the episode ends with its call
             continue
         rollout.extend(told)

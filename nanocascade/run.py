@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanocascade import tasks
+from nanocascade import plan, tasks
 from nanocascade.checkpoint import save_model
-from nanocascade.config import describe
 from nanocascade.data import (
     PromptStream,
     conversation,
@@ -64,7 +63,8 @@ class RunConfig:
     data: tuple[str, ...] = ()  # JSONL files of rows; "toy" generates tasks
     eval_data: tuple[str, ...] = ()  # rows to evaluate on after training; "toy", or none
     resume: bool = False  # continue the run in --out exactly where its last checkpoint is
-    dry_run: bool = False  # print the resolved run and exit
+    dry_run: bool = False  # print the resolved run and its plan (memory, time), and exit
+    cluster: str = ""  # of a dry run: 8xH200, 16xH100, ...; this machine if empty
     seed: int = 0  # of initial weights, data order and sampling
     # ---- advanced ----
     bias_rate: float = 1e-3  # step of the experts' correction bias after each update (0 = off)
@@ -121,7 +121,7 @@ class Run:
         check_settings(cfg)
         # What a resumed run must share with the one that was cut off, to go on to the same bits.
         # Layouts are free too: other ranks go on with the same weights, moments and data order.
-        free = ("out", "resume", "dry_run", "device", "save_every", "log_groups", "show_every")
+        free = ("out", "resume", "dry_run", "cluster", "device", "save_every", "log_groups", "show_every")
         free += tuple(x for x in LAYOUT if x != "dtype")
         identity = {k: v for k, v in asdict(cfg).items() if k not in free}
         identity |= {"stage": stage, "teachers": self.teachers}
@@ -162,7 +162,8 @@ class Run:
             if not sft and (others := found - set(domains)) and self.dist.is_main:
                 print(f"left out, not of this stage: rows of {', '.join(sorted(others))}")
             rows = rows if sft else [r for r in rows if r["domain"] in domains]
-            self.check_lengths(rows, 0 if sft else self.cfg.max_new_tokens, sft)
+            new, total = self.cfg.max_new_tokens if not sft else 0, getattr(self.cfg, "max_tokens", 0)
+            self.check_lengths(rows, 1 if total else new, sft, total)
         return self.with_references(rows)
 
     def evaluation_rows(self, own) -> dict[str, list[dict]]:
@@ -183,10 +184,11 @@ class Run:
                 self.check_lengths(rows, cfg.eval_max_new_tokens)
         return {d: self.with_references(rows) for d, rows in self.eval_rows.items()}
 
-    def check_lengths(self, rows: list[dict], new_tokens: int, sft: bool = False) -> None:
+    def check_lengths(self, rows: list[dict], new_tokens: int, sft=False, total=0) -> None:
         """Raise ValueError for a row that does not fit: for SFT the conversation up to its last
-        answer in --row_tokens, otherwise the prompt and new_tokens in the model's context."""
-        most = self.cfg.row_tokens if sft else self.model_config.max_position_embeddings
+        answer in --row_tokens, otherwise the prompt and new_tokens in the model's context, or in
+        `total` tokens."""
+        most = self.cfg.row_tokens if sft else total or self.model_config.max_position_embeddings
         for row in rows:
             messages, tools = conversation(row)
             shown = sft_conversation(row, self.tokenizer.thinks) if sft else messages
@@ -197,7 +199,8 @@ class Run:
             ids, mask = self.tokenizer.render(*rendered)
             size = max((i for i, x in enumerate(mask) if x), default=-1) + 1 if sft else len(ids)
             if size + new_tokens > most:
-                held = f"--row_tokens is {most}" if sft else f"the model's context is {most}"
+                held = f"--max_tokens is {most}" if total else f"the model's context is {most}"
+                held = f"--row_tokens is {most}" if sft else held
                 raise ValueError(f"row {row['id']}: {size} tokens + {new_tokens} new ones; {held}")
 
     def with_references(self, rows: list[dict]) -> list[dict]:
@@ -386,14 +389,11 @@ class Run:
         self.dist.barrier()
         self.references = read_references(self.out / "references.jsonl")
 
-    def describe(self) -> None:
-        """--dry_run: the resolved run and what it would train."""
-        total = self.model_config.num_parameters()
-        active = self.model_config.num_parameters(active=True)
-        print(describe(self.cfg))
-        print(f"parameters: {total:,} in all, {active:,} active a token")
-        size = 4 * total  # bytes: weights, gradients and both moments are fp32
-        print(f"bytes: weights {size:,}, gradients {size:,}, optimizer {2 * size:,}")
+    def describe(self, rows: list[dict]) -> None:
+        """--dry_run: the resolved run and what it costs, by the longest of a few hundred prompts."""
+        few = rows[:: max(len(rows) // 256, 1)]
+        lengths = [len(self.tokenizer.render(*conversation(x), True, True)[0]) for x in few]
+        plan.report(self.cfg, self.model_config, max(lengths))
 
 
 def question_of(row: dict) -> str:

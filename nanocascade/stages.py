@@ -35,6 +35,7 @@ class Stage:
     kl_coef: float = 0.0  # k3 against the start of the stage
     pairing: str = "all"  # preference: all pairs, or the circle of the Nano recipe
     max_turns: int = 1  # assistant turns of an episode
+    max_tokens: int = 0  # of prompt and response together, where the report limits their sum
 
 
 # (report, toy). Toy learning rates are for a model of 1M parameters; steps are for minutes.
@@ -54,8 +55,8 @@ RL_STAGES = {
         max_new_tokens=(16 * THOUSAND, 48), lr=(3e-6, 3e-4), steps=(25, 25), kl_coef=0.03,
     ),
     "long_context_rl": dict(  # long questions only: mixing others in hurts
-        domains={"long_context": 1.0}, prompts=(128, 16), rollouts=(16, 8),
-        max_new_tokens=(48 * THOUSAND, 24), lr=(3e-6, 2e-4), steps=(30, 25),
+        domains={"long_context": 1.0}, prompts=(128, 16), rollouts=(16, 8), lr=(3e-6, 2e-4),
+        max_new_tokens=(48 * THOUSAND, 24), max_tokens=(48 * THOUSAND, 0), steps=(30, 25),
     ),
     # OURS: code problems that the stage's own start always solves are dropped; the report asks a
     # strong model. Strict binary reward.
@@ -66,7 +67,8 @@ RL_STAGES = {
     ),
     "swe_rl": dict(  # agentless repair; a prompt none of whose rollouts exceeds 0.5 is masked
         domains={"swe": 1.0}, prompts=(128, 48), rollouts=(16, 8),
-        max_new_tokens=(96 * THOUSAND, 40), lr=(3e-6, 2e-4), steps=(45, 20), mask_unsolved=0.5,
+        max_new_tokens=(96 * THOUSAND, 40), max_tokens=(96 * THOUSAND, 0), lr=(3e-6, 2e-4),
+        steps=(45, 20), mask_unsolved=0.5,
     ),
     # Episodes in a repository (environments.py), its tests the reward; off the toy's cascade. What
     # is solved 16 of 16 times is removed, what never is kept with probability 0.1.
@@ -82,6 +84,12 @@ RL_STAGES = {
         max_new_tokens=(48 * THOUSAND, 40), lr=(3e-6, 4e-4), steps=(25, 30),
     ),
 }  # fmt: skip
+
+# How the 30B-A3B lies on a cluster, whatever the stage; --dry_run says what it holds and takes.
+FULL_LAYOUT = dict(
+    shard=True, expert_parallel=8, dtype="bfloat16", checkpoint_blocks=True, offload_optimizer=True,
+    micro_tokens=49152, max_rows=112,
+)  # fmt: skip
 
 # Which teacher scores a prompt of this domain (Nemotron-Cascade 2, MOPD).
 TEACHER_OF = {

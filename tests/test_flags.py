@@ -60,6 +60,7 @@ CHANGES = [  # command line, flag and value, what must differ
     (RL, ("--normalize_std", "false"), "weights"), (RL, ("--train_router",), "weights"),
     (RL, ("--dynamic_filtering", "false"), "metrics"), (RL, ("--top_p", 0.3), "rollouts"),
     (RL, ("--schedule", "linear", "--min_lr", 1e-2), "weights"), (RL, ("--seed", 3), "rollouts"),
+    (RL, ("--max_tokens", 30), "rollouts"),
     (RL, ("--mask_unsolved", 1), "weights"), (RL, ("--log_groups", 0), "rollouts"),
     (RL, ("--show_every", 1), "printed"), (RL, ("--warmup", 2), "weights"),
     (RL, ("--curriculum", "1,0,0.1", "--data", "RATED"), "rollouts"),

@@ -1,0 +1,212 @@
+"""The plan of a run against what runs hold: parameters to the unit, peaks of memory, the settings."""
+
+import re
+import runpy
+from dataclasses import replace
+
+import pytest
+import torch
+from fixtures import toy_runs
+from fixtures.toy_runs import run_here
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nanocascade import mamba2, meter, plan, stages
+from nanocascade.distributed import LAYOUT, Dist, parallelize
+from nanocascade.hf_config import load_config
+from nanocascade.logprobs import token_logprobs
+from nanocascade.model import Model, ModelConfig
+
+SMALL = ModelConfig(
+    vocab_size=256, hidden_size=64, pattern="MEM*E", head_dim=16, num_experts=16,
+    num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
+    mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16,
+)  # fmt: skip
+PLAIN = {name: False for name in LAYOUT} | {"expert_parallel": 1, "replicas": 1, "dtype": "float32"}
+SHARDED = PLAIN | {"shard": True, "dtype": "bfloat16", "checkpoint_blocks": True}
+FULL = load_config(plan.FULL)
+
+
+@pytest.fixture
+def node():
+    with meter.imaginary_node():
+        yield
+
+
+@pytest.fixture
+def short_spans(monkeypatch):
+    """Traces of 3,072 tokens instead of 24,576: a few seconds instead of twenty."""
+    monkeypatch.setattr(mamba2, "SPAN", 1024)
+    monkeypatch.setattr(plan, "TRACED", (2048, 3072))
+
+
+def planned(config, work, layout, ranks=8):
+    """Bytes of a training step beyond weights and moments, by the plan."""
+    found = plan.Plan(config, work, layout, ranks).bytes(work)["training"]
+    return sum(found.values()) - found["weights"] - found["moments"]
+
+
+def one_step(model, ids, segments=None):
+    logprobs = token_logprobs(model(ids, segments=segments), model.head.weight, ids)[0]  # (b, t)
+    logprobs.sum().backward()
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("rows, width", [(4, 256), (1, 2500)])
+def test_parity_real_step(rows, width, checkpoint_blocks, node):
+    """A second micro-batch with real tensors peaks where the plan says, or up to 15 % below."""
+    model = Model(SMALL).reset_parameters(0)
+    model = parallelize(model, Dist(checkpoint_blocks=checkpoint_blocks))
+    ids = torch.zeros(rows, width, dtype=torch.long)  # (b, t)
+    with meter.Meter() as real:
+        for _ in range(2):
+            one_step(model, ids, torch.zeros_like(ids))
+    layout = PLAIN | {"checkpoint_blocks": checkpoint_blocks}
+    found = planned(SMALL, plan.Work(width, width, rows * width, rows * width), layout, 1)
+    assert 0.99 < found / real.peak < 1.15
+
+
+def trace_whole(config, layout, width):
+    """(parameters of rank 0, peak beyond weights) of two micro-batches of a model on 8 ranks."""
+    dist = Dist(0, meter.NODE, "cpu", **layout)
+    dist.make_meshes()
+    dist.reduce = lambda x, *_: x
+    with torch.device("meta"):
+        model = parallelize(Model(config), dist)
+    share = min(meter.IMBALANCE / dist.expert_parallel, 1)
+    pairs = share * min(width * dist.expert_parallel, 8192) * config.num_experts_per_tok
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        ids = torch.zeros(1, width, dtype=torch.long)  # (b, t)
+        context = meter.fake_context(config, ids, 0, dist.dtype)
+        model.context = lambda *_: context
+        with meter.as_on_gpu(), meter.Meter(int(pairs)) as whole:
+            for _ in range(2):
+                one_step(model, ids)
+    locals_ = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    return sum(p.numel() for p in locals_), whole.peak
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 8])
+def test_parity_sharded_step(expert_parallel, node):
+    """The whole sharded model, traced, has the plan's parameters a rank, and its peak or less."""
+    layout = SHARDED | {"expert_parallel": expert_parallel}
+    work = plan.Work(512, 512, 512, 8 * 512)
+    parameters, peak = trace_whole(SMALL, layout, 512)
+    assert parameters == plan.Plan(SMALL, work, layout, 8).mine
+    assert 0.99 < planned(SMALL, work, layout) / peak < 1.15
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("ranks, name", [(8, "H200"), (16, "H100")])
+def test_numbers_49k(ranks, name, node):
+    """A stage of 49K tokens fits on 8 x 141 GB and on 16 x 80 GB, training and rollout."""
+    cfg = runpy.run_path(str(toy_runs.ROOT / "train_rl.py"))
+    cfg = cfg["Config"](stage="if_rl", **cfg["PRESETS"]["full"])
+    stages.apply_stage(cfg, stages.settings("if_rl", toy=False))
+    work = plan.work_of(cfg, FULL, ranks, plan.PROMPT)
+    layout = {key: getattr(cfg, key) for key in LAYOUT}
+    assert plan.Plan(FULL, work, layout, ranks).peak() < plan.HARDWARE[name].memory - plan.RESERVE
+
+
+@pytest.mark.nightly
+def test_parity_sharded_30b(node):
+    """So has the 30B model, 8 experts' ranks, of which all is traced here (minutes)."""
+    layout, work = SHARDED | {"expert_parallel": 8}, plan.Work(2048, 2048, 2048, 8 * 2048)
+    parameters, peak = trace_whole(FULL, layout, 2048)
+    assert parameters == plan.Plan(FULL, work, layout, 8).mine
+    assert 0.99 < planned(FULL, work, layout) / peak < 1.15
+
+
+def test_numbers_parallel(node):
+    """A parameter costs 4 bytes of weight, 4 of gradient and 8 of moments; of 8 ranks each has an
+    eighth, but for router, A_log, D and dt_bias, which are whole on all of them."""
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in Model(SMALL).named_parameters()}
+    total = sum(sizes.values())
+    islands = sum(n for x, n in sizes.items() if re.search(r"gate\.weight|A_log|\.D$|dt_bias", x))
+    work = plan.Work(256, 256, 256, 2048)
+    alone = plan.Plan(SMALL, work, PLAIN, 1).bytes(work)["training"]
+    assert [alone[x] for x in ("weights", "gradients", "moments")] == [4 * total, 4 * total, 8 * total]
+    layout = SHARDED | {"offload_optimizer": True}
+    work = replace(work, frozen=3)
+    phases = plan.Plan(SMALL, work, layout, 8).bytes(work)
+    mine = (total - islands) / 8 + islands
+    assert phases["training"]["weights"] == 4 * mine and phases["training"]["moments"] == 0
+    assert phases["host"] == {"moments": 8 * mine, "frozen": 3 * 2 * total / 8, "kept": 0}
+    assert phases["training"]["frozen"] == 2 * total / 8  # one teacher at a time
+
+
+def test_numbers_cache(node):
+    """The 30B model's row at 49,152 tokens: 6,144 bytes a token and 49 MB of state; 11.7 GB of
+    bf16 weights a rank at 8 ranks of experts (Nemotron 3 Nano, config.json)."""
+    work = plan.Work(49152, 49152, 49152, 1e6, new=1000, rollouts=2048, rows=1)
+    layout = SHARDED | {"expert_parallel": 8}
+    found = plan.Plan(FULL, work, layout, 8)
+    found.of = lambda *_, **__: meter.Trace(0, 0, [])
+    found = found.sampling(work)
+    assert found["kept"] - 16 * 1000 == pytest.approx(6144 * 49153 + 49e6, rel=2e-3)
+    assert found["gathered"] == pytest.approx(11.73e9, rel=1e-3)
+
+
+REPORT = {  # PAPER.md's table: prompts, rollouts, tokens, total tokens, steps, top-p, filter, KL
+    "if_rl": (128, 16, 49152, 0, 180, 1.0, "penalty", 0.0),
+    "multi_domain_rl": (128, 16, 49152, 0, 70, 1.0, "filter", 0.0),
+    "rlhf": (128, 16, 16384, 0, 25, 1.0, "penalty", 0.03),
+    "long_context_rl": (128, 16, 49152, 49152, 30, 1.0, "penalty", 0.0),
+    "code_rl": (128, 16, 118784, 0, 22, 0.95, "filter", 0.0),
+    "swe_rl": (128, 16, 98304, 98304, 45, 1.0, "penalty", 0.0),
+}
+
+
+def test_numbers_settings():
+    """The full settings are the report's (our choice where it prints two), stage by stage."""
+    for name, row in REPORT.items():
+        x = stages.settings(name, toy=False)
+        assert row == (x.prompts, x.rollouts, x.max_new_tokens, x.max_tokens, x.steps, x.top_p,
+                       x.overlong, x.kl_coef), name  # fmt: skip
+        assert (x.lr, x.schedule, x.temperature) == (3e-6, "constant", 1.0)
+        assert x.dynamic_filtering == (name == "if_rl")
+    agentic = stages.settings("swe_agentic_rl", toy=False)
+    assert (agentic.prompts, agentic.rollouts, agentic.max_turns) == (16, 64, 200)
+    assert (agentic.lr, agentic.min_lr, agentic.warmup) == (3e-6, 0.0, 10)
+    assert (agentic.temperature, agentic.schedule) == (0.8, "linear")
+    scripts = {x: runpy.run_path(str(toy_runs.ROOT / f"train_{x}.py")) for x in ("sft", "mopd")}
+    sft, mopd = (x["Config"](**x["PRESETS"]["full"]) for x in scripts.values())
+    assert (mopd.prompts, mopd.rollouts, mopd.max_new_tokens, mopd.steps) == (128, 4, 98304, 52)
+    assert (mopd.lr, mopd.warmup, mopd.warmup_from, mopd.betas) == (2e-6, 30, 2e-7, (0.9, 0.95))
+    assert (mopd.gate, mopd.gate_low, mopd.gate_high) == ("zero", 0.5, 2.0)
+    assert (sft.batch_tokens, sft.row_tokens, sft.steps) == (64 * 262144, 262144, 33000)
+    assert (sft.lr, sft.min_lr, sft.warmup, sft.schedule_steps) == (5e-5, 5e-6, 200, 40000)
+    assert (sft.betas, sft.weight_decay, sft.strip_thinking) == ((0.9, 0.98), 0.1, 0.1)
+
+
+def test_run_dry_full(short_spans, monkeypatch, capsys):
+    """The 30B-A3B on 8 H200: 31,577,937,344 parameters, 3.58 B active, with neither checkpoint nor
+    data; the plan's parts add up to its sums, and a stage of 49K tokens fits."""
+    run_here(monkeypatch, "train_rl.py", "--stage", "if_rl", "--config", "full", "--dry_run",
+             "--cluster", "8xH200")  # fmt: skip
+    out = capsys.readouterr().out
+    assert "parameters: 31,577,937,344 in all, 3,580,073,408 active a token" in out
+    for phase in ("training", "rollout", "host"):
+        *parts, total = map(float, re.search(rf"^{phase} +(.*)$", out, re.M)[1].split())
+        assert sum(parts) == pytest.approx(total, abs=0.01)
+    longest = re.search(r"^fits; documents of up to ([\d,]+) tokens would", out, re.M)[1]
+    assert int(longest.replace(",", "")) > 49152 + plan.PROMPT
+
+
+def test_run_dry_refused(short_spans, monkeypatch, capsys):
+    """Where a layout does not fit, the message names one that does: it is taken at its word."""
+    short = ("--row_tokens", 1024, "--micro_tokens", 1024)
+    script = ("train_sft.py", "--config", "full", "--dry_run", *short, "--cluster")
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, *script, "4xH100", "--offload_optimizer", "false",
+                 "--expert_parallel", 4)
+    line = capsys.readouterr().err
+    named = re.search(r"more than the 80 GB of H100; (\d+) x H100 with (.*) hold it", line)
+    ranks, flags = named.groups()
+    run_here(monkeypatch, *script, f"{ranks}xH100", *flags.split())
+    assert "fits; " in capsys.readouterr().out
+    for wrong in ("8xA1", "H100", "0xH100"):
+        with pytest.raises(SystemExit):
+            run_here(monkeypatch, *script, wrong)
+        assert f"--cluster {wrong}: expected" in capsys.readouterr().err
