@@ -1,6 +1,6 @@
-"""What a run costs before it starts: bytes a rank by kind, the layout that holds it, seconds a step.
+"""What a run costs before it starts: bytes a rank by kind, a layout that holds it, seconds a step.
 
-Weights, gradients and moments are counted from shapes, what blocks need on top is metered (meter.py)
+Weights, gradients and moments are counted from shapes, what blocks need on top metered (meter.py),
 and added up here; tests/test_plan.py holds the sums against real steps, and against a step of the
 whole sharded model on imagined ranks. Times are a roofline of the metered operations: a guess.
 """
@@ -84,7 +84,7 @@ class Plan:
         self.traces, self.router = {} if traces is None else traces, router
         self.dist = dist = Dist(0, ranks, "cpu", **layout)
         if config.num_experts % (ep := dist.expert_parallel) or ep > NODE:
-            raise ValueError(f"--expert_parallel {ep}: {config.num_experts} experts, nodes of {NODE}")
+            raise ValueError(f"--expert_parallel {ep}: {config.num_experts} experts, node of {NODE}")
         with torch.device("meta"):
             sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
         self.total = sum(sizes.values())
@@ -114,7 +114,8 @@ class Plan:
             return Trace(*ends, [(x * times, y * times) for x, y in long.ops])
         width = 1 if "seen" in how else min(self.work.width, tokens)
         dist, ep = self.dist, self.dist.expert_parallel if kind == "E" else 1
-        key = kind, tokens, width, ep, dist.dtype, dist.sharded, dist.checkpoint_blocks, *how.items()
+        layout = dist.dtype, dist.sharded, dist.checkpoint_blocks
+        key = kind, tokens, width, ep, layout, *how.items()
         if key not in self.traces:
             shape = max(tokens // width, 1), width
             self.traces[key] = trace(self.config, kind, self.layout, *shape, **how)
@@ -158,7 +159,8 @@ class Plan:
         config = self.config
         row = Cache(config, 1, work.sequence, self.dist.dtype, "meta").bytes + 16 * work.new
         row += work.replay * work.new * 8 * config.num_moe_layers * config.num_experts_per_tok
-        step = max(self.of(k, work.rows, seen=work.sequence).peak for k in {*config.pattern, "head"})
+        kinds = {*config.pattern, "head"}
+        step = max(self.of(k, work.rows, seen=work.sequence).peak for k in kinds)
         fill = max(self.of(k, PREFILL_TOKENS, grad=False).peak for k in {*config.pattern})
         gathered = self.size * self.whole * self.dist.sharded
         return {"gathered": gathered, "kept": work.rows * row, "block": max(step, fill)}
@@ -290,10 +292,11 @@ def report(cfg, config=None, prompt: int = PROMPT) -> None:
         print(f"parameters: {plan.total:,} in all, "
               f"{config.num_parameters(active=True):,} active a token")  # fmt: skip
         print(f"a step: {work.tokens:,.0f} tokens in micro-batches of {work.micro:,} a rank, "
-              f"documents of up to {work.sequence:,}, {work.rows} rows decoded at once")  # fmt: skip
+              f"documents of up to {work.sequence:,}, {work.rows} rows decoded")  # fmt: skip
         phases = plan.bytes(work)
         kinds = dict.fromkeys(kind for x in phases.values() for kind in x)
-        print(f"{f'GB a rank, {ranks} x {name}':<28}" + "".join(f"{x:>12}" for x in (*kinds, "sum")))
+        head = f"GB a rank, {ranks} x {name}"
+        print(f"{head:<28}" + "".join(f"{x:>12}" for x in (*kinds, "sum")))
         for phase, x in phases.items():
             cells = [x.get(kind, 0.0) for kind in kinds] + [sum(x.values())]
             print(f"{phase:<28}" + "".join(f"{y / 1e9:>12.3f}" for y in cells))

@@ -1,4 +1,4 @@
-"""The plan of a run against what runs hold: parameters to the unit, peaks of memory, the settings."""
+"""The plan of a run against what runs hold: parameters to the unit, peaks of memory, settings."""
 
 import re
 import runpy
@@ -126,7 +126,8 @@ def test_numbers_parallel(node):
     islands = sum(n for x, n in sizes.items() if re.search(r"gate\.weight|A_log|\.D$|dt_bias", x))
     work = plan.Work(256, 256, 256, 2048)
     alone = plan.Plan(SMALL, work, PLAIN, 1).bytes(work)["training"]
-    assert [alone[x] for x in ("weights", "gradients", "moments")] == [4 * total, 4 * total, 8 * total]
+    kinds = ("weights", "gradients", "moments")
+    assert [alone[x] for x in kinds] == [4 * total, 4 * total, 8 * total]
     layout = SHARDED | {"offload_optimizer": True}
     work = replace(work, frozen=3)
     phases = plan.Plan(SMALL, work, layout, 8).bytes(work)
