@@ -1,8 +1,9 @@
 """What a run costs before it starts: bytes a rank by kind, a layout that holds it, seconds a step.
 
-Weights, gradients and moments are counted from shapes, what blocks need on top metered (meter.py),
-and added up here; tests/test_plan.py holds the sums against real steps, and against a step of the
-whole sharded model on imagined ranks. Times are a roofline of the metered operations: a guess.
+Weights, gradients and moments are counted from shapes, what blocks need on top is metered by
+meter.py and added up here; tests/test_plan.py holds the sums against real steps, and against a step
+of the whole sharded model on imagined ranks. Times are a roofline of the metered operations: a
+guess.
 """
 
 import os
@@ -84,7 +85,7 @@ class Plan:
         self.traces, self.router = {} if traces is None else traces, router
         self.dist = dist = Dist(0, ranks, "cpu", **layout)
         if config.num_experts % (ep := dist.expert_parallel) or ep > NODE:
-            raise ValueError(f"--expert_parallel {ep}: {config.num_experts} experts, node of {NODE}")
+            raise ValueError(f"--expert_parallel {ep}: {config.num_experts} experts, {NODE} a node")
         with torch.device("meta"):
             sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
         self.total = sum(sizes.values())
@@ -114,8 +115,8 @@ class Plan:
             return Trace(*ends, [(x * times, y * times) for x, y in long.ops])
         width = 1 if "seen" in how else min(self.work.width, tokens)
         dist, ep = self.dist, self.dist.expert_parallel if kind == "E" else 1
-        layout = dist.dtype, dist.sharded, dist.checkpoint_blocks
-        key = kind, tokens, width, ep, layout, *how.items()
+        key = kind, tokens, width, ep, dist.dtype, dist.sharded, dist.checkpoint_blocks
+        key += (*how.items(),)
         if key not in self.traces:
             shape = max(tokens // width, 1), width
             self.traces[key] = trace(self.config, kind, self.layout, *shape, **how)
@@ -159,9 +160,9 @@ class Plan:
         config = self.config
         row = Cache(config, 1, work.sequence, self.dist.dtype, "meta").bytes + 16 * work.new
         row += work.replay * work.new * 8 * config.num_moe_layers * config.num_experts_per_tok
-        kinds = {*config.pattern, "head"}
-        step = max(self.of(k, work.rows, seen=work.sequence).peak for k in kinds)
-        fill = max(self.of(k, PREFILL_TOKENS, grad=False).peak for k in {*config.pattern})
+        kinds = {*config.pattern}
+        step = max(self.of(k, work.rows, seen=work.sequence).peak for k in kinds | {"head"})
+        fill = max(self.of(k, PREFILL_TOKENS, grad=False).peak for k in kinds)
         gathered = self.size * self.whole * self.dist.sharded
         return {"gathered": gathered, "kept": work.rows * row, "block": max(step, fill)}
 
@@ -292,11 +293,11 @@ def report(cfg, config=None, prompt: int = PROMPT) -> None:
         print(f"parameters: {plan.total:,} in all, "
               f"{config.num_parameters(active=True):,} active a token")  # fmt: skip
         print(f"a step: {work.tokens:,.0f} tokens in micro-batches of {work.micro:,} a rank, "
-              f"documents of up to {work.sequence:,}, {work.rows} rows decoded")  # fmt: skip
+              f"documents up to {work.sequence:,}, {work.rows} rows decoded at once")  # fmt: skip
         phases = plan.bytes(work)
         kinds = dict.fromkeys(kind for x in phases.values() for kind in x)
-        head = f"GB a rank, {ranks} x {name}"
-        print(f"{head:<28}" + "".join(f"{x:>12}" for x in (*kinds, "sum")))
+        title = f"GB a rank, {ranks} x {name}"
+        print(f"{title:<28}" + "".join(f"{x:>12}" for x in (*kinds, "sum")))
         for phase, x in phases.items():
             cells = [x.get(kind, 0.0) for kind in kinds] + [sum(x.values())]
             print(f"{phase:<28}" + "".join(f"{y / 1e9:>12.3f}" for y in cells))

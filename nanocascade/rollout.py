@@ -200,8 +200,8 @@ def answer_calls(rollouts: list[Rollout], tokenizer, sampling: Sampling) -> None
         called = list(threads.map(run_calls, rollouts))
     for rollout, results in zip(rollouts, called, strict=True):
         told = tokenizer.tool_result_ids(results, sampling.thinking)
-        written = len(rollout.tokens) + len(told) - rollout.prompt_length
-        if written >= sampling.room(rollout.prompt_length):
+        room = sampling.room(rollout.prompt_length)
+        if len(rollout.tokens) + len(told) - rollout.prompt_length >= room:
             rollout.stop_reason = "length"  # no room to answer: the episode ends with its call
             continue
         rollout.extend(told)

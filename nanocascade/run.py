@@ -121,8 +121,8 @@ class Run:
         check_settings(cfg)
         # What a resumed run must share with the one that was cut off, to go on to the same bits.
         # Layouts are free too: other ranks go on with the same weights, moments and data order.
-        free = "out resume dry_run cluster device save_every log_groups show_every".split()
-        free += [x for x in LAYOUT if x != "dtype"]
+        free = ("out", "resume", "dry_run", "device", "save_every", "log_groups", "show_every")
+        free += ("cluster",) + tuple(x for x in LAYOUT if x != "dtype")
         identity = {k: v for k, v in asdict(cfg).items() if k not in free}
         identity |= {"stage": stage, "teachers": self.teachers}
         self.out = Path(cfg.out)
@@ -162,8 +162,8 @@ class Run:
             if not sft and (others := found - set(domains)) and self.dist.is_main:
                 print(f"left out, not of this stage: rows of {', '.join(sorted(others))}")
             rows = rows if sft else [r for r in rows if r["domain"] in domains]
-            new, total = (0, 0) if sft else (self.cfg.max_new_tokens, self.cfg.max_tokens or 0)
-            self.check_lengths(rows, 1 if total else new, sft, total)
+            new, total = sft or self.cfg.max_new_tokens, getattr(self.cfg, "max_tokens", 0)
+            self.check_lengths(rows, 0 if sft else 1 if total else new, sft, total)
         return self.with_references(rows)
 
     def evaluation_rows(self, own) -> dict[str, list[dict]]:
@@ -390,7 +390,7 @@ class Run:
         self.references = read_references(self.out / "references.jsonl")
 
     def describe(self, rows: list[dict]) -> None:
-        """--dry_run: the resolved run and what it costs, by the longest of some 256 prompts."""
+        """--dry_run: the resolved run and what it costs, by the longest of some hundred prompts."""
         few = rows[:: max(len(rows) // 256, 1)]
         lengths = [len(self.tokenizer.render(*conversation(x), True, True)[0]) for x in few]
         plan.report(self.cfg, self.model_config, max(lengths))

@@ -135,9 +135,8 @@ def test_invariance_spans(packed, monkeypatch):
     """A row scanned in spans, a document ending on a span's edge or not, gives output, state and
     gradients of one scan (fp64)."""
     torch.manual_seed(0)
-    sizes = {"x": (2, 70, 4, 3), "dt": (2, 70, 4), "A": (4,)}
-    sizes |= {"B": (2, 70, 2, 5), "C": (2, 70, 2, 5)}
-    inputs = [torch.rand(size, dtype=torch.float64, requires_grad=True) for size in sizes.values()]
+    sizes = (2, 70, 4, 3), (2, 70, 4), (4,), (2, 70, 2, 5), (2, 70, 2, 5)  # of x, dt, A, B, C
+    inputs = [torch.rand(size, dtype=torch.float64, requires_grad=True) for size in sizes]
     ends = [[20, 20, 30], [16, 54, 0]]  # lengths of documents; a span has 16
     ids = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(x)) for x in ends])  # (b, t)
     ids, entry = ids if packed else None, torch.rand(2, 4, 3, 5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The plan of a run against what runs hold: parameters to the unit, peaks of memory, settings."""
+"""The plan of a run against what runs hold: parameters, peaks of memory; the full settings."""
 
 import re
 import runpy
@@ -53,7 +53,7 @@ def one_step(model, ids, segments=None):
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 @pytest.mark.parametrize("rows, width", [(4, 256), (1, 2500)])
 def test_parity_real_step(rows, width, checkpoint_blocks, node):
-    """A second micro-batch with real tensors peaks where the plan says, or up to 15 % below."""
+    """A second micro-batch with real tensors peaks where the plan says, or up to 17 % below."""
     model = Model(SMALL).reset_parameters(0)
     model = parallelize(model, Dist(checkpoint_blocks=checkpoint_blocks))
     ids = torch.zeros(rows, width, dtype=torch.long)  # (b, t)
@@ -62,7 +62,7 @@ def test_parity_real_step(rows, width, checkpoint_blocks, node):
             one_step(model, ids, torch.zeros_like(ids))
     layout = PLAIN | {"checkpoint_blocks": checkpoint_blocks}
     found = planned(SMALL, plan.Work(width, width, rows * width, rows * width), layout, 1)
-    assert 0.99 < found / real.peak < 1.15
+    assert 0.99 < found / real.peak < 1.2
 
 
 def trace_whole(config, layout, width):
@@ -93,7 +93,7 @@ def test_parity_sharded_step(expert_parallel, node):
     work = plan.Work(512, 512, 512, 8 * 512)
     parameters, peak = trace_whole(SMALL, layout, 512)
     assert parameters == plan.Plan(SMALL, work, layout, 8).mine
-    assert 0.99 < planned(SMALL, work, layout) / peak < 1.15
+    assert 0.99 < planned(SMALL, work, layout) / peak < 1.2
 
 
 @pytest.mark.nightly
@@ -114,7 +114,7 @@ def test_parity_sharded_30b(node):
     layout, work = SHARDED | {"expert_parallel": 8}, plan.Work(2048, 2048, 2048, 8 * 2048)
     parameters, peak = trace_whole(FULL, layout, 2048)
     assert parameters == plan.Plan(FULL, work, layout, 8).mine
-    assert 0.99 < planned(FULL, work, layout) / peak < 1.15
+    assert 0.99 < planned(FULL, work, layout) / peak < 1.2
 
 
 def test_numbers_parallel(node):
@@ -126,8 +126,8 @@ def test_numbers_parallel(node):
     islands = sum(n for x, n in sizes.items() if re.search(r"gate\.weight|A_log|\.D$|dt_bias", x))
     work = plan.Work(256, 256, 256, 2048)
     alone = plan.Plan(SMALL, work, PLAIN, 1).bytes(work)["training"]
-    kinds = ("weights", "gradients", "moments")
-    assert [alone[x] for x in kinds] == [4 * total, 4 * total, 8 * total]
+    alone = [alone[x] for x in ("weights", "gradients", "moments")]
+    assert alone == [4 * total, 4 * total, 8 * total]
     layout = SHARDED | {"offload_optimizer": True}
     work = replace(work, frozen=3)
     phases = plan.Plan(SMALL, work, layout, 8).bytes(work)
