@@ -21,6 +21,7 @@ from bench import common
 from bench.common import ratios, spread
 from bench.rollout import forced_decoder, forced_lengths, row_steps
 from nanocascade.checkpoint import load_model
+from nanocascade.distributed import Dist
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.moe import update_correction_bias
 from nanocascade.mopd import compute_mopd_loss
@@ -95,7 +96,7 @@ class Ours:
                 )  # fmt: skip
             loss.backward()
             load += routing.load(batch.valid, model.config.num_experts)
-        optimizer_step(model, self.optimizer, 1e-6, 1.0)
+        optimizer_step(model, self.optimizer, 1e-6, 1.0, Dist())
         update_correction_bias(model, load, 1e-3)
 
 
@@ -125,7 +126,8 @@ def make_trainer(folder, teacher_folder, rows, rollouts, lengths, steps, callbac
         output_dir=out, per_device_train_batch_size=len(lengths), max_steps=steps, use_cpu=True,
         max_completion_length=max(lengths), temperature=1.0, top_p=1.0, top_k=0, bf16=False,
         learning_rate=1e-6, gradient_checkpointing=False, report_to="none", save_strategy="no",
-        logging_steps=1000, disable_tqdm=True, optim="adamw_torch_fused", max_grad_norm=1.0,
+        logging_steps=1000, disable_tqdm=True, log_level="error", optim="adamw_torch_fused",
+        max_grad_norm=1.0,
     )  # fmt: skip
     data = datasets.Dataset.from_dict({"prompt": prompts * (2 if len(prompts) == 1 else 1)})
     shared = dict(train_dataset=data, processing_class=tokenizer, callbacks=[callback])
@@ -169,9 +171,10 @@ def compare(name, folder, teacher_folder, rows, rollouts, lengths, cfg):
 
 def main():
     cfg = common.options(losses=(["grpo", "mopd"], "grpo, mopd"),
-                         shapes=(["equal", "unequal"], "equal, unequal"))  # fmt: skip
+                         shapes=(["equal", "unequal"], "equal, unequal"),
+                         longest=(["256"], "the longest response"))  # fmt: skip
     print(common.machine())
-    p, r, longest = (2, 2, 8) if cfg.short else (8, 8, 256)
+    p, r, longest = (2, 2, 8) if cfg.short else (8, 8, int(cfg.longest[0]))
     with tempfile.TemporaryDirectory() as folder:
         build_toy_tokenizer(folder, vocabulary())
         tokenizer = Tokenizer(folder)

@@ -133,6 +133,7 @@ def main():
     cfg = common.options(
         dtypes=(["float32"], "float32, bfloat16"),
         shapes=(["rl", "equal", "decode"], "what to run"),
+        new=(["96"], "tokens of uniform decode"),
         prompts=(["64"], "prompts, of 8 responses each"),
         longest=(["256"], "the longest output of the list, the mean is a quarter"),
         batches=(["16", "64", "256", "512"], "batch sizes of which the peer takes its best"),
@@ -161,8 +162,8 @@ def main():
 
 
 def decode(name, ours, theirs, cfg):
-    """Uniform decode: prompts of 32, 96 new tokens, at the batch sizes of the table."""
-    new, gains = (8, []) if cfg.short else (96, [])
+    """Uniform decode after prompts of 32 tokens, at the batch sizes of the table."""
+    new, gains = (8, []) if cfg.short else (int(cfg.new[0]), [])
     for batch in (1, 4) if cfg.short else (1, 16, 64, 256):
         prompts = common.random_prompts(batch, 32, 32)
         gains.append(compare(f"{name} decode b={batch}", ours, theirs, prompts, 1, [new] * batch,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from bench import common
 from bench.common import Peak, alternate, ratios, spread, timed, token_flops
+from nanocascade.distributed import Dist
 from nanocascade.rollout import Rollout
 from nanocascade.training import make_batches, make_optimizer, optimizer_step, score_tokens
 
@@ -40,7 +41,7 @@ def our_step(model, optimizer, rollouts) -> float:
         loss = -(logprobs * batch.mask).sum() / total
         loss.backward()
         loss_sum += loss.item()
-    optimizer_step(model, optimizer, 1e-5, 1.0)
+    optimizer_step(model, optimizer, 1e-5, 1.0, Dist())
     return loss_sum
 
 
