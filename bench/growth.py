@@ -67,8 +67,9 @@ def curves(short: bool) -> dict[str, dict[int, object]]:
             x: lambda x=x: decode_step(attention, 8, x) for x in contexts
         },
         "decode, hybrid: batch": {x: lambda x=x: decode_step(hybrid, x, 256) for x in batches},
-        f"rollout of {total} rows: group": {
-            x: lambda x=x: rollout(hybrid, total // x, x) for x in groups
+        # The group size is total / prompts: a prompt is prefilled once for its whole group.
+        f"rollout of {total} rows: prompts": {
+            total // x: lambda x=x: rollout(hybrid, total // x, x) for x in groups
         },
         "train, 1,024 tokens: experts": {
             e: lambda m=m: train(m, 1 if short else 4, 16 if short else 256)
@@ -94,7 +95,7 @@ def plot(measured: dict[str, dict[int, float]], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 5, figsize=(18, 3.6))
-    panels = ["context", "batch", "group", "experts", "length"]
+    panels = ["context", "batch", "prompts", "experts", "length"]
     for name, points in measured.items():
         axis = axes[panels.index(name.split(": ")[1])]
         a, b = fit(points)
