@@ -47,7 +47,7 @@ RL_STAGES = {
     ),
     "multi_domain_rl": dict(  # 55 % multiple choice, 30 % tool calls, 15 % structured output
         domains={"mcqa": 0.55, "tools": 0.30, "structured": 0.15}, prompts=(128, 48),
-        rollouts=(16, 8), max_new_tokens=(48 * THOUSAND, 72), lr=(3e-6, 4e-4), steps=(70, 40),
+        rollouts=(16, 8), max_new_tokens=(48 * THOUSAND, 72), lr=(3e-6, 4e-4), steps=(70, 60),
         overlong="filter", max_turns=(16, 4),
     ),
     "rlhf": dict(  # steps: ours 25 (text: about 30); overlong: ours no filter (table: yes)
@@ -62,7 +62,7 @@ RL_STAGES = {
     # strong model. Strict binary reward.
     "code_rl": dict(
         domains={"code": 1.0}, prompts=(128, 48), rollouts=(16, 8),
-        max_new_tokens=(116 * THOUSAND, 40), lr=(3e-6, 2e-4), steps=(22, 15),
+        max_new_tokens=(116 * THOUSAND, 40), lr=(3e-6, 1.5e-4), steps=(22, 15),
         top_p=(0.95, 1.0), overlong="filter", max_pass_rate=0.99, pass_samples=(8, 4),
     ),
     "swe_rl": dict(  # agentless repair; a prompt none of whose rollouts exceeds 0.5 is masked
