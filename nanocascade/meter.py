@@ -178,7 +178,7 @@ def fake_context(config, ids: Tensor, seen: int, dtype) -> Context:
         ctx.slots, ctx.seen = torch.zeros_like(ids), seen  # (b, t)
         ctx.mask = torch.zeros(rows, 1, 1, seen, dtype=dtype)  # (b, 1, t, t')
     elif width > MASK_MAX:
-        ctx.documents = [[(0, width)]] * rows
+        ctx.documents = [[width]] * rows
     else:
         ctx.mask = (ids[:, :, None] == ids[:, None, :]).tril()[:, None]  # (b, 1, t, t)
     return ctx
