@@ -123,7 +123,6 @@ def train(cfg: Config, dist: distributed.Dist):
     for step in run.progress(first, cfg.steps):
         began = time.perf_counter()
         # Rollouts: pi_inf is the student itself, with a cache (sampler.py).
-        model.eval()
         groups, timing = collect_groups(
             model, tokenizer, stream, cfg.prompts, cfg.rollouts, sampling, cfg.seed, step, scorer,
             dist, dynamic=False,

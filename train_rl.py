@@ -20,7 +20,6 @@ from nanocascade.config import parse_args, run_main
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.moe import load_imbalance, update_correction_bias
 from nanocascade.mopd import masked_mean
-from nanocascade.rewards.code import shared_sandbox
 from nanocascade.rollout import (
     Sampling,
     Scorer,
@@ -76,7 +75,6 @@ class Config(RunConfig):
     gate_high: float = 2.0  # and the highest
     routing_replay: bool = False  # train with the experts chosen while sampling
     train_router: bool = False  # train router weights too (the recipe freezes them in RL)
-    allow_unprotected: bool = False  # run programs even where the sandbox cannot be enforced
 
 
 PRESETS = {
@@ -114,10 +112,6 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     tools = {x["environment"]["name"] for x in rows if "environment" in x}
     if tools and cfg.max_turns < 2:
         raise ValueError(f"--max_turns {cfg.max_turns}: rows with tools ({tools}) need 2 or more")
-    if {"code", "swe", "swe_agentic"} & {*stage.domains} or "python" in tools:
-        sandbox = shared_sandbox(allow_unprotected=cfg.allow_unprotected)  # refuses now or never
-        if dist.is_main:
-            print(sandbox.describe())
     if cfg.dry_run:
         return run.describe(rows)
 
@@ -146,7 +140,6 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         began = time.perf_counter()
         stream.progress = step / max(cfg.steps - 1, 1)
         # Rollouts: pi_inf is the model itself, with a cache (sampler.py).
-        model.eval()
         if reference is not None:
             reference.cpu()  # to be out of the way
         groups, timing = collect_groups(

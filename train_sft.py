@@ -101,6 +101,11 @@ def train(cfg: Config, dist: distributed.Dist):
 
     # ---- Loop ------------------------------------------------------------------------------------
     for step in run.progress(first, cfg.steps):
+        # Stop where the score is what RL should start from; asked here, so that a resumed run does.
+        if cfg.stop_score and step and step % cfg.stop_every == 0:
+            scores = run.evaluate(model, scorer, tasks.DOMAINS)
+            if sum(x["mean"] for x in scores.values()) > cfg.stop_score * len(scores):
+                break
         began = time.perf_counter()
         # Documents, until the batch is full; all ranks draw the same ones and take their share.
         documents, size = [], 0
@@ -132,16 +137,11 @@ def train(cfg: Config, dist: distributed.Dist):
         load = dist.sum(load)
         update_correction_bias(model, load, cfg.bias_rate)
 
-        # Log, save, and stop where the score is what RL should start from.
+        # Log, save.
         values = metrics.result(dist) | {"batch/tokens": size}
         values |= {"grad_norm": norm, "lr": lr, "moe/load_max": load_imbalance(load)}
-        if cfg.stop_score and (step + 1) % cfg.stop_every == 0:
-            scores = run.evaluate(model, scorer, tasks.DOMAINS)
-            values["score"] = sum(x["mean"] for x in scores.values()) / len(scores)
         run.log_step(step, values, [], began)
         run.save(step + 1, model, optimizer, stream)
-        if values.get("score", 0.0) > cfg.stop_score > 0:
-            break
 
     # ---- Finish ----------------------------------------------------------------------------------
     run.finish(model, scorer, tasks.DOMAINS)

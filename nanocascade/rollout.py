@@ -91,6 +91,13 @@ class Rollout:
         self.sampler_logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
 
 
+    def remember(self, experts: Tensor | None) -> None:
+        """The experts (t, l, a) of a turn; earlier turns' stay as chosen when they were sampled."""
+        if self.experts is not None:
+            experts = torch.cat([self.experts, experts[len(self.experts) :]])
+        self.experts = experts
+
+
 class Scorer:
     """Verdicts, computed in worker threads while sampling goes on (programs run in processes)."""
 
@@ -105,13 +112,13 @@ class Scorer:
     def group(self, rollouts: list[Rollout], encode) -> list[Reward]:
         """Pairwise rewards of one prompt's rollouts; lengths are counted in tokens."""
         responses = [x.turns[-1]["content"] for x in rollouts]
-        parts = [text.partition("</think>") for text in responses]
+        parts = [parse_response(text) for text in responses]
         return score_group(
             rollouts[0].row,
             responses,
             self.judge,
-            thought_lengths=[len(encode(thought)) for thought, _, _ in parts],
-            answer_lengths=[len(encode(answer)) for _, _, answer in parts],
+            thought_lengths=[len(encode(x["reasoning_content"] or "")) for x in parts],
+            answer_lengths=[len(encode(x["content"])) for x in parts],
             finished=[x.stop_reason == "stop" for x in rollouts],
             **self.group_options,
         )
@@ -139,7 +146,8 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
         """Book a turn; a finished episode goes to the scorer while others are still sampled."""
         rollout = groups[p][r]
         rollout.extend(sample.tokens, sample.logprobs)
-        rollout.stop_reason, rollout.experts = sample.stop_reason, sample.experts
+        rollout.stop_reason = sample.stop_reason
+        rollout.remember(sample.experts)
         text = tokenizer.said(sample.tokens, sampling.thinking)
         rollout.turns.append({"role": "assistant", "content": text})
         if scored(rollout) and not calls_tool(rollout):
@@ -179,9 +187,10 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
 
 def wants_tool(rollout: Rollout, sampling: Sampling) -> bool:
     """Whether the episode's last turn calls a tool and there is a turn left to read the result."""
-    calls = parse_response(rollout.turns[-1]["content"])["tool_calls"]
     more = len(rollout.turns) < 2 * sampling.max_turns - 1  # turns alternate with results
-    return "environment" in rollout.row and bool(calls) and more and not rollout.truncated
+    if "environment" not in rollout.row or not more or rollout.truncated:
+        return False
+    return bool(parse_response(rollout.turns[-1]["content"])["tool_calls"])
 
 
 def run_calls(rollout: Rollout) -> list[str]:
@@ -214,7 +223,8 @@ def book_rewards(group: list[Rollout], verdicts, scorer: Scorer, tokenizer) -> N
         reference = group[0].row.get("reference")
         for rollout, reward in zip(group, rewards, strict=True):
             rollout.reward, rollout.reason = reward
-            if reference is not None:  # the domain's score: 0, 1/2 or 1 against the SFT answer
+            # The domain's score: 0, 1/2 or 1 against the SFT answer; cut off, the response loses.
+            if reference is not None and rollout.stop_reason == "stop":
                 answer = rollout.turns[-1]["content"]
                 rollout.outcome = win_rate(rollout.row, answer, reference, scorer.judge)
         return
@@ -238,7 +248,7 @@ def collect_groups(
     kept, collected, tried = 0, [], 0
     timing, drawn_outcomes = {"time/rollout": 0.0, "time/score": 0.0}, []
     while kept < prompts and tried < MAX_DRAWS * prompts:
-        drawn = stream.take(prompts - kept)
+        drawn = stream.take(min(prompts - kept, MAX_DRAWS * prompts - tried))
         tried += len(drawn)
         # What is asked at length is thought about at length, and prefilled at length in any case.
         mine = dist.shard(drawn, size=lambda x: len(str(x[1].get("responses_create_params"))))
@@ -251,8 +261,10 @@ def collect_groups(
         useful = [g for g in groups if not dynamic or len({x.outcome for x in g}) > 1]
         collected += useful
         kept += dist.sum(len(useful))
+    everyone = dist.gather((timing, drawn_outcomes))
+    timing = {name: max(x[name] for x, _ in everyone) for name in timing}  # the slowest rank's
     timing["group/tried"] = tried
-    timing["outcome/drawn"] = mean(x for part in dist.gather(drawn_outcomes) for x in part)
+    timing["outcome/drawn"] = mean(x for _, part in everyone for x in part)
     # Where no group anywhere teaches anything the last ones are kept: their advantages are 0.
     return collected if kept else groups, timing
 

@@ -29,6 +29,7 @@ from nanocascade.distributed import LAYOUT, load, parallelize
 from nanocascade.hf_config import load_config
 from nanocascade.model import Model, ModelConfig
 from nanocascade.rewards import kind_of
+from nanocascade.rewards.code import shared_sandbox
 from nanocascade.rewards.preference import EndpointJudge, reference_of, rule_judge
 from nanocascade.rollout import Rollout, Sampling, evaluate
 from nanocascade.state import (
@@ -91,6 +92,7 @@ class RunConfig:
     judge_url: str = ""  # OpenAI-compatible endpoint of a generative reward model
     judge_model: str = ""  # its name there
     toy_rows: int = 1500  # generated rows a domain
+    allow_unprotected: bool = False  # run programs even where the sandbox cannot be enforced
 
 
 def toy_model_config(vocab_size: int, eos_ids) -> ModelConfig:
@@ -163,8 +165,22 @@ class Run:
                 print(f"left out, not of this stage: rows of {', '.join(sorted(others))}")
             rows = rows if sft else [r for r in rows if r["domain"] in domains]
             new, total = sft or self.cfg.max_new_tokens, getattr(self.cfg, "max_tokens", 0)
+            if total > self.model_config.max_position_embeddings:
+                raise ValueError(f"--max_tokens {total}: the model's context is "
+                                 f"{self.model_config.max_position_embeddings}")  # fmt: skip
             self.check_lengths(rows, 0 if sft else 1 if total else new, sft, total)
-        return self.with_references(rows)
+        graded = [row for part in self.eval_rows.values() for row in part]
+        self.check_sandbox(graded if sft else graded + rows)
+        self.rows = self.with_references(rows)
+        return self.rows
+
+    def check_sandbox(self, rows: list[dict]) -> None:
+        """Where programs will be run, say how they are confined, or refuse: now, not at the end."""
+        run_programs = {"code", "swe", "swe_agentic"}
+        if any(kind_of(x) in run_programs or "python" in str(x.get("environment")) for x in rows):
+            sandbox = shared_sandbox(allow_unprotected=self.cfg.allow_unprotected)
+            if self.dist.is_main:
+                print(sandbox.describe())
 
     def evaluation_rows(self, own) -> dict[str, list[dict]]:
         """Held-out rows by domain: many of the run's own domains, fewer of the others."""
@@ -182,7 +198,11 @@ class Run:
                     kept.append(row)
             for rows in self.eval_rows.values():
                 self.check_lengths(rows, cfg.eval_max_new_tokens)
-        return {d: self.with_references(rows) for d, rows in self.eval_rows.items()}
+        found = {d: self.with_references(rows) for d, rows in self.eval_rows.items()}
+        # Preference has no score without an answer to compare with: SFT has none until its end.
+        found = {d: [x for x in rows if kind_of(x) != "preference" or "reference" in x]
+                 for d, rows in found.items()}  # fmt: skip
+        return {d: rows for d, rows in found.items() if rows}
 
     def check_lengths(self, rows: list[dict], new_tokens: int, sft=False, total=0) -> None:
         """Raise ValueError for a row that does not fit: for SFT the conversation up to its last
@@ -242,8 +262,7 @@ class Run:
         first = 0
         extra = load_state(self.out, model, optimizer) if self.resumes else None
         if extra is not None and extra["rows"] is not None:  # rows that were dropped as too easy
-            kept = set(extra["rows"])
-            rows = [r for r in rows if r["id"] in kept]
+            rows = [self.rows[i] for i in extra["rows"]]
         shares = {d: w for d, w in (weights or {}).items() if any(r["domain"] == d for r in rows)}
         curriculum = getattr(self.cfg, "curriculum", ())
         stream = PromptStream(rows, self.cfg.seed, shares or None, curriculum)
@@ -260,10 +279,11 @@ class Run:
         every = self.cfg.save_every
         if not self.stopping and (not every or done % every):
             return
+        at = {id(row): i for i, row in enumerate(self.rows)}  # names in files may repeat
         extra = {
             "step": done,
             "stream": stream.state(),
-            "rows": None if rows is None else [r["id"] for r in rows],
+            "rows": None if rows is None else [at[id(row)] for row in rows],
             "evaluation": self.evaluation,
             "seconds": self.seconds + time.perf_counter() - self.started,
         }
@@ -314,11 +334,12 @@ class Run:
 
     def evaluate(self, model, scorer, own) -> dict[str, dict]:
         """{domain: {mean, n, interval}} at temperature 1 over the held-out rows, thinking on."""
-        model.eval()
         results, cfg = {}, self.cfg
         for rows in self.evaluation_rows(own).values():
-            turns = max(getattr(cfg, "max_turns", 4), 4)
-            sampling = Sampling(cfg.eval_max_new_tokens, max_turns=turns, max_rows=cfg.max_rows)
+            turns, longest = max(getattr(cfg, "max_turns", 4), 4), cfg.eval_max_new_tokens
+            if rows and rows[0]["domain"] in own:  # at least what it was trained with
+                longest = max(longest, getattr(cfg, "max_new_tokens", 0))
+            sampling = Sampling(longest, max_turns=turns, max_rows=cfg.max_rows)
             results |= evaluate(model, self.tokenizer, rows, 1, sampling, 1, scorer, self.dist)[0]
         return results
 
@@ -327,8 +348,11 @@ class Run:
         if self.evaluation:  # resumed
             return
         known, settings = self.parent.get("evaluation", {}), self.parent.get("config", {})
-        if known and settings.get("eval_data") == list(self.cfg.eval_data):
-            self.evaluation = {d: {"before": x["after"]} for d, x in known.items()}
+        known = {d: x["after"] for d, x in known.items() if x.get("after")}
+        mine = json.loads(json.dumps(asdict(self.cfg)))  # as the parent's come back from JSON
+        same = all(settings.get(k) == mine[k] for k in ("eval_data", "eval_max_new_tokens"))
+        if known and same and set(own) & set(self.eval_rows) <= set(known):
+            self.evaluation = {d: {"before": x} for d, x in known.items()}
         elif self.cfg.eval_data:
             found = self.evaluate(model, scorer, own)
             self.evaluation = {d: {"before": x} for d, x in found.items()}
@@ -336,13 +360,13 @@ class Run:
     def finish(self, model, scorer, own) -> None:
         """Evaluate, write the model, its manifest, and remove the training state."""
         seconds = self.seconds + time.perf_counter() - self.started
-        if self.stage == "sft" and "preference" in self.evaluation_rows(own):
+        if self.stage == "sft" and "preference" in self.eval_rows:
             self.write_references(model, scorer)
+        save_model(model, self.out, self.tokenizer)  # of all ranks; before what may still fail
         after = self.evaluate(model, scorer, own) if self.cfg.eval_data else {}
         for domain, result in after.items():
             self.evaluation.setdefault(domain, {"before": None})["after"] = result
         peaks = self.dist.gather(peak_gib("cpu"))
-        save_model(model, self.out, self.tokenizer)  # of all ranks
         if not self.dist.is_main:
             return
         init = self.cfg.init
@@ -382,6 +406,7 @@ class Run:
         records = [{"question": question_of(g[0].row), "answer": g[0].turns[-1]["content"]}
                    for g in groups]  # fmt: skip
         records = [x for part in self.dist.gather(records) for x in part]
+        records.sort(key=lambda x: (x["question"], x["answer"]))  # whatever the number of ranks
         if self.dist.is_main:
             part = self.out / "references.jsonl.part"  # a kill leaves a whole file or none
             part.write_text("".join(json.dumps(x) + "\n" for x in records))

@@ -211,9 +211,7 @@ def generate(
     *,
     num_samples: int = 1,
     max_new_tokens: int | Sequence[int],
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
     stop_ids: Sequence[int] = (),
     seed: int = 0,
     return_experts: bool = False,
@@ -225,23 +223,24 @@ def generate(
 ) -> list[list[Sample]]:
     """Draw `num_samples` responses to each prompt from pi_inf: samples[p][r].
 
-    max_new_tokens: of every response, or one limit a prompt; temperature 0 is greedy; top_k 0 and
-    top_p 1 are off; row_ids: names of the prompts for the random hash; max_rows: decoded at once;
-    on_sample: gets (p, r, sample) as each finishes; on_token: each token of a lone response;
-    keep_going: told whether rows are left, says whether to go on (ranks may end together).
+    max_new_tokens: one limit, or one a prompt; temperature 0 is greedy; top_k 0, top_p 1: off;
+    row_ids: names of prompts for the random hash; max_rows: decoded at once; on_sample: gets (p, r,
+    sample) as each finishes, on_token each token of a lone response; keep_going: told whether rows
+    are left, says whether to go on (ranks may end together).
     """
-    p, r, longest = len(prompts), num_samples, max(map(len, prompts), default=0)
+    p, longest = len(prompts), max(map(len, prompts), default=0)
     limits = [max_new_tokens] * p if isinstance(max_new_tokens, int) else list(max_new_tokens)
     check_prompts(prompts, limits, model.config.max_position_embeddings)
     options = dict(temperature=temperature, top_p=top_p, top_k=top_k, return_experts=return_experts)
-    rows, most = max(min(max_rows // r, p), 1) * r, max(limits, default=1)
-    decoder = Decoder(model, rows, longest + most, most, options)
-    keys = sample_keys(seed, range(p) if row_ids is None else row_ids, r, decoder.device)  # (p, r)
-    owners = torch.arange(p * r, device=decoder.device).view(p, r)
-    limits = torch.tensor(limits, dtype=torch.long, device=decoder.device)  # (p,)
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=decoder.device)
-    samples, prompt_experts = [[None] * r for _ in prompts], []  # samples[p][r]
-    waiting, idle, active = 0, rows, 0
+    whole = max((len(x) + n for x, n in zip(prompts, limits, strict=True)), default=1)
+    samples, (r, rows) = [[None] * num_samples for _ in prompts], parts(p, num_samples, max_rows)
+    decoder = Decoder(model, rows, whole, max(limits, default=1), options)
+    keys = sample_keys(seed, range(p) if row_ids is None else row_ids, num_samples, decoder.device)
+    keys, prompts = keys.view(-1, r), [x for x in prompts for _ in range(num_samples // r)]
+    p, owners = len(prompts), torch.arange(keys.numel(), device=decoder.device).view(-1, r)
+    limits = torch.tensor(limits).long().repeat_interleave(num_samples // r).to(decoder.device)
+    stops = torch.tensor(list(stop_ids), device=decoder.device).long()
+    prompt_experts, waiting, idle, active = [], 0, rows, 0
     while keep_going(waiting < p or active > 0):
         # Moving in pays once an eighth of the rows is free: a prefill call has a fixed cost.
         if waiting < p and idle >= r and (idle * 8 >= rows or not active):
@@ -258,13 +257,20 @@ def generate(
             if return_experts:
                 experts = torch.cat([prompt_experts[owner // r], sample.experts])  # (t, l, a)
                 sample = sample._replace(experts=experts)
-            samples[owner // r][owner % r] = sample
+            i, j = divmod(owner, num_samples)
+            samples[i][j] = sample
             if on_sample is not None:
-                on_sample(owner // r, owner % r, sample)
+                on_sample(i, j, sample)
         idle, active = idle + len(done), active - len(done)
         if waiting == p and active and len(done):
             decoder.shrink()
     return samples
+
+
+def parts(num_prompts: int, num_samples: int, max_rows: int) -> tuple[int, int]:
+    """(rows that move in together, rows decoded at once): groups, or equal parts of larger ones."""
+    r = next(n for n in range(min(max_rows, num_samples), 0, -1) if num_samples % n == 0)
+    return r, max(min(max_rows, num_prompts * num_samples) // r, 1) * r
 
 
 def check_prompts(prompts: list[list[int]], limits: list[int], context: int) -> None:

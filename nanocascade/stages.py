@@ -47,7 +47,7 @@ RL_STAGES = {
     ),
     "multi_domain_rl": dict(  # 55 % multiple choice, 30 % tool calls, 15 % structured output
         domains={"mcqa": 0.55, "tools": 0.30, "structured": 0.15}, prompts=(128, 48),
-        rollouts=(16, 8), max_new_tokens=(48 * THOUSAND, 72), lr=(3e-6, 4e-4), steps=(70, 60),
+        rollouts=(16, 8), max_new_tokens=(48 * THOUSAND, 72), lr=(3e-6, 4e-4), steps=(70, 40),
         overlong="filter", max_turns=(16, 4),
     ),
     "rlhf": dict(  # steps: ours 25 (text: about 30); overlong: ours no filter (table: yes)

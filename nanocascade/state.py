@@ -163,7 +163,7 @@ def sha256_of(path) -> str:
 
 
 def write_json_atomic(path, obj) -> None:
-    part = Path(f"{path}.{os.getpid()}.part")  # several ranks may write the same
+    part = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.part")  # ranks may write the same
     part.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
     sync(part)
     os.replace(part, path)

@@ -141,6 +141,10 @@ def check_settings(cfg) -> None:
             raise ValueError(f"--{name} {x}: expected {least} or more")
     if hasattr(cfg, "rollouts") and cfg.temperature == 0:
         raise ValueError("--temperature 0: log-probs of training are of logits / temperature")
+    if hasattr(cfg, "stage") and cfg.rollouts < 2:
+        raise ValueError("--rollouts 1: a group of one has no advantage")
+    if not 0 <= getattr(cfg, "gate_low", 0) < getattr(cfg, "gate_high", 2):
+        raise ValueError(f"--gate_low {cfg.gate_low}: expected less than --gate_high")
     if not 0 < getattr(cfg, "top_p", 1) <= 1:
         raise ValueError(f"--top_p {cfg.top_p}: expected more than 0 and at most 1")
     if len(betas := getattr(cfg, "betas", (0, 0))) != 2 or not all(0 <= x < 1 for x in betas):
@@ -247,7 +251,7 @@ class Mean:
 def check_finite(loss: Tensor, step: int, batch: Batch, rollouts: list[Rollout]) -> None:
     """Stop before a NaN reaches the weights, naming the rows; the last checkpoint stays good."""
     if not torch.isfinite(loss):
-        indices = batch.response_ids.unique().tolist()
+        indices = batch.response_ids[batch.valid].unique().tolist()  # not of padding
         rows = sorted({str(rollouts[i].row.get("id")) for i in indices})
         raise ValueError(f"loss is {loss.item()} at step {step}; rows {', '.join(rows[:20])}")
 

@@ -15,7 +15,9 @@ TRAIN = [ROOT / f"train_{x}.py" for x in ("sft", "rl", "mopd")]
 RECIPE = [PACKAGE / f"{x}.py" for x in ("stages", "grpo", "mopd", "sft", "rollout")] + TRAIN
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("runs/*.py"), *PACKAGE.rglob("*.py")])
 TESTS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py")])
-LONGER_FILES = {}  # path: why it may have up to 450 lines
+LONGER_FILES = {  # path: why it may have up to 450 lines
+    "nanocascade/run.py": "one class, the bookkeeping that the three scripts share",
+}
 # What a module may import at its top level: its own layer and those before it.
 LAYERS = (
     ("sft", "grpo", "mopd"), ("config", "stages", "chat"), ("cache", "mamba2", "moe", "model",
