@@ -7,7 +7,7 @@ from fixtures import make_parity
 from nanocascade.checkpoint import load_model
 from nanocascade.moe import Routing
 from nanocascade.rollout import Rollout
-from nanocascade.sampler import Decoder, draw, generate, hash_uniform, sample_keys, truncate
+from nanocascade.sampler import Decoder, draw, generate, hash_uniform, parts, sample_keys, truncate
 from nanocascade.training import make_batches, new_routing, score_tokens
 
 FAMILIES = ["nemotron_h-groups", "qwen3_moe-base"]
@@ -110,6 +110,12 @@ def test_invariance_company(tmp_path):
     assert tokens_of(generate(model, prompts, **options | {"seed": 6})) != expected
     same = tokens_of(generate(model, [prompts[2]] * 2, **options))
     assert len({tuple(x) for group in same for x in group}) == 6, "rows and rollouts draw apart"
+
+
+def test_numbers_parts():
+    """(rows of a part, rows at once): whole groups where they fit, else equal parts, never more."""
+    assert parts(10, 4, 16) == (4, 16) and parts(2, 4, 512) == (4, 8) and parts(0, 4, 16) == (4, 4)
+    assert parts(5, 64, 32) == (32, 32) and parts(3, 6, 4) == (3, 3) and parts(3, 7, 4) == (1, 4)
 
 
 def test_numbers_uniform():
