@@ -53,7 +53,7 @@ class Config(RunConfig):
     prompts: int | None = None  # prompts a step, over all ranks
     rollouts: int | None = None  # responses a prompt
     lr: float | None = None  # peak learning rate
-    min_lr: float | None = None  # learning rate of the last step of a linear schedule
+    min_lr: float | None = None  # what a linear schedule falls towards
     warmup: int | None = None  # steps of linear warm-up
     schedule: str | None = None  # constant, linear or cosine
     max_new_tokens: int | None = None  # of a response; with tools, of the whole episode

@@ -4,8 +4,9 @@
     python train_sft.py --config small --init HF_DIR --data ROWS.jsonl --out OUT
     torchrun --nproc_per_node 8 train_sft.py --config full --init HF_DIR --data ROWS.jsonl --out OUT
 
-A step: draw conversations until they hold batch_tokens tokens, pack them into rows of row_tokens
-(attention, convolution and SSM state start anew at each document), take one gradient step.
+A step: draw conversations until they hold batch_tokens tokens, pack them into rows of row_tokens,
+or of micro_tokens if these are fewer (attention, convolution and SSM state start anew at each
+document), take one gradient step. The tokens that carry loss are counted before ranks share them.
 """
 
 import random

@@ -265,7 +265,7 @@ def collect_groups(
     timing = {name: max(x[name] for x, _ in everyone) for name in timing}  # the slowest rank's
     timing["group/tried"] = tried
     timing["outcome/drawn"] = mean(x for _, part in everyone for x in part)
-    # Where no group anywhere teaches anything the last ones are kept: their advantages are 0.
+    # Where no group anywhere teaches anything the last ones are kept: all alike, they move little.
     return collected if kept else groups, timing
 
 

@@ -154,7 +154,7 @@ class Run:
         """
         self.evaluation_rows(domains)
         if self.cfg.data == (TOY,):
-            seed = f"{self.cfg.seed} {self.stage}"  # no stage trains on another's problems
+            seed = f"{self.cfg.seed} {self.stage}"  # each stage draws its own problems
             rows = [x for d in domains for x in tasks.make_rows(d, per_domain, "train", seed)]
         else:
             rows = list(read_rows(self.cfg.data, sft=sft))

@@ -21,7 +21,7 @@ class Stage:
     max_new_tokens: int  # of a response; with tools, of the whole episode
     lr: float
     steps: int
-    min_lr: float = 0.0  # at the last step, where the schedule is linear
+    min_lr: float = 0.0  # what a linear schedule falls towards, and would reach after the last step
     warmup: int = 0  # steps of linear warm-up
     schedule: str = "constant"
     temperature: float = 1.0
@@ -50,11 +50,13 @@ RL_STAGES = {
         rollouts=(16, 8), max_new_tokens=(48 * THOUSAND, 72), lr=(3e-6, 4e-4), steps=(70, 40),
         overlong="filter", max_turns=(16, 4),
     ),
-    "rlhf": dict(  # steps: ours 25 (text: about 30); overlong: ours no filter (table: yes)
+    # OURS: RLHF 25 steps (the text says about 30) and no overlong filter (the table says yes).
+    "rlhf": dict(
         domains={"preference": 1.0}, prompts=(128, 24), rollouts=(16, 8),
         max_new_tokens=(16 * THOUSAND, 48), lr=(3e-6, 3e-4), steps=(25, 25), kl_coef=0.03,
     ),
-    "long_context_rl": dict(  # long questions only: mixing others in hurts
+    # OURS: no overlong filter in long-context RL (the table says yes). Long questions only.
+    "long_context_rl": dict(
         domains={"long_context": 1.0}, prompts=(128, 16), rollouts=(16, 8), lr=(3e-6, 2e-4),
         max_new_tokens=(48 * THOUSAND, 24), max_tokens=(48 * THOUSAND, 0), steps=(30, 25),
     ),
@@ -72,7 +74,7 @@ RL_STAGES = {
     ),
     # Episodes in a repository (environments.py), its tests the reward; off the toy's cascade. What
     # is solved 16 of 16 times is removed, what never is kept with probability 0.1.
-    # OURS: of the report's 256K tokens of context 16K are the prompt's; steps and top-p are ours.
+    # OURS: of the report's 256K tokens of context 16K are the prompt's; 40 steps (it does not say).
     "swe_agentic_rl": dict(
         domains={"swe_agentic": 1.0}, prompts=(16, 16), rollouts=(64, 8),
         max_new_tokens=(240 * THOUSAND, 200), lr=(3e-6, 1e-4), steps=(40, 15), warmup=(10, 2),
