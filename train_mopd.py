@@ -1,14 +1,15 @@
 """MOPD: multi-domain on-policy distillation from the cascade's own checkpoints (Eq. 2-4).
 
-    python train_mopd.py --config toy --init runs/out/multi_domain_rl --out runs/out/mopd \
-        --teachers math=runs/out/sft,preference=runs/out/rlhf_side,multi_domain=runs/out/if_rl
+    R=runs/out; python train_mopd.py --config toy --init $R/multi_domain_rl --out $R/mopd \
+        --teachers math=$R/sft,preference=$R/rlhf_side,multi_domain=$R/if_rl+$R/multi_domain_rl
     torchrun --nproc_per_node 8 train_mopd.py --config full --init HF_DIR --data ROWS.jsonl \
         --teachers math=DIR,preference=DIR,multi_domain=DIR --out OUT
 
 A step: draw prompts, sample responses from the student, let the teacher of each prompt's domain
 score the very tokens that were sampled, take one gradient step on the log-ratio. Rewards play no
-part in the loss; they are logged where a row can be graded. A teacher may be several directories
-joined by "+": the one whose manifest shows the best scores in the teacher's domains is taken.
+part in the loss; they are logged where a row has a verifier, or needs a judge and --judge_url names
+one. A teacher may be several directories joined by "+": the one whose manifest shows the best
+scores in the teacher's domains is taken.
 """
 
 import time
@@ -99,7 +100,7 @@ def train(cfg: Config, dist: distributed.Dist):
 
     # ---- Data ------------------------------------------------------------------------------------
     rows = run.train_rows(teachers.domains, per_domain=cfg.toy_rows)
-    scorer = Scorer(run.judge(rows))
+    scorer = Scorer(run.judge(rows, needed=False))
     if cfg.dry_run:
         return run.describe(rows)
 

@@ -18,7 +18,7 @@ from nanocascade.chat import parse_response
 from nanocascade.data import conversation
 from nanocascade.distributed import Dist, unsharded
 from nanocascade.environments import answer
-from nanocascade.rewards import Reward, kind_of, score, score_group
+from nanocascade.rewards import Reward, kind_of, needs_judge, score, score_group
 from nanocascade.rewards.preference import rule_judge, win_rate
 from nanocascade.sampler import generate
 
@@ -63,7 +63,7 @@ class Rollout:
     experts: Tensor | None = None
     played: tuple | None = None  # (number of calls, state) of the row's environment
     reward: float = 0.0
-    outcome: float = 0.0
+    outcome: float | None = 0.0  # None: no judge for a row that needs one
     reason: str = ""
     advantage: float = 0.0
     loss: bool = True  # False: masked out (overlong filter, a prompt nobody solved)
@@ -105,6 +105,9 @@ class Scorer:
         self.judge, self.group_options = judge, group_options
         self.pool = ThreadPoolExecutor(workers)
 
+    def grades(self, row: dict) -> bool:
+        return self.judge is not None or not needs_judge(row)
+
     def submit(self, rollout: Rollout) -> Future:
         options = {"finished": rollout.stop_reason == "stop", "judge": self.judge}
         return self.pool.submit(score, rollout.row, rollout.turns, **options)
@@ -140,7 +143,8 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
     calls_tool = partial(wants_tool, sampling=sampling)
 
     def scored(rollout: Rollout) -> bool:
-        return scorer is not None and kind_of(rollout.row) != "preference"
+        pairs = kind_of(rollout.row) == "preference"
+        return scorer is not None and not pairs and scorer.grades(rollout.row)
 
     def finish(p: int, r: int, sample) -> None:
         """Book a turn; a finished episode goes to the scorer while others are still sampled."""
@@ -218,6 +222,10 @@ def answer_calls(rollouts: list[Rollout], tokenizer, sampling: Sampling) -> None
 
 
 def book_rewards(group: list[Rollout], verdicts, scorer: Scorer, tokenizer) -> None:
+    if not scorer.grades(group[0].row):  # in MOPD, whose loss has no rewards
+        for rollout in group:
+            rollout.outcome, rollout.reason = None, "not scored: no judge"
+        return
     if kind_of(group[0].row) == "preference":
         rewards = scorer.group(group, tokenizer.encode)
         reference = group[0].row.get("reference")
@@ -264,7 +272,8 @@ def collect_groups(
     everyone = dist.gather((timing, drawn_outcomes))
     timing = {name: max(x[name] for x, _ in everyone) for name in timing}  # the slowest rank's
     timing["group/tried"] = tried
-    timing["outcome/drawn"] = mean(x for _, part in everyone for x in part)
+    if found := [x for _, part in everyone for x in part if x is not None]:
+        timing["outcome/drawn"] = mean(found)
     # Where no group anywhere teaches anything the last ones are kept: all alike, they move little.
     return collected if kept else groups, timing
 
@@ -328,15 +337,16 @@ def rollout_metrics(groups: list[list[Rollout]], dist) -> dict[str, float]:
     groups = [group for part in dist.gather(flat) for group in part]
     everyone = [x for group in groups for x in group]
     by_domain = defaultdict(list)
-    for domain, reward, outcome, _, _ in everyone:
+    scored = [x for x in everyone if x[2] is not None]
+    for domain, reward, outcome, _, _ in scored:
         by_domain[domain].append((reward, outcome))
-    out = {"reward/mean": mean(x[1] for x in everyone)}
+    out = {"reward/mean": mean(x[1] for x in scored)} if scored else {}
     for domain, pairs in sorted(by_domain.items()):
         rewards = torch.tensor([x[0] for x in pairs])
         out[f"reward/mean/{domain}"] = float(rewards.mean())
         out[f"reward/std/{domain}"] = float(rewards.std(correction=0))
         out[f"outcome/{domain}"] = mean(x[1] for x in pairs)
-    outcomes = [{x[2] for x in group} for group in groups]
+    outcomes = [{x[2] for x in group} for group in groups if group[0][2] is not None]
     out["group/all_right"] = mean(x == {1.0} for x in outcomes)
     out["group/all_wrong"] = mean(x == {0.0} for x in outcomes)
     out["response/length"] = mean(x[3] for x in everyone)

@@ -28,9 +28,9 @@ from nanocascade.data import (
 from nanocascade.distributed import LAYOUT, load, parallelize
 from nanocascade.hf_config import load_config
 from nanocascade.model import Model, ModelConfig
-from nanocascade.rewards import kind_of
+from nanocascade.rewards import kind_of, needs_judge
 from nanocascade.rewards.code import shared_sandbox
-from nanocascade.rewards.preference import EndpointJudge, reference_of, rule_judge
+from nanocascade.rewards.preference import EndpointJudge, rule_judge
 from nanocascade.rollout import Rollout, Sampling, evaluate
 from nanocascade.state import (
     check_out_dir,
@@ -236,16 +236,16 @@ class Run:
             out.append(row | {"reference": answers[i % len(answers)]} if answers else row)
         return out
 
-    def judge(self, rows: list[dict]):
-        """The judge of preference rows: the toy's rule, or the endpoint of --judge_url."""
-        cfg, evaluated = self.cfg, [row for part in self.eval_rows.values() for row in part]
-        if cfg.judge_url:
-            return EndpointJudge(cfg.judge_url, cfg.judge_model)
-        real = [] if cfg.data == (TOY,) else list(rows)
-        real += [] if cfg.eval_data == (TOY,) else evaluated
-        if any(kind_of(row) == "preference" or reference_of(row) is not None for row in real):
+    def judge(self, rows: list[dict], needed=True):
+        """The judge of preference rows: the toy's rule, or the endpoint of --judge_url; None where
+        rewards are not `needed` (MOPD), no endpoint is given, and only rows of --data need one."""
+        if self.cfg.judge_url:
+            return EndpointJudge(self.cfg.judge_url, self.cfg.judge_model)
+        trained = self.cfg.data != (TOY,) and any(map(needs_judge, rows))
+        evaluated = any(needs_judge(row) for part in self.eval_rows.values() for row in part)
+        if trained and (needed or evaluated) or evaluated and self.cfg.eval_data != (TOY,):
             raise ValueError("preference rows need --judge_url and --judge_model, so do judged")
-        return rule_judge
+        return None if trained else rule_judge
 
     # ---- Model and checkpoints ----
 

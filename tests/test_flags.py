@@ -123,6 +123,31 @@ def test_flags_of_judges(refused, sft, skilled, tmp_path, outcome_of, capsys):
     assert all(x["outcome/preference"] >= 0.5 for x in compared)  # nobody loses to half a thought
 
 
+def test_flags_of_no_judge(refused, sft, tmp_path, monkeypatch):
+    """MOPD trains on rows that need a judge without one: they have no outcome and leave those of
+    other domains alone. An evaluation on them is refused."""
+    unjudged, easy = tasks.make_rows("preference", 1), tasks.make_rows("math", 1)
+    judged = {"agent_ref": {"name": "equivalence_llm_judge"}, "expected_answer": "five",
+              "responses_create_params": {"input": "How many?"}, "domain": "math"}  # fmt: skip
+    (tmp_path / "rows").write_text("".join(json.dumps(x) + "\n" for x in [*unjudged, *easy]))
+    args = ("train_mopd.py", "--init", sft, "--teachers", f"preference={sft},math={sft}",
+            "--data", tmp_path / "rows")  # fmt: skip
+    refused("preference rows need --judge_url", *args, "--eval_data", tmp_path / "rows")
+    found = []
+    for name, rows in (("some", [*unjudged, *easy]), ("none", [*unjudged, judged])):
+        (tmp_path / "rows").write_text("".join(json.dumps(x) + "\n" for x in rows))
+        run_here(monkeypatch, *args, "--out", tmp_path / name, "--steps", 1, "--eval_data", "",
+                 "--prompts", 4, "--max_new_tokens", 8)  # fmt: skip
+        found.append(json.loads((tmp_path / name / "metrics.jsonl").read_text()))
+        logged = map(json.loads, (tmp_path / name / "rollouts.jsonl").open())
+        assert "not scored: no judge" in {x["reason"] for x in logged}
+    some, none = found
+    assert some["outcome/drawn"] == some["outcome/math"] == 0 == some["reward/mean"]
+    assert some["group/all_wrong"] == 1 and some["mopd/prompt_share/preference"] == 0.5
+    assert "outcome/preference" not in some and some["grad_norm"] >= 0
+    assert not [x for x in none if x.startswith(("outcome", "reward"))]
+
+
 def test_flags_of_devices(refused, sft):
     """A device that does not exist, or is not here, is named."""
     stage = ("train_rl.py", "--stage", "if_rl", "--init", sft)

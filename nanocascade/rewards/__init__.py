@@ -15,7 +15,7 @@ from nanocascade.rewards import choice, code, instruct, math, proof, retrieval, 
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.preference import grade, reference_of, score_group
 
-__all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "score", "score_group"]
+__all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "needs_judge", "score", "score_group"]
 
 # kind -> (what a row of it carries, function (row, message) -> Reward with the message that
 # parse_response returns, function (row) that raises for what cannot be graded on this machine).
@@ -61,6 +61,11 @@ def kind_of(row):
         if needed <= carried:
             return kind
     raise ValueError(f"{name_of(row)} fits no verifier; its keys are {sorted(row)}")
+
+
+def needs_judge(row):
+    """Whether no program can tell: pairs of a group, and answers beside a reference."""
+    return kind_of(row) == "preference" or reference_of(row) is not None
 
 
 def check_row(row):
