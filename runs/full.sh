@@ -5,7 +5,11 @@
 #   bash runs/full.sh STAGE BASE OUT DATA...     one node of 8 (8 x 80 GB or 8 x 141 GB)
 #   NODES=2 HEAD=host0:29500 bash runs/full.sh STAGE ...     on each of two nodes; HEAD is one of them
 #   CLUSTER=16xH100 bash runs/full.sh STAGE ...  prints the plan of the stage, trains nothing
-#   JUDGE=http://host:8000/v1 JUDGE_MODEL=name   the generative reward model, for rlhf and rlhf_side
+#   EVAL=rows.jsonl          held-out rows to evaluate on after a stage (several: with commas); if_rl
+#                            and multi_domain_rl need them, of if, mcqa, tools and structured each:
+#                            mopd takes the better of the two as a teacher, by these scores
+#   JUDGE=http://host:8000/v1 JUDGE_MODEL=name   the generative reward model, for rlhf and rlhf_side,
+#                            and wherever EVAL holds preference rows; mopd needs none
 #
 # STAGE, in this order: sft if_rl multi_domain_rl rlhf_side mopd rlhf long_context_rl code_rl swe_rl
 # swe_agentic_rl. BASE: the released checkpoint's directory, where SFT starts. OUT: a file system that
@@ -26,10 +30,10 @@
 #                     group/all_right + group/all_wrong below 0.8, else the prompts teach nothing.
 #   rlhf, rlhf_side   kl/reference below 1, response/length not running away: the judge can be fooled
 #   mopd              mopd/reverse_kl falls within ten steps, gate/out_of_band below 0.01
-#   before mopd       manifest.json of each teacher: is it the best checkpoint of its domains?
+#   before mopd       manifest.json of if_rl and multi_domain_rl: whose evaluation is better?
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 4 ] || { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 STAGE=$1 BASE=$2 OUT=$3; shift 3
 DATA=() FLAGS=(--config full --resume)
 while [ $# -gt 0 ] && [ "$1" != -- ]; do DATA+=("$1"); shift; done
@@ -54,6 +58,12 @@ case "$STAGE" in
   swe_agentic_rl) rl swe_agentic_rl swe_rl; FLAGS+=(--offload_blocks --max_rows 32) ;;
   *) echo "error: unknown stage $STAGE" >&2; exit 2 ;;
 esac
+case "$STAGE ${CLUSTER:-}${EVAL:-}" in
+  "if_rl " | "multi_domain_rl ")
+    echo "error: $STAGE needs EVAL=rows.jsonl: mopd chooses its teacher by its scores" >&2
+    exit 2 ;;
+esac
+[ -z "${EVAL:-}" ] || FLAGS+=(--eval_data "$EVAL")
 [ -z "${JUDGE:-}" ] || FLAGS+=(--judge_url "$JUDGE" --judge_model "$JUDGE_MODEL")
 
 if [ -n "${CLUSTER:-}" ]; then  # the plan needs neither checkpoint nor rows
