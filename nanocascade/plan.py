@@ -29,7 +29,7 @@ from nanocascade.meter import (
     trace,
 )
 from nanocascade.model import Model
-from nanocascade.sampler import PREFILL_TOKENS
+from nanocascade.sampler import PREFILL_TOKENS, parts
 from nanocascade.stages import TEACHER_OF
 
 FULL = Path(__file__).parent / "nemotron3_nano"  # config.json of the 30B-A3B, without weights
@@ -68,7 +68,7 @@ def work_of(cfg, config, ranks: int, prompt: int) -> Work:
     new = min(cfg.max_new_tokens, longest)
     rollouts = cfg.prompts * cfg.rollouts
     tokens = rollouts * (prompt + MEAN * new)
-    rows = min(cfg.max_rows, -(-cfg.prompts // ranks) * cfg.rollouts)
+    rows = parts(-(-cfg.prompts // ranks), cfg.rollouts, cfg.max_rows)[1]
     frozen = int(getattr(cfg, "kl_coef", 0) > 0)
     if hasattr(cfg, "teachers"):
         frozen = len(cfg.teachers) or len({*TEACHER_OF.values()})

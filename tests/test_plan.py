@@ -3,6 +3,7 @@
 import re
 import runpy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,15 @@ def test_numbers_settings():
     assert (sft.batch_tokens, sft.row_tokens, sft.steps) == (64 * 262144, 262144, 33000)
     assert (sft.lr, sft.min_lr, sft.warmup, sft.schedule_steps) == (5e-5, 5e-6, 200, 40000)
     assert (sft.betas, sft.weight_decay, sft.strip_thinking) == ((0.9, 0.98), 0.1, 0.1)
+
+
+@pytest.mark.parametrize("max_rows, prompts, rows", [(50, 128, 48), (9, 128, 8), (112, 9, 32)])
+def test_numbers_rows(max_rows, prompts, rows):
+    """Of 16 rollouts a prompt, on 8 ranks: whole groups, equal parts of one, or all that there are,
+    as the sampler decodes them."""
+    cfg = SimpleNamespace(max_rows=max_rows, prompts=prompts, rollouts=16, max_new_tokens=64,
+                          micro_tokens=256, routing_replay=False)  # fmt: skip
+    assert plan.work_of(cfg, FULL, 8, plan.PROMPT).rows == rows
 
 
 def test_run_dry_full(short_spans, monkeypatch, capsys):
