@@ -22,7 +22,7 @@ from nanocascade.config import parse_args, run_main
 from nanocascade.moe import load_imbalance, update_correction_bias
 from nanocascade.mopd import compute_mopd_loss, masked_mean
 from nanocascade.rollout import Sampling, Scorer, collect_groups, rollout_metrics
-from nanocascade.run import Run, RunConfig
+from nanocascade.run import Run, RunConfig, require_flags
 from nanocascade.teachers import Teachers, token_shares
 from nanocascade.training import (
     Mean,
@@ -83,6 +83,7 @@ def main():
     cfg = parse_args(Config, presets=PRESETS)
     if cfg.dry_run and not cfg.data:
         return plan.report(cfg)
+    require_flags(cfg, "mopd")
     with distributed.start(cfg) as dist:
         train(cfg, dist)
 

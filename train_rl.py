@@ -29,7 +29,7 @@ from nanocascade.rollout import (
     mask_unsolved,
     rollout_metrics,
 )
-from nanocascade.run import Run, RunConfig
+from nanocascade.run import Run, RunConfig, require_flags
 from nanocascade.training import (
     Mean,
     check_finite,
@@ -93,6 +93,7 @@ def main():
     stages.apply_stage(cfg, stage)
     if cfg.dry_run and not cfg.data:
         return plan.report(cfg)
+    require_flags(cfg, cfg.stage)
     with distributed.start(cfg) as dist:
         train(cfg, stage, dist)
 

@@ -19,7 +19,7 @@ from nanocascade.data import conversation, sft_conversation
 from nanocascade.moe import load_imbalance, update_correction_bias
 from nanocascade.mopd import masked_mean
 from nanocascade.rollout import Rollout, Scorer
-from nanocascade.run import Run, RunConfig
+from nanocascade.run import Run, RunConfig, require_flags
 from nanocascade.sft import sft_loss
 from nanocascade.training import (
     Mean,
@@ -72,6 +72,7 @@ def main():
     cfg = parse_args(Config, presets=PRESETS)
     if cfg.dry_run and not cfg.data:
         return plan.report(cfg)
+    require_flags(cfg, "sft")
     with distributed.start(cfg) as dist:
         train(cfg, dist)
 
@@ -103,9 +104,11 @@ def train(cfg: Config, dist: distributed.Dist):
     # ---- Loop ------------------------------------------------------------------------------------
     for step in run.progress(first, cfg.steps):
         # Stop where the score is what RL should start from; asked here, so that a resumed run does.
+        looked = {}
         if cfg.stop_score and step and step % cfg.stop_every == 0:
             scores = run.evaluate(model, scorer, tasks.DOMAINS)
-            if sum(x["mean"] for x in scores.values()) > cfg.stop_score * len(scores):
+            looked = {"score": sum(x["mean"] for x in scores.values()) / len(scores)}
+            if looked["score"] > cfg.stop_score:
                 break
         began = time.perf_counter()
         # Documents, until the batch is full; all ranks draw the same ones and take their share.
@@ -139,7 +142,7 @@ def train(cfg: Config, dist: distributed.Dist):
         update_correction_bias(model, load, cfg.bias_rate)
 
         # Log, save.
-        values = metrics.result(dist) | {"batch/tokens": size}
+        values = metrics.result(dist) | looked | {"batch/tokens": size}
         values |= {"grad_norm": norm, "lr": lr, "moe/load_max": load_imbalance(load)}
         run.log_step(step, values, [], began)
         run.save(step + 1, model, optimizer, stream)

@@ -106,6 +106,17 @@ def toy_model_config(vocab_size: int, eos_ids) -> ModelConfig:
     )  # fmt: skip
 
 
+def starts_from_nothing(cfg, stage: str) -> bool:
+    return not cfg.init and cfg.config == TOY and stage == "sft"
+
+
+def require_flags(cfg, stage: str) -> None:
+    """Name what a config needs and was not given, before any process is set up for it."""
+    needed = ["out", "data"] if starts_from_nothing(cfg, stage) else ["init", "out", "data"]
+    if missing := [f"--{name}" for name in needed if not getattr(cfg, name)]:
+        raise ValueError(f"--config {cfg.config} needs {', '.join(missing)}")
+
+
 class Run:
     """State of one run that is not the algorithm's: see the module's docstring.
 
@@ -115,11 +126,7 @@ class Run:
 
     def __init__(self, cfg, stage: str, dist, teachers: dict[str, dict] | None = None):
         self.cfg, self.stage, self.dist, self.teachers = cfg, stage, dist, teachers or {}
-        self.toy_start = not cfg.init and cfg.config == TOY and stage == "sft"
-        missing = [f"--{name}" for name in ("init", "out", "data") if not getattr(cfg, name)]
-        missing = [x for x in missing if not (x == "--init" and self.toy_start)]
-        if missing:
-            raise ValueError(f"--config {cfg.config} needs {', '.join(missing)}")
+        self.toy_start = starts_from_nothing(cfg, stage)
         check_settings(cfg)
         # What a resumed run must share with the one that was cut off, to go on to the same bits.
         # Layouts are free too: other ranks go on with the same weights, moments and data order.

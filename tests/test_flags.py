@@ -66,7 +66,7 @@ CHANGES = [  # command line, flag and value, what must differ
     (RL, ("--curriculum", "1,0,0.1", "--data", "RATED"), "rollouts"),
     (RL, ("--keep_unsolved", 0, "--data", "RATED"), "rollouts"),
     ((*RL, "--max_pass_rate", 0.3), ("--pass_samples", 1), "rollouts"),
-    (RLHF, ("--kl_coef", 0), "weights"), (RLHF, ("--pairing", "circle"), "rollouts"),
+    (RLHF, ("--kl_coef", 0), "weights"), (RLHF, ("--pairing", "circle"), "weights"),
     (MOPD, ("--balance",), "metrics"), (MOPD, ("--warmup_from", 1e-2), "weights"),
     ((*MOPD, "--warmup", 0), ("--schedule", "constant"), "weights"),
     ((*MOPD, "--warmup", 0), ("--min_lr", 1e-2), "weights"),

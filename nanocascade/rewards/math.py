@@ -70,7 +70,7 @@ def undelimited(latex):
 
 def normalize(latex):
     r"""Drop what changes no value: r"\( \dfrac{1}{ 2 } \)." -> r"\frac{1}{2}"."""
-    text = re.sub(r"\\[dt]frac\b", r"\\frac", undelimited(latex).replace("{,}", ","))
+    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", undelimited(latex).replace("{,}", ","))
     return SPACING.sub("", re.sub(r"^\\(?:boxed|text|mathrm|mathbf)\{([^{}]*)\}$", r"\1", text))
 
 
