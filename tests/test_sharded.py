@@ -123,7 +123,8 @@ def compare(rank, variables, path, layout, out) -> None:
             assert held * shares == p.numel() or p.shape[0] % shares, name
         close(weights(model), weights(expected), 0)
         for step in range(2):  # in the second the first rank has all the work
-            rollouts = documents(7 if step == 0 else 1)
+            # 14 tokens: over 3 the gradient of q_proj is a difference of which fp32 itself keeps 7e-6
+            rollouts = documents(7) if step == 0 else documents(2)[1:]
             found, known = (train(*x, rollouts) for x in
                             ((model, optimizer, dist), (expected, wanted, one)))  # fmt: skip
             assert found["loss"] == pytest.approx(known["loss"], rel=1e-5)
