@@ -143,8 +143,8 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
     calls_tool = partial(wants_tool, sampling=sampling)
 
     def scored(rollout: Rollout) -> bool:
-        pairs = kind_of(rollout.row) == "preference"
-        return scorer is not None and not pairs and scorer.grades(rollout.row)
+        graded = scorer is not None and scorer.grades(rollout.row)
+        return graded and kind_of(rollout.row) != "preference"
 
     def finish(p: int, r: int, sample) -> None:
         """Book a turn; a finished episode goes to the scorer while others are still sampled."""

@@ -123,7 +123,7 @@ def compare(rank, variables, path, layout, out) -> None:
             assert held * shares == p.numel() or p.shape[0] % shares, name
         close(weights(model), weights(expected), 0)
         for step in range(2):  # in the second the first rank has all the work
-            # 14 tokens: over 3 the gradient of q_proj is a difference of which fp32 itself keeps 7e-6
+            # 14 tokens: over 3, the gradient of q_proj has 7e-6 of noise in fp32 itself
             rollouts = documents(7) if step == 0 else documents(2)[1:]
             found, known = (train(*x, rollouts) for x in
                             ((model, optimizer, dist), (expected, wanted, one)))  # fmt: skip
