@@ -8,8 +8,8 @@ backward.
 import torch
 from torch import Tensor
 
-# Of fp32 logits at once; the backward holds about three such blocks. A large head gets chunks as
-# large as itself: with smaller ones reading it anew for each would cost more than the products.
+# Of fp32 logits at once; the backward holds about three such blocks. A large head gets chunks half
+# its own size: with small ones reading it anew for each would cost more than the products.
 CHUNK_BYTES = 32 << 20
 
 
@@ -59,7 +59,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def chunks(num_tokens: int, weight: Tensor) -> list[slice]:
-    size = max(CHUNK_BYTES, weight.nbytes) // (4 * len(weight))
+    size = max(CHUNK_BYTES, weight.nbytes // 2) // (4 * len(weight))
     return [slice(i, min(i + size, num_tokens)) for i in range(0, num_tokens, size)]
 
 
