@@ -26,7 +26,7 @@ CASES = {
     "idle": (*RL, "multi_domain_rl", "--prompts", 1),  # the second process has no group at all
     "idle_sft": ("train_sft.py", "--data", "ROWS", "--batch_tokens", 1, "--warmup", 1),
     "idle_mopd": (*MOPD, "--prompts", 1),
-    "tools": (*RL, "multi_domain_rl", "--data", "toy", "--toy_rows", 20, "--prompts", 5),
+    "tools": (*RL, "multi_domain_rl", "--data", "toy", "--toy_rows", 20, "--prompts", 9),
     "rlhf": (*RL, "rlhf", "--data", "toy", "--toy_rows", 20, "--prompts", 5),
 }  # fmt: skip
 
