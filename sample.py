@@ -5,6 +5,7 @@
     python sample.py --model runs/out/mopd --prompts FILE.txt                (one prompt a line)
     python sample.py --model runs/out/mopd --tasks FILE.jsonl --num_samples 8
     python sample.py --model HF_DIR --tasks FILE.jsonl --num_samples 16 --pass_rates RATED.jsonl
+    python sample.py --model HF_DIR --tasks FILE.jsonl --strategy refine --rounds 4 --num_samples 8
     python sample.py --model HF_DIR --tools python --max_turns 101           (programs it calls run)
     python sample.py --model HF_DIR --tasks FILE.jsonl --show_mask 1         (loss mask of SFT rows)
 """
@@ -12,7 +13,7 @@
 import json
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,10 +24,11 @@ from nanocascade.config import find_device, parse_args, run_main
 from nanocascade.data import conversation, read_rows, sft_conversation
 from nanocascade.distributed import DTYPES
 from nanocascade.environments import answer, equip
-from nanocascade.rewards import kind_of
-from nanocascade.rollout import Rollout, Sampling, Scorer, roll_out
+from nanocascade.rewards import kind_of, score
+from nanocascade.rollout import Rollout, Sampling, Scorer, roll_out, step_seed
 from nanocascade.sampler import generate
 from nanocascade.state import read_text
+from nanocascade.strategies import STRATEGIES
 from nanocascade.tokenizer import Tokenizer
 from nanocascade.training import check_settings, show_rollout
 
@@ -41,6 +43,10 @@ class Config:
     num_samples: int = 1  # responses to each prompt
     limit: int = 0  # only the first rows of the tasks (0 = all)
     pass_rates: str = ""  # file for the rows of the tasks, each with how often it was solved
+    strategy: str = ""  # of the tasks: single, majority, best-of-n, refine or submit
+    rounds: int = 4  # of a strategy, num_samples new answers in each
+    checks: int = 4  # refine: how often the model checks each answer
+    keep: int = 2  # refine: best answers that the next round revises
     tools: str = ""  # "python": programs that the model calls for are run, here and in the tasks
     show: int = 2  # whole responses printed of each domain of the tasks
     show_mask: int = 0  # print this many SFT conversations of the tasks, loss in green, and exit
@@ -66,10 +72,15 @@ def main():
         return show_mask(cfg, tokenizer)
     if cfg.tools not in ("", "python"):
         raise ValueError(f"--tools {cfg.tools}: expected python")
+    if cfg.strategy and (cfg.strategy not in STRATEGIES or not cfg.tasks):
+        known = ", ".join(STRATEGIES)
+        raise ValueError(f"--strategy {cfg.strategy}: expected {known}, and --tasks")
     if cfg.dtype not in DTYPES:
         raise ValueError(f"--dtype {cfg.dtype}: expected {' or '.join(DTYPES)}")
     model = load_model(cfg.model, DTYPES[cfg.dtype], find_device(cfg.device)).eval()
-    if cfg.tasks:
+    if cfg.strategy:
+        evaluate_strategy(cfg, model, tokenizer)
+    elif cfg.tasks:
         evaluate_tasks(cfg, model, tokenizer)
     elif cfg.prompts or cfg.prompt:
         prompts = [cfg.prompt]
@@ -192,6 +203,44 @@ def evaluate_tasks(cfg: Config, model, tokenizer) -> None:
         print(f"{domain:<16} {len(found):>8} {interval(average):>18} {interval(passed):>18}")
         for group in found[: cfg.show]:
             print(show_rollout(group[0], tokenizer, 0))
+
+
+def play(cfg: Config, model, tokenizer, rows: list[dict]):
+    """(samples a problem so far, outcome of each row's answer) after every round of --strategy."""
+    scorer, calls, spent = Scorer(), 0, 0
+    if any("environment" in row or kind_of(row) == "preference" for row in rows):
+        raise ValueError(f"--strategy {cfg.strategy}: rows with one answer and a verifier only")
+
+    def ask(rows: list[dict], n: int) -> list[list[str]]:
+        nonlocal calls, spent
+        calls, spent = calls + 1, spent + n * len(rows)
+        drawn = replace(cfg, num_samples=n, seed=step_seed(cfg.seed, calls))
+        groups = sample_rows(drawn, model, tokenizer, rows)
+        # The answer alone goes on; a response that was cut off has none.
+        return [["" if x.truncated else parse_response(x.turns[-1]["content"])["content"]
+                 for x in group] for group in groups]  # fmt: skip
+
+    def grade(rows: list[dict], answers: list[str]) -> list[float]:
+        return [reward.value for reward in scorer.pool.map(score, rows, answers)]
+
+    strategy = STRATEGIES[cfg.strategy]
+    for answers in strategy(
+        rows, ask, grade, cfg.rounds, cfg.num_samples, checks=cfg.checks, keep=cfg.keep
+    ):
+        yield spent / len(rows), grade(rows, answers)
+
+
+def evaluate_strategy(cfg: Config, model, tokenizer) -> None:
+    """The score of each domain after each round of a strategy, and what it took."""
+    rows = task_rows(cfg, sft=False)
+    print(f"{cfg.strategy}, {cfg.num_samples} answers a round")
+    print(f"{'domain':<16} {'round':>6} {'samples a problem':>18} {'score':>18}")
+    for i, (spent, outcomes) in enumerate(play(cfg, model, tokenizer, rows), 1):
+        domains = defaultdict(list)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            domains[row["domain"]].append(outcome)
+        for domain, found in domains.items():
+            print(f"{domain:<16} {i:>6} {spent:>18.1f} {interval(found):>18}")
 
 
 def interval(values: list[float]) -> str:

@@ -54,6 +54,7 @@ class Config(RunConfig):
     min_lr: float = 0.0  # learning rate that the schedule falls towards, unless constant
     domains: tuple[str, ...] = ()  # train on prompts of these domains only (default: all taught)
     balance: bool = False  # draw as many prompts of every domain, however many rows it has
+    denominator: str = "response"  # Eq. 4: a response weighs 1; "token": a token does, as in GRPO
     gate: str = "zero"  # tokens outside the band: zero (the report), clamp, or none
     gate_low: float = 0.5  # lowest train/sampler ratio inside the band
     gate_high: float = 2.0  # and the highest
@@ -136,6 +137,8 @@ def train(cfg: Config, dist: distributed.Dist):
         num_responses = max(dist.sum(sum(x.num_loss_tokens > 0 for x in rollouts)), 1)
         counts = [x.num_loss_tokens for x in rollouts] + [1]  # the last of an empty micro-batch
         num_tokens = torch.tensor(counts, device=dist.device)  # (o,)
+        if cfg.denominator == "token":  # every response divided by all tokens of the step
+            num_tokens, num_responses = torch.full_like(num_tokens, dist.sum(sum(counts[:-1]))), 1
         metrics, load, start = Mean(), no_load(model), 0
         for name, part in teachers.split(rollouts):  # one teacher resident at a time
             teacher = teachers.load(name)

@@ -60,6 +60,7 @@ class Config(RunConfig):
     max_tokens: int | None = None  # of prompt and response together (0 = no limit of its own)
     max_turns: int | None = None  # assistant turns of an episode with tools
     temperature: float | None = None  # of sampling; all log-probs are of logits / temperature
+    thinking: bool = True  # responses open with a thought, in training and evaluation
     top_p: float | None = None  # nucleus of sampling; the loss scores the full distribution
     overlong: str | None = None  # penalty (cut off = reward 0) or filter (cut off = no loss)
     dynamic_filtering: bool | None = None  # replace groups that are all right or all wrong
@@ -105,6 +106,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     sampling = Sampling(
         cfg.max_new_tokens, cfg.temperature, cfg.top_p, max_turns=cfg.max_turns,
         max_rows=cfg.max_rows, return_experts=cfg.routing_replay, max_tokens=cfg.max_tokens,
+        thinking=cfg.thinking,
     )  # fmt: skip
 
     # ---- Data ------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Config(RunConfig):
 
 PRESETS = {
     "toy": {
-        "data": ("toy",), "eval_data": ("toy",), "steps": 700, "schedule_steps": 700,
+        "data": ("toy",), "eval_data": ("toy",), "steps": 800, "schedule_steps": 800,
         "batch_tokens": 4096, "row_tokens": 256, "micro_tokens": 8192, "lr": 3e-3, "min_lr": 3e-4,
         "warmup": 20, "betas": (0.9, 0.95), "toy_rows": 8000,
         "save_every": 50,
@@ -83,7 +83,7 @@ def train(cfg: Config, dist: distributed.Dist):
     tokenizer = run.tokenizer
 
     # ---- Data ------------------------------------------------------------------------------------
-    rows = run.train_rows(tasks.DOMAINS, per_domain=cfg.toy_rows, sft=True)
+    rows = run.train_rows(tuple(tasks.SFT_SHARES), per_domain=cfg.toy_rows, sft=True)
     scorer = Scorer(run.judge(()))
     if cfg.dry_run:
         return run.describe(rows)

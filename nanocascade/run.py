@@ -340,13 +340,14 @@ class Run:
     # ---- Evaluation ----
 
     def evaluate(self, model, scorer, own) -> dict[str, dict]:
-        """{domain: {mean, n, interval}} at temperature 1 over the held-out rows, thinking on."""
+        """{domain: {mean, n, interval}} at temperature 1 over the held-out rows."""
         results, cfg = {}, self.cfg
         for rows in self.evaluation_rows(own).values():
             turns, longest = max(getattr(cfg, "max_turns", 4), 4), cfg.eval_max_new_tokens
             if rows and rows[0]["domain"] in own:  # at least what it was trained with
                 longest = max(longest, getattr(cfg, "max_new_tokens", 0))
-            sampling = Sampling(longest, max_turns=turns, max_rows=cfg.max_rows)
+            thinking = getattr(cfg, "thinking", True)
+            sampling = Sampling(longest, max_turns=turns, max_rows=cfg.max_rows, thinking=thinking)
             results |= evaluate(model, self.tokenizer, rows, 1, sampling, 1, scorer, self.dist)[0]
         return results
 
@@ -358,6 +359,7 @@ class Run:
         known = {d: x["after"] for d, x in known.items() if x.get("after")}
         mine = json.loads(json.dumps(asdict(self.cfg)))  # as the parent's come back from JSON
         same = all(settings.get(k) == mine[k] for k in ("eval_data", "eval_max_new_tokens"))
+        same &= settings.get("thinking", True) == mine.get("thinking", True)
         if known and same and set(own) & set(self.eval_rows) <= set(known):
             self.evaluation = {d: {"before": x} for d, x in known.items()}
         elif self.cfg.eval_data:

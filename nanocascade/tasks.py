@@ -13,9 +13,19 @@ cannot overlap whatever the seeds.
 import hashlib
 import json
 import random
+import re
+from itertools import zip_longest
 
 from nanocascade.chat import render_pieces
 from nanocascade.environments import REPOSITORY_TOOLS, make_tool
+from nanocascade.strategies import (
+    CHECK,
+    SCORE,
+    TRIED,
+    revision_prompt,
+    text_of,
+    verification_prompt,
+)
 
 ANIMALS = ("cat", "dog", "fox", "owl")
 COLORS = ("red", "blue", "green", "gold")
@@ -33,9 +43,13 @@ CLOSING = " I hope this helps."
 SLIPS = {
     "math": 0.1, "if": 0.3, "mcqa": 0.35, "structured": 0.3, "tools": 0.3, "preference": 0.0,
     "long_context": 0.35, "code": 0.4, "swe": 0.4, "swe_agentic": 0.4,
+    "verify": 0.1, "revise": 0.2,
 }  # fmt: skip
-DOMAINS = tuple(SLIPS)[:-1]  # the cascade's: no stage of the toy's run teaches episodes of repair
-SFT_SHARES = dict.fromkeys(DOMAINS, 1.0) | {"mcqa": 1.5, "structured": 1.3, "long_context": 0.7}
+DOMAINS = tuple(SLIPS)[:9]  # the cascade's: no stage of the toy's run teaches episodes of repair
+# What SFT learns, with the turns that strategies.py asks for.
+SFT_SHARES = dict.fromkeys((*DOMAINS, "verify", "revise"), 1.0) | {
+    "mcqa": 1.5, "structured": 1.3, "long_context": 0.7, "revise": 0.5,
+}  # fmt: skip
 
 
 SHOP_TOOLS = [
@@ -61,9 +75,9 @@ def user_row(text: str, **fields) -> dict:
 # --- One generator a domain: rng -> (row, good messages, slip messages) ---------------------------
 
 
-def math(rng):
+def math(rng, problem=None):
     """Two-digit sums; the thought adds ones, then tens with the carry."""
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    a, b = problem or (rng.randint(10, 99), rng.randint(10, 99))
     question = f"What is {a}+{b}?"
     ones = a % 10 + b % 10
     carry = "+1" if ones > 9 else ""
@@ -254,10 +268,9 @@ def value(expression: str, x: int) -> int:
     return total
 
 
-def code(rng):
+def code(rng, problem=None):
     """A function from its description, checked by running it."""
-    a, b = rng.sample(range(2, 10), 2)
-    request = rng.choice(list(PROGRAMS))
+    a, b, request = problem or (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
     expression = PROGRAMS[request].format(a=a, b=b)
     if rng.random() < 0.5:  # another program, or another constant
         mistake = PROGRAMS[rng.choice([x for x in PROGRAMS if x != request])].format(a=a, b=b)
@@ -318,10 +331,56 @@ def agentic(rng):
     )
 
 
+def attempted(rng):
+    """A sum or a function: (its domain, row, right solution, two wrong ones)."""
+    if rng.random() < 0.5:
+        domain, task, problem = "math", math, (rng.randint(10, 99), rng.randint(10, 99))
+    else:
+        domain, task = "code", code
+        problem = (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
+    (row, good, slip), (_, _, other) = task(rng, problem), task(rng, problem)
+    row["problem"] = domain, text_of(row)  # what decides the split: an attempt shows the problem
+    return row, good[0], slip[0], other[0]
+
+
+def compared(mine: str, tried: str) -> str:
+    """Piece by piece up to the first difference: "140", "130" -> "11= 43/", each one look-up."""
+    pieces = [re.findall(r"max\(x, |min\(x, |.", x) for x in (mine, tried)]
+    said = []
+    for a, b in zip_longest(*pieces, fillvalue="."):
+        said.append(a + b + ("=" if a == b else "/"))
+        if a != b:
+            break
+    return " ".join(said)
+
+
+def verify(rng):
+    """Is an attempt right? The thought solves the problem again and compares; answer 1 or 0."""
+    row, good, slip, _ = attempted(rng)
+    right = rng.random() < 0.5
+    tried = good if right else slip
+    prompt = verification_prompt(text_of(row), tried["content"])
+    thought, inner = good["reasoning_content"], re.compile(r"boxed.(.*)}|return (.*)")
+    mine, theirs = ("".join(inner.search(x["content"]).groups("")) for x in (good, tried))
+    thought += (", " if "expected_answer" in row else "\n") + compared(mine, theirs)
+    check = user_row(prompt, question=prompt, expected_answer=str(int(right)))
+    verdicts = [[said(thought, "\\boxed{%d}" % x)] for x in (right, not right)]
+    return check | {"problem": row["problem"]}, *verdicts
+
+
+def revise(rng):
+    """A better answer after attempts and what they scored; the slip repeats a wrong one."""
+    row, good, slip, other = attempted(rng)
+    attempts = rng.choice(([(slip, 0)], [(other, 0), (slip, 0)], [(good, 1)]))
+    prompt = revision_prompt(text_of(row), [(x["content"], score) for x, score in attempts])
+    row["responses_create_params"] = user_row(prompt)["responses_create_params"]
+    return row, [good], [attempts[-1][0]]
+
+
 GENERATORS = {
     "math": math, "if": instructions, "mcqa": choice, "structured": structured, "tools": tools,
     "preference": preference, "long_context": long_context, "code": code, "swe": repair,
-    "swe_agentic": agentic,
+    "swe_agentic": agentic, "verify": verify, "revise": revise,
 }  # fmt: skip
 
 
@@ -338,8 +397,8 @@ def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0
     while len(rows) < count:
         row, good, slip = GENERATORS[domain](rng)
         chosen = slip if rng.random() < SLIPS[domain] else good
-        text = row["responses_create_params"]["input"][-1]["content"]
-        digest = hashlib.sha256(f"{domain} {text}".encode()).digest()[0]
+        problem = " ".join(row.pop("problem", (domain, text_of(row))))
+        digest = hashlib.sha256(problem.encode()).digest()[0]
         # Preference has few questions: the same ones are asked in training and test, as they may,
         # since no answer is right; every other domain is split by problem.
         if domain != "preference" and (digest % 8 == 0) != (split == "test"):
@@ -378,7 +437,7 @@ def vocabulary() -> list[str]:
         "\n<function=", ">\n<parameter=", ">\n", "done",
         "\n</parameter>\n<parameter=", "\n</parameter>\n</function>\n", "<tool_response>\n",
         "\n</tool_response>\n", "f.py\n<<<<<<< SEARCH\n    return ", "\n=======\n    return ",
-        "\n>>>>>>> REPLACE",
+        "\n>>>>>>> REPLACE", TRIED, SCORE, CHECK,
     ]  # fmt: skip
     # The fixed explanation of the call format: one token between each two pieces of markup.
     system = [x.text for x in render_pieces([{"role": "user"}], SHOP_TOOLS) if not x.special]

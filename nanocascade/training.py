@@ -119,11 +119,13 @@ def new_routing(model: Model, batch: Batch) -> Routing:
 CHOICES = {
     "overlong": ("penalty", "filter"), "gate": ("zero", "clamp", "none"),
     "schedule": ("constant", "linear", "cosine"), "pairing": ("all", "circle"),
+    "denominator": ("response", "token"),
 }  # fmt: skip
 # Least value that means something; a flag that is None is set by the stage.
 LEAST = dict.fromkeys(
     "prompts rollouts steps batch_tokens row_tokens micro_tokens max_new_tokens eval_max_new_tokens"
-    " max_rows max_turns num_samples pass_samples reference_samples toy_rows".split(), 1,
+    " max_rows max_turns num_samples pass_samples reference_samples toy_rows rounds checks"
+    " keep".split(), 1,
 ) | dict.fromkeys(
     "lr min_lr warmup temperature top_k kl_coef weight_decay bias_rate save_every show_every show"
     " show_mask limit log_groups eval_samples own_eval_samples".split(), 0,

@@ -2,7 +2,7 @@
 # The whole cascade on a laptop: a fresh machine to a finished report. No GPU, no download of
 # weights or data. An interrupted run goes on where it stopped when the command is given again.
 #
-#   bash runs/toy.sh              every stage, about 20 minutes on 2 cores
+#   bash runs/toy.sh              every stage, about 15 minutes on 2 cores
 #   bash runs/toy.sh --short      every stage for a few steps, to see that it all works
 #   bash runs/toy.sh --thorough   2,000 evaluation samples for every domain after every stage
 #   bash runs/toy.sh --seed 1     another seed

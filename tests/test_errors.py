@@ -148,6 +148,10 @@ def test_errors_of_references(refused, sft, tmp_path, monkeypatch):
     ("FILE: no prompts", ("--model", "SFT", "--prompts", "FILE")),
     ("FILE: no rows", ("--model", "SFT", "--tasks", "FILE")),
     ("--show_mask needs --tasks", ("--model", "SFT", "--show_mask", 1)),
+    ("expected single, majority", ("--model", "SFT", "--strategy", "x", "--tasks", "toy:math")),
+    ("and --tasks", ("--model", "SFT", "--strategy", "refine", "--prompt", "hi")),
+    ("one answer", ("--model", "SFT", "--strategy", "submit", "--tasks", "toy:tools")),
+    ("--rounds 0", ("--model", "SFT", "--strategy", "refine", "--rounds", 0)),
 ])  # fmt: skip
 def test_errors_of_sampling(words, args, sft, tmp_path, monkeypatch, capsys):
     """sample.py refuses in one line what it cannot sample from."""
