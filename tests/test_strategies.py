@@ -58,7 +58,7 @@ def test_numbers_belief(checks, expected):
 
 def test_numbers_refine():
     """Round 1 has the answers 1, 2, 3, checked twice each as (1, 0), (1, 1/2), (0, 0): 2 is given
-    for its 3/4. Round 2 revises the two best, 2 and (the first of the zeros) 1, twice each: 2, 7, 4, 5;
+    for its 3/4. Round 2 revises the two best, 2 and (the first zero) 1, twice each: 2, 7, 4, 5;
     only 7 is believed fully. The verifier is never asked."""
     checks = ["1", "0", "1", "0.5", "0", "0"], ["1", "0.5", "1", "1", "0", "1", "1", "0"]
     replies = [*"123", *checks[0], *"2745", *checks[1]]
