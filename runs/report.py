@@ -74,7 +74,10 @@ def own_domains(name: str) -> list[str]:
 
 
 def domains_of(runs: dict) -> list[str]:
-    return list(runs["sft"]["manifest"]["evaluation"])
+    """The cascade's domains; what only SFT teaches (checks and revisions) has no later score."""
+    names = [x for x in MAIN if x in runs]
+    return [d for d in runs["sft"]["manifest"]["evaluation"]
+            if all(score(runs, x, d) for x in names)]  # fmt: skip
 
 
 def score_table(runs: dict) -> str:
@@ -106,9 +109,9 @@ def gain_table(runs: dict) -> str:
     return table(["stage", "own domain", "before", "after", "gain", "minutes"], rows)
 
 
-def forgetting_table(runs: dict) -> str:
-    """The largest drop of each domain from its best score so far, and the stage that did it."""
-    names, rows = [x for x in MAIN if x in runs], []
+def falls(runs: dict):
+    """(domain, largest drop from its best score so far, the stage that did it, its interval)."""
+    names = [x for x in MAIN if x in runs]
     for domain in domains_of(runs):
         best, worst = score(runs, names[0], domain), (0.0, "-", 0.0)
         for name in names[1:]:
@@ -116,7 +119,12 @@ def forgetting_table(runs: dict) -> str:
             error = (now["interval"] ** 2 + best["interval"] ** 2) ** 0.5
             worst = min(worst, (now["mean"] - best["mean"], name, error))
             best = max(best, now, key=lambda x: x["mean"])
-        rows.append([domain, f"{worst[0]:+.2f} +-{worst[2]:.2f}", worst[1]])
+        yield domain, *worst
+
+
+def forgetting_table(runs: dict) -> str:
+    rows = [[domain, f"{drop:+.2f} +-{error:.2f}", stage]
+            for domain, drop, stage, error in falls(runs)]  # fmt: skip
     return table(["domain", "largest drop", "after stage"], rows)
 
 
@@ -206,8 +214,8 @@ def mean_score(runs: dict, name: str) -> float:
     return sum(score(runs, name, d)["mean"] for d in domains_of(runs)) / len(domains_of(runs))
 
 
-def claim_table(runs: dict) -> str:
-    """What the cascade is meant to show, judged by this run's own numbers."""
+def claims(runs: dict) -> list[tuple]:
+    """(claim, wanted, measured, whether it holds): what the cascade is meant to show."""
     taught = [score(runs, "sft", d)["mean"] for d in domains_of(runs) if d != "preference"]
     graded = [x for x in gains(runs) if x[1] != "preference"]
     least = min(graded, key=lambda x: x[4])
@@ -219,7 +227,7 @@ def claim_table(runs: dict) -> str:
     times = [(domain, *(a[i] / b[i] if a and b and b[i] else 0.0 for i in (1, 2)))
              for domain, _, a, b in races(runs)]  # fmt: skip
     rise = mean_score(runs, MAIN[-1]) - mean_score(runs, "sft")
-    rows = [
+    return [
         ("after SFT, domains with a right answer", "0.2 to 0.8",
          f"{min(taught):.2f} to {max(taught):.2f}", 0.2 <= min(taught) and max(taught) <= 0.8),
         ("each RL stage on its own domains", "+0.10, beyond the interval",
@@ -233,7 +241,10 @@ def claim_table(runs: dict) -> str:
          bool(times) and all(min(x[1:]) > 1 for x in times)),
         ("mean over domains, last stage against SFT", "+0.20", f"{rise:+.3f}", rise >= 0.2),
     ]  # fmt: skip
-    rows = [[*words, "yes" if holds else "**no**"] for *words, holds in rows]
+
+
+def claim_table(runs: dict) -> str:
+    rows = [[*words, "yes" if holds else "**no**"] for *words, holds in claims(runs)]
     return table(["claim", "wanted", "measured", "holds"], rows)
 
 

@@ -1,0 +1,21 @@
+# Sourced by toy.sh and nightly.sh, after setup.sh: one stage as RANKS processes of this machine.
+# Two processes of one thread beat one of two threads at this size (LOG.md): the toy runs
+# data parallel, as the full run does. torchrun would do the same, a few seconds later.
+RANKS=${RANKS:-$(python -c 'import os; print(min(2, os.cpu_count()))')}
+export PYTHONPATH=$PWD OMP_NUM_THREADS=1 MASTER_ADDR=127.0.0.1 WORLD_SIZE=$RANKS
+launch() {
+  export MASTER_PORT=$((20000 + RANDOM % 20000))
+  local pids=() rank status=0
+  for ((rank = 0; rank < RANKS; rank++)); do RANK=$rank python "$@" & pids+=($!); done
+  for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+  return $status
+}
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT  # Ctrl-C leaves no rank behind
+
+# stage SCRIPT DIRECTORY ARGUMENTS...: run it unless it is finished, resuming where it stopped.
+stage() {
+  local script=$1 dir=$OUT/$2; shift 2
+  [ -f "$dir/manifest.json" ] && { echo "== $dir is finished"; return; }
+  echo "== $dir"
+  launch "$script" --config toy --out "$dir" --seed "$SEED" --resume "$@"
+}

@@ -1,0 +1,78 @@
+"""The tables over seeds, on made-up runs whose numbers are known."""
+
+import json
+import sys
+
+import pytest
+from fixtures.toy_runs import ROOT
+
+from nanocascade.stages import CASCADE, MOPD_SHARES
+from nanocascade.tasks import DOMAINS
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "runs"))
+    import evidence
+
+    return evidence
+
+
+def write_run(path, scores, metrics=(), **config):
+    """A finished run as the scripts leave it, with these scores after it."""
+    path.mkdir(parents=True)
+    after = {d: {"after": {"mean": x, "interval": 0.01, "n": 100}} for d, x in scores.items()}
+    config |= {"out": str(path), "prompts": 4, "rollouts": 2}
+    teachers = {d: {"path": str(path.parent / name)} for d, name in
+                (dict.fromkeys(MOPD_SHARES, "if_rl") | {"math": "sft"}).items()}  # fmt: skip
+    manifest = {"evaluation": after, "config": config, "seconds": 60.0, "peak_kib": 1 << 20,
+                "seed": 0, "commit": "0123456789abcdef", "teachers": teachers}  # fmt: skip
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
+    (path / "rollouts.jsonl").write_text("")
+
+
+def step(i, **values):
+    return {"step": i, "grad_norm": 2.0, "time/elapsed": 10.0 * (i + 1), **values}
+
+
+def write_cascade(out, mathematics):
+    """SFT has .8 in mathematics, the start of MOPD .4 and its end `mathematics`; the rest is .5.
+    Instructions are at .8 from step 6 of RL and step 3 of MOPD on, .2 before."""
+    rise = [step(i, **{"outcome/drawn": 0.2 + 0.6 * (i >= 6)}) for i in range(9)]
+    faster = [step(i, **{"outcome/if": 0.2 + 0.6 * (i >= 3), "mopd/prompt_share/if": 0.5,
+                         "outcome/preference": 0.9, "mopd/prompt_share/preference": 0.5})
+              for i in range(9)]  # fmt: skip
+    for name in (*(x for x, _, _ in CASCADE), "mopd_from_sft", "math_rl"):
+        scores = dict.fromkeys(DOMAINS, 0.5)
+        scores["math"] = {"sft": 0.8, "if_rl": 0.8, "multi_domain_rl": 0.4}.get(name, mathematics)
+        known = {"mopd_from_sft": faster, "if_rl": rise, "rlhf_side": rise}.get(name, [step(0)])
+        write_run(out / name, scores, known, dynamic_filtering=name in ("if_rl", "rlhf_side"))
+
+
+def test_numbers_over_seeds(evidence):
+    """Mean of .2 and .4: .3; std .1414, 12.71 * .1414 / 2^.5 = 1.27. Of 1, 2, 3: 4.30 / 3^.5."""
+    assert evidence.over([0.2, 0.4]) == "0.30 +-1.27" and evidence.over([1, 2, 3]) == "2.00 +-2.48"
+    assert evidence.over([0.5]) == "0.50" and evidence.over([]) == "-"
+
+
+def test_run_evidence(evidence, tmp_path, monkeypatch):
+    """Two seeds: MOPD brings back 100 and 50 % of mathematics' .4, so 75 % +- 3.18; the 90 % hold
+    in one of two. Three steps are averaged, so instructions reach .49 at RL's step 7, after 7 * 8
+    samples and 80 s, and at MOPD's step 4, after 4 * 4 and 50 s. An arm stands beside the recipe by
+    its mean difference in a seed: .1 - .2 and .1 - .4: -.2 +- 1.27."""
+    for i, end in enumerate((0.8, 0.6)):
+        write_cascade(tmp_path / f"seed{i}", end)
+        for arm, ours in (("recipe", 0.2 + 0.2 * i), ("no_std", 0.1)):
+            write_run(tmp_path / f"arms{i}/if_rl-{arm}", {"if": ours, "math": 0.5}, [step(0)])
+    (tmp_path / "assets").mkdir()
+    monkeypatch.setattr(sys, "argv", ["evidence.py", tmp_path, tmp_path / "assets"])
+    evidence.main()
+    text = (tmp_path / "assets/evidence.md").read_text()
+    brought = "| math | 0.40 +-0.00 | 0.80 +-0.00 | 0.70 +-1.27 | 0.30 +-1.27 | 0.75 +-3.18 | 2 of 2"
+    assert brought in text
+    assert "least 100% (math); least 50% (math) | 1 of 2 |" in text
+    assert "| if | 2 of 2 | 3.50 +-0.00 | 1.60 +-0.00 |" in text
+    assert "| math | -0.40 +-0.00 | multi_domain_rl 2 |" in text
+    assert "| no_std | 2 | -0.20 +-1.27 | +0.00 +-0.00 |" in text
+    assert (tmp_path / "assets/seeds.csv").read_text().count("\n") == 1 + 2 * 11 * 9
