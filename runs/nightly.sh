@@ -14,15 +14,16 @@ source runs/launch.sh
 for SEED in ${SEEDS:-0 1 2 3 4}; do bash runs/toy.sh --seed "$SEED" --out "$OUT/seed$SEED"; done
 
 # What each part is worth: one flag changed, from the same start, one directory an arm and seed.
-# IF-RL as the cascade ran it; MOPD with half the prompts and 30 steps, and so its own "recipe".
+# IF-RL as the cascade ran it; MOPD with a third of its prompts and 25 of 50 steps, so that it has a
+# "recipe" of its own.
 for SEED in ${ARMS:-0 1 2}; do
   from=$OUT/seed$SEED
   if_rl() { local arm=$1; shift
     stage train_rl.py "arms$SEED/if_rl-$arm" --stage if_rl --init "$from/sft" \
-      --own_eval_samples 1000 --show_every 0 "$@"; }
+      --own_eval_samples 500 --eval_samples 128 --show_every 0 "$@"; }
   mopd() { local arm=$1 teachers=$2; shift 2
     stage train_mopd.py "arms$SEED/mopd-$arm" --init "$from/multi_domain_rl" --show_every 0 \
-      --prompts 384 --steps 30 --warmup 5 --own_eval_samples 1000 --teachers "$teachers" "$@"; }
+      --prompts 256 --steps 25 --warmup 4 --own_eval_samples 500 --eval_samples 128 --teachers "$teachers" "$@"; }
   best=multi_domain=$from/if_rl+$from/multi_domain_rl
   teachers=math=$from/sft,preference=$from/rlhf_side,$best
 
@@ -53,5 +54,5 @@ long() { local arm=$1; shift
 long recipe
 long no_filtering --dynamic_filtering false
 
-for SEED in ${ARMS:-0 1 2}; do python runs/probe.py "$OUT/seed$SEED"; done
+for SEED in ${ARMS:-0 1 2}; do python -m runs.probe "$OUT/seed$SEED"; done
 python runs/evidence.py "$OUT" assets

@@ -1,6 +1,6 @@
 """What the models of one cascade do: strategies at test time, and which experts serve a domain.
 
-    python runs/probe.py runs/out        writes strategies.csv and experts.csv there, once
+    python -m runs.probe runs/out        writes strategies.csv and experts.csv there, once
 """
 
 import csv
@@ -62,7 +62,7 @@ def write(path: Path, head: tuple, rows) -> None:
 
 def main():
     if len(sys.argv) != 2:
-        raise ValueError(f"usage: python {sys.argv[0]} DIRECTORY")
+        raise ValueError(f"usage: python -m runs.probe DIRECTORY")
     out = Path(sys.argv[1])
     head = ("model", "domain", "strategy", "round", "samples", "score")
     write(out / "strategies.csv", head, try_strategies(out))
