@@ -124,6 +124,26 @@ class Context:
     routing: Routing | None = None
 
 
+class Normalize(torch.autograd.Function):
+    """x / rms(x) * weight, its gradient in closed form: half of autograd's passes over x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # (..., 1)
+        scale = (square / x.shape[-1] + eps).rsqrt()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return x * scale * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        # scale depends on x: d scale / d x = -scale^3 x / d
+        both = (grad * x).reshape(-1, len(weight))  # (n, d)
+        pull = (both @ weight).view(scale.shape) * scale**3 / -len(weight)  # (..., 1)
+        grad_x = (grad * weight).mul_(scale).addcmul_(x, pull)
+        return grad_x, scale.flatten() @ both, None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, computed in at least fp32."""
 
@@ -135,6 +155,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = upcast(x)
         if self.weight_in_fp32 or x.dtype == wide.dtype:  # the two agree where nothing is cast
+            if torch.is_grad_enabled():
+                return Normalize.apply(wide, upcast(self.weight), self.eps).to(x.dtype)
             return F.rms_norm(wide, wide.shape[-1:], upcast(self.weight), self.eps).to(x.dtype)
         return F.rms_norm(wide, wide.shape[-1:], None, self.eps).to(x.dtype) * self.weight
 
