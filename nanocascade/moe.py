@@ -105,15 +105,15 @@ class Experts(nn.Module):
 
     def looped(self, inputs: Tensor, ends: Tensor) -> Tensor:
         # unbind once: indexing a stacked parameter in a loop writes a full-size gradient each time
-        ups, downs = self.up_proj.unbind(0), self.down_proj.unbind(0)
-        gates = [None] * len(ups) if self.gate_proj is None else self.gate_proj.unbind(0)
-        pieces = []
-        groups = inputs.tensor_split(ends[:-1].tolist())
-        for x, up, gate, down in zip(groups, ups, gates, downs, strict=True):
-            if not len(x):
-                continue
-            gated = None if gate is None else F.linear(x, gate)  # (n, f)
-            pieces.append(F.linear(activate(F.linear(x, up), gated), down))  # (n, d)
+        train = torch.is_grad_enabled()
+        ups, downs, gates = (x.unbind(0) if train and x is not None else x
+                             for x in (self.up_proj, self.down_proj, self.gate_proj))  # fmt: skip
+        pieces, starts = [], [0, *(ends := ends.tolist())]
+        for e, (start, end) in enumerate(zip(starts, ends, strict=False)):
+            if start < end:
+                x = inputs[start:end]  # (n, d)
+                gated = None if gates is None else F.linear(x, gates[e])  # (n, f)
+                pieces.append(F.linear(activate(F.linear(x, ups[e]), gated), downs[e]))  # (n, d)
         return torch.cat(pieces)  # (n*a, d)
 
 
@@ -140,14 +140,17 @@ class Router(nn.Module):
             choice = scores.detach() + self.e_score_correction_bias  # (n, e)
             if cfg.n_group > 1:
                 choice = self.limit_groups(choice)
-        else:
-            scores = logits.softmax(-1)  # (n, e)
+        else:  # with norm_topk_prob: the chosen experts' share of all, by their sum, is their softmax
+            scores = logits if cfg.norm_topk_prob else logits.softmax(-1)  # (n, e)
             choice = scores.detach()
         experts = choice.topk(cfg.num_experts_per_tok).indices if replay is None else replay
         weights = scores.gather(1, experts)  # (n, a) without the bias
-        if cfg.norm_topk_prob:
+        if cfg.norm_topk_prob and cfg.router == "sigmoid":
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return experts, weights * cfg.routed_scaling_factor
+        elif cfg.norm_topk_prob:
+            weights = weights.softmax(-1)
+        factor = cfg.routed_scaling_factor
+        return experts, weights if factor == 1 else weights * factor
 
     def limit_groups(self, choice: Tensor) -> Tensor:
         """Keep the topk_group groups of experts whose two best choices sum highest."""
