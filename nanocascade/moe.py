@@ -79,18 +79,19 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (n, d), experts and weights (n, a) -> (n, d), the weighted sum of each token's experts.
 
-        Both forms sort the (token, expert) pairs by expert; grouped_mm then multiplies all groups
-        in one call without a host sync, the loop slices them one by one and skips the empty ones:
-        on a CPU half the time of decoding one row went into empty groups.
+        The (token, expert) pairs are sorted by expert; grouped_mm then multiplies all groups in one
+        call without a host sync, or a loop slices them one by one. Fewer pairs than experts are not
+        sorted: on a CPU half the time of decoding one row went into that and into empty groups.
         """
         a = experts.shape[1]
+        if x.device.type == "cpu" and experts.numel() < len(self.up_proj):
+            return self.one_by_one(x, experts, weights)
         flat = experts.flatten()  # (n*a,)
         order = flat.argsort(stable=True)  # (n*a,)
         token = order // a  # (n*a,) whose pair this is
         inputs = x.index_select(0, token)  # (n*a, d); x[token] would be slower backward
         ends = group_ends(flat[order], len(self.up_proj))  # (e,)
-        few = x.device.type == "cpu" and len(flat) < len(self.up_proj)
-        looped = few or x.dtype == torch.float64  # which grouped_mm does not know
+        looped = x.dtype == torch.float64  # which grouped_mm does not know
         outputs = (self.looped if looped else self.grouped)(inputs, ends)  # (n*a, d)
         shares = weights.flatten().index_select(0, order)  # (n*a,)
         outputs = outputs * shares[:, None].to(x.dtype)  # (n*a, d)
@@ -104,17 +105,30 @@ class Experts(nn.Module):
         return F.grouped_mm(activate(up, gate), self.down_proj.mT, offs=ends)  # (n*a, d)
 
     def looped(self, inputs: Tensor, ends: Tensor) -> Tensor:
-        # unbind once: indexing a stacked parameter in a loop writes a full-size gradient each time
-        train = torch.is_grad_enabled()
-        ups, downs, gates = (x.unbind(0) if train and x is not None else x
-                             for x in (self.up_proj, self.down_proj, self.gate_proj))  # fmt: skip
-        pieces, starts = [], [0, *(ends := ends.tolist())]
-        for e, (start, end) in enumerate(zip(starts, ends, strict=False)):
-            if start < end:
-                x = inputs[start:end]  # (n, d)
-                gated = None if gates is None else F.linear(x, gates[e])  # (n, f)
-                pieces.append(F.linear(activate(F.linear(x, ups[e]), gated), downs[e]))  # (n, d)
+        groups = inputs.tensor_split(ends[:-1].tolist())
+        pieces = [self.expert(x, *w) for x, *w in zip(groups, *self.apart(), strict=True) if len(x)]
         return torch.cat(pieces)  # (n*a, d)
+
+    def one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        ups, gates, downs = self.apart()
+        rows = []
+        for x, chosen, shares in zip(x.split(1), experts.tolist(), weights.to(x.dtype), strict=True):
+            ys = [self.expert(x, ups[e], gates[e], downs[e]) for e in chosen]  # (1, d) each
+            rows.append(shares @ torch.cat(ys))  # (d,)
+        return torch.stack(rows)  # (n, d)
+
+    def apart(self):
+        """up, gate and down by expert. With gradients unbound at once: the gradient of an index is
+        as large as all experts."""
+        names = self.up_proj, self.gate_proj, self.down_proj
+        none = [None] * len(self.up_proj)
+        grad = torch.is_grad_enabled()
+        return [none if x is None else x.unbind(0) if grad else x for x in names]
+
+    @staticmethod
+    def expert(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor) -> Tensor:
+        gated = None if gate is None else F.linear(x, gate)  # (n, f)
+        return F.linear(activate(F.linear(x, up), gated), down)  # (n, d)
 
 
 class Router(nn.Module):
