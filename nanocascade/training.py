@@ -102,9 +102,15 @@ def make_batches(rollouts: list[Rollout], micro_tokens: int, device="cpu", repla
 
 
 def score_tokens(model: Model, batch: Batch, temperature: float = 1.0, routing=None):
-    """Log-probs (b, t) of the batch's targets under softmax(logits / T), and entropies (b, t)."""
+    """Log-probs (b, t) of the loss tokens under softmax(logits / T), and entropies (b, t)."""
     hidden = model(batch.ids, segments=batch.segments, routing=routing)  # (b, t, d)
-    return token_logprobs(hidden, model.head.weight, batch.targets, temperature)
+    # Only what carries loss meets the head: log-probs of prompts and padding are left 0.
+    places = batch.mask.flatten().nonzero()[:, 0]  # (n,)
+    wanted = hidden.flatten(0, 1).index_select(0, places)  # (n, d)
+    targets = batch.targets.flatten()[places]  # (n,)
+    found = token_logprobs(wanted, model.head.weight, targets, temperature)  # (n,) twice
+    blank = found[0].new_zeros(batch.mask.numel())  # (b*t,)
+    return tuple(blank.index_copy(0, places, x).view(batch.mask.shape) for x in found)
 
 
 def no_load(model: Model) -> Tensor:
