@@ -57,6 +57,8 @@ def options(**flags) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--short", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--pairs", type=int, default=7, help="alternations of ours and the peer")
+    parser.add_argument("--seconds", type=float, default=75.0,
+                        help="a comparison ends after so long, with 3 pairs or more")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
     for name, (default, text) in flags.items():
         parser.add_argument(f"--{name}", nargs="*", default=default, help=text)
@@ -119,23 +121,27 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def alternate(ours, theirs, pairs: int, between) -> tuple[list[float], list[float], list[float]]:
+def alternate(ours, theirs, cfg, between) -> tuple[list[float], list[float], list[float]]:
     """Seconds of each side, in turns, who goes first changing; one warm-up of both before.
+
+    cfg.pairs of them, or as many, 3 at least, as start within cfg.seconds.
 
     `between` runs before each pair, outside the clocks: the measurement of the machine's peaks.
     The third list has the ratio of CPU seconds (all threads) of each pair: on a machine where other
     work takes most of the cores it is steadier than the ratio of wall time.
     """
     ours(), theirs()
-    times, cpu = ([], []), []
-    for i in range(pairs):
+    times, cpu, start = ([], []), [], time.perf_counter()
+    for i in range(1 if cfg.short else cfg.pairs):
+        if i >= 3 and time.perf_counter() - start > cfg.seconds:
+            break
         gc.collect()
         between()
         spent = [0.0, 0.0]
         for side in (0, 1) if i % 2 == 0 else (1, 0):
-            start = time.process_time()
+            before = time.process_time()
             times[side].append(timed((ours, theirs)[side]))
-            spent[side] = time.process_time() - start
+            spent[side] = time.process_time() - before
         cpu.append(spent[1] / spent[0])
     return *times, cpu
 
@@ -148,6 +154,15 @@ def spread(values) -> str:
 def ratios(ours: list[float], theirs: list[float]) -> list[float]:
     """How many times faster we are, a number for each pair."""
     return [b / a for a, b in zip(ours, theirs, strict=True)]
+
+
+def table(*titles: str) -> None:
+    """The machine and the head of a markdown table; every result is then printed as a row of it."""
+    print(f"{machine()}\n\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}", flush=True)
+
+
+def row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 class Peak:

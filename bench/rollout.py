@@ -1,6 +1,6 @@
 """Rollouts against transformers' generate: RL-shaped, and uniform decode at several batch sizes.
 
-    python -m bench.rollout [--short] [--pairs 7] [--dtypes float32 bfloat16]
+    python -m bench.rollout [--short] [--shapes rl equal decode] [--dtypes float32 bfloat16]
 
 RL-shaped: 64 prompts x 8 responses whose lengths are forced from bench/lengths.json. The peer gets
 its prompts sorted and runs at the best of its batch sizes; a batch of its costs the longest row.
@@ -98,8 +98,8 @@ def row_steps(prompts, rollouts, lengths, batch) -> int:
 
 
 def compare(name, ours, theirs, prompts, rollouts, lengths, batch, cfg):
-    """One line: tokens/s of both, the ratio, and what of it padding explains."""
-    peak, pairs = Peak(ours.embed.weight.dtype), 1 if cfg.short else cfg.pairs
+    """One row: tokens/s of both, the ratio, and what of it padding explains."""
+    peak = Peak(ours.embed.weight.dtype)
 
     def run_ours():
         our_rollouts(ours, prompts, rollouts, lengths)
@@ -107,25 +107,26 @@ def compare(name, ours, theirs, prompts, rollouts, lengths, batch, cfg):
     def run_theirs():
         their_rollouts(theirs, prompts, rollouts, lengths, batch)
 
-    mine, other, cpu = alternate(run_ours, run_theirs, pairs, peak.measure)
+    mine, other, cpu = alternate(run_ours, run_theirs, cfg, peak.measure)
     tokens, gain = sum(lengths), ratios(mine, other)
     seconds = statistics.median(mine)
     context = sum(map(len, prompts)) / len(prompts) + tokens / len(lengths) / 2
     gflops = tokens / seconds * token_flops(ours.config, context) / 1e9
     padding = row_steps(prompts, rollouts, lengths, batch) / tokens
-    print(f"{name:<34} {tokens / seconds:8,.0f} | {tokens / statistics.median(other):8,.0f} tok/s "
-          f"(peer's batch {batch})  ratio {spread(gain)}, of CPU time {spread(cpu)}, "
-          f"padding alone {padding:.2f}  {gflops:.1f} GFLOP/s = "
-          f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}, copy {peak.gbytes:.1f} GB/s",
-          flush=True)  # fmt: skip
+    common.row(
+        name, f"{tokens / seconds:,.0f}", f"{tokens / statistics.median(other):,.0f} ({batch})",
+        spread(gain), spread(cpu), str(len(gain)), f"{padding:.2f}",
+        f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}", f"{peak.gbytes:.1f}",
+    )  # fmt: skip
     return statistics.median(gain)
 
 
 def best_batch(theirs, prompts, rollouts, lengths, batches) -> int:
     """The batch size at which the peer is fastest on this work."""
+    # An eighth of the lengths keeps the share of padding, and takes an eighth of the time.
+    lengths = [max(1, n // 8) for n in lengths]
     times = {b: timed(lambda b=b: their_rollouts(theirs, prompts, rollouts, lengths, b))
              for b in batches}  # fmt: skip
-    print("  peer by batch: " + ", ".join(f"{b}: {t:.1f} s" for b, t in times.items()), flush=True)
     return min(times, key=times.get)
 
 
@@ -133,12 +134,13 @@ def main():
     cfg = common.options(
         dtypes=(["float32"], "float32, bfloat16"),
         shapes=(["rl", "equal", "decode"], "what to run"),
-        new=(["96"], "tokens of uniform decode"),
+        new=(["32"], "tokens of uniform decode"),
         prompts=(["64"], "prompts, of 8 responses each"),
-        longest=(["256"], "the longest output of the list, the mean is a quarter"),
+        longest=(["128"], "the longest output of the list, the mean is a quarter"),
         batches=(["16", "64", "256", "512"], "batch sizes of which the peer takes its best"),
     )  # fmt: skip
-    print(common.machine())
+    common.table("case", "tokens/s", "peer (its batch)", "ratio", "of CPU time", "pairs", "padding alone",
+                 "GFLOP/s of matmul's", "copy GB/s")  # fmt: skip
     p, longest = int(cfg.prompts[0]), int(cfg.longest[0])
     r, batches = 8, [int(x) for x in cfg.batches]
     if cfg.short:
@@ -168,8 +170,8 @@ def decode(name, ours, theirs, cfg):
         prompts = common.random_prompts(batch, 32, 32)
         gains.append(compare(f"{name} decode b={batch}", ours, theirs, prompts, 1, [new] * batch,
                              batch, cfg))  # fmt: skip
-    mean = statistics.geometric_mean(gains)
-    print(f"{name} decode: geometric mean {mean:.2f}, lowest {min(gains):.2f}", flush=True)
+    common.row(name + " decode: geometric mean, lowest", "", "",
+               f"{statistics.geometric_mean(gains):.2f}, {min(gains):.2f}", *[""] * 5)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -81,24 +81,26 @@ def compare(name, ours, theirs, sizes, cfg):
                for b in sorted({max(len(sizes) // 4, 1), len(sizes)})}  # fmt: skip
     rows = min(choices, key=choices.get)
     *times, cpu = alternate(lambda: our_step(ours, mine, rollouts),
-                      lambda: their_step(theirs, other, rollouts, rows),
-                      1 if cfg.short else cfg.pairs, peak.measure)  # fmt: skip
+                            lambda: their_step(theirs, other, rollouts, rows), cfg, peak.measure)
     tokens, seconds = sum(sizes) - len(sizes), [statistics.median(x) for x in times]
     gflops = 3 * tokens * token_flops(ours.config, tokens / len(sizes) / 2) / seconds[0] / 1e9
-    print(f"{name:<28} {tokens / seconds[0]:8,.0f} | {tokens / seconds[1]:8,.0f} real tok/s (rows "
-          f"{rows})  ratio {spread(ratios(*times))}, of CPU time {spread(cpu)}, padding alone "
-          f"{padded_share(sizes, rows):.2f}  {gflops:.0f} GFLOP/s = "
-          f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}", flush=True)  # fmt: skip
+    common.row(
+        name, f"{tokens / seconds[0]:,.0f}", f"{tokens / seconds[1]:,.0f} ({rows} rows)",
+        spread(ratios(*times)), spread(cpu), str(len(cpu)), f"{padded_share(sizes, rows):.2f}",
+        f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}",
+    )  # fmt: skip
 
 
 def main():
-    cfg = common.options(shapes=(["unequal", "sorted", "equal", "wide"], "what to run"))
-    print(common.machine())
-    count, longest = (8, 24) if cfg.short else (64, 512)
+    cfg = common.options(shapes=(["unequal", "sorted", "equal", "wide"], "what to run"),
+                         longest=(["256"], "the longest of the 64 documents"))  # fmt: skip
+    common.table("case", "real tokens/s", "peer (its batch)", "ratio", "of CPU time", "pairs",
+                 "padding alone", "GFLOP/s of matmul's")  # fmt: skip
+    count, longest = (8, 24) if cfg.short else (64, int(cfg.longest[0]))
     unequal = [x + 8 for x in common.lengths(count, longest)]
     for family in cfg.families:
         with common.model_dir(family) as folder:
-            for shape in set(cfg.shapes) - {"wide"}:
+            for shape in [x for x in cfg.shapes if x != "wide"]:
                 ours, theirs = common.ours_and_peer(folder)
                 theirs.train()
                 sizes = [sum(unequal) // count] * count if shape == "equal" else unequal

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name, needs, flags, lines", [
-    ("rollout", "transformers", ("--shapes", "rl", "decode"), 3),
+    ("rollout", "transformers", ("--shapes", "rl", "decode"), 4),
     ("train_step", "transformers", ("--shapes", "unequal"), 1),
     ("grpo_step", "trl", ("--shapes", "unequal"), 2),
     ("growth", "matplotlib", (), 0),
@@ -25,7 +25,7 @@ def test_run_bench(name, needs, flags, lines, tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
                          env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count(" ratio ") == lines, run.stdout
+    assert run.stdout.count("\n| qwen3_moe ") == lines, run.stdout
     if name == "growth":
         curves = (tmp_path / "x.csv").read_text().splitlines()
         assert (tmp_path / "x.png").exists() and len(curves) == 1 + 6 * 2 and "hybrid" in curves[1]
