@@ -9,6 +9,7 @@ all curves are measured in turns, so that a slow minute falls on all of them.
 
 import csv
 import statistics
+import time
 
 import torch
 
@@ -116,7 +117,10 @@ def main():
     print(common.machine())
     functions, out = curves(cfg.short), cfg.out[0]
     times = {name: {x: [] for x in points} for name, points in functions.items()}
+    start = time.perf_counter()
     for repeat in range(1 if cfg.short else cfg.pairs + 1):
+        if repeat > 3 and time.perf_counter() - start > 4 * cfg.seconds:
+            break
         for name, points in functions.items():
             for x, function in points.items():
                 seconds = function()

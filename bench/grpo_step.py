@@ -148,16 +148,20 @@ def compare(name, folder, teacher_folder, rows, rollouts, lengths, cfg):
     from transformers import TrainerCallback
 
     ours, mine, theirs = Ours(folder, teacher_folder, rows, rollouts, lengths), [], []
+    clocks, cpu = (time.perf_counter, time.process_time), []
 
     class Alternate(TrainerCallback):
         begun = time.perf_counter()
 
         def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
+            self.start = [clock() for clock in clocks]
 
         def on_step_end(self, args, state, control, **__):
-            theirs.append(time.perf_counter() - self.start)
-            mine.append(common.timed(ours))
+            middle = [clock() for clock in clocks]
+            ours()
+            both = zip(self.start, middle, (clock() for clock in clocks), strict=True)
+            wall, spent = ((b - a, c - b) for a, b, c in both)
+            theirs.append(wall[0]), mine.append(wall[1]), cpu.append(spent[0] / spent[1])
             late = time.perf_counter() - self.begun > cfg.seconds
             control.should_training_stop |= late and len(mine) > 3
 
@@ -170,7 +174,7 @@ def compare(name, folder, teacher_folder, rows, rollouts, lengths, cfg):
     padding = row_steps([[0]] * len(rows), rollouts, lengths, len(lengths)) / sum(lengths)
     common.row(
         name, f"{statistics.median(mine):.2f} s", f"{statistics.median(theirs):.2f} s",
-        spread(ratios(mine, theirs)), str(len(mine)), f"{padding:.2f}",
+        spread(ratios(mine, theirs)), spread(cpu[1:]), str(len(mine)), f"{padding:.2f}",
     )  # fmt: skip
 
 
@@ -178,7 +182,8 @@ def main():
     cfg = common.options(losses=(["grpo", "mopd"], "grpo, mopd"),
                          shapes=(["equal", "unequal"], "equal, unequal"),
                          longest=(["128"], "the longest response"))  # fmt: skip
-    common.table("case", "a step", "TRL", "ratio", "pairs", "padding of responses alone")
+    common.table("case", "a step", "TRL", "ratio", "of CPU time", "pairs",
+                 "padding of responses alone")  # fmt: skip
     p, r, longest = (2, 2, 8) if cfg.short else (8, 8, int(cfg.longest[0]))
     with tempfile.TemporaryDirectory() as folder:
         build_toy_tokenizer(folder, vocabulary())

@@ -134,13 +134,13 @@ def main():
     cfg = common.options(
         dtypes=(["float32"], "float32, bfloat16"),
         shapes=(["rl", "equal", "decode"], "what to run"),
-        new=(["32"], "tokens of uniform decode"),
+        new=(["96"], "tokens of uniform decode"),
         prompts=(["64"], "prompts, of 8 responses each"),
         longest=(["128"], "the longest output of the list, the mean is a quarter"),
         batches=(["16", "64", "256", "512"], "batch sizes of which the peer takes its best"),
     )  # fmt: skip
-    common.table("case", "tokens/s", "peer (its batch)", "ratio", "of CPU time", "pairs", "padding alone",
-                 "GFLOP/s of matmul's", "copy GB/s")  # fmt: skip
+    common.table("case", "tokens/s", "peer (its batch)", "ratio", "of CPU time", "pairs",
+                 "padding alone", "GFLOP/s of matmul's", "copy GB/s")  # fmt: skip
     p, longest = int(cfg.prompts[0]), int(cfg.longest[0])
     r, batches = 8, [int(x) for x in cfg.batches]
     if cfg.short:

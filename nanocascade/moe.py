@@ -111,9 +111,9 @@ class Experts(nn.Module):
 
     def one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         ups, gates, downs = self.apart()
-        rows = []
-        for x, chosen, shares in zip(x.split(1), experts.tolist(), weights.to(x.dtype), strict=True):
-            ys = [self.expert(x, ups[e], gates[e], downs[e]) for e in chosen]  # (1, d) each
+        rows, weights = [], weights.to(x.dtype)
+        for token, chosen, shares in zip(x.split(1), experts.tolist(), weights, strict=True):
+            ys = [self.expert(token, ups[e], gates[e], downs[e]) for e in chosen]  # (1, d) each
             rows.append(shares @ torch.cat(ys))  # (d,)
         return torch.stack(rows)  # (n, d)
 
@@ -154,7 +154,7 @@ class Router(nn.Module):
             choice = scores.detach() + self.e_score_correction_bias  # (n, e)
             if cfg.n_group > 1:
                 choice = self.limit_groups(choice)
-        else:  # with norm_topk_prob: the chosen experts' share of all, by their sum, is their softmax
+        else:  # the chosen experts' shares of all, by their sum, are the softmax of the chosen
             scores = logits if cfg.norm_topk_prob else logits.softmax(-1)  # (n, e)
             choice = scores.detach()
         experts = choice.topk(cfg.num_experts_per_tok).indices if replay is None else replay

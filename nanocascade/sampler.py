@@ -97,6 +97,7 @@ class Decoder:
         self.model, self.max_new, self.options = model, max_new, options
         weight = model.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.prefill = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
         self.cache = Cache(model.config, rows, max_len, self.dtype, self.device)
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.state = {  # per row; everything of a row moves together when the batch shrinks
@@ -241,12 +242,11 @@ def generate(
     p, owners = len(prompts), torch.arange(keys.numel(), device=decoder.device).view(-1, r)
     limits = torch.tensor(limits).long().repeat_interleave(num_samples // r).to(decoder.device)
     stops = torch.tensor(list(stop_ids), device=decoder.device).long()
-    most = CPU_PREFILL_TOKENS if decoder.device.type == "cpu" else PREFILL_TOKENS
     prompt_experts, waiting, idle, active = [], 0, rows, 0
     while keep_going(waiting < p or active > 0):
         # Moving in pays once an eighth of the rows is free: a prefill call has a fixed cost.
         if waiting < p and idle >= r and (idle * 8 >= rows or not active):
-            size = min(idle // r, max(most // longest, 1), p - waiting)
+            size = min(idle // r, max(decoder.prefill // longest, 1), p - waiting)
             part = slice(waiting, waiting + size)
             prompt_experts += decoder.admit(prompts[part], owners[part], keys[part], limits[part])
             waiting, idle, active = waiting + size, idle - size * r, active + size * r
