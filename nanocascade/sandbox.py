@@ -5,13 +5,13 @@ out: job, input, output and replies are memory files that we made, and that we r
 is dead and can change them no more. Expected outputs never go in, so a program that forges replies
 still has to know the right values.
 
-Limits are CPU time, kept by the kernel, so a loaded machine changes no verdict: of wall time there
-is no limit, but a program that is found asleep twice with no reply between, or too often, is ended.
-The limit a test ends an honest program early; one that disarms that timer, the limit in all.
+Limits are CPU time, kept by the kernel, and time asleep, found by looking ten times a second.
+Waiting for a core is free, so a loaded machine changes no verdict, and yet a sleeper ends within a
+second of its limit. The limit a test ends an honest program early; one that disarms that timer, our
+look at it; one that forges replies as well, the limit in all.
 """
 
 import json
-import math
 import os
 import queue
 import select
@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +31,14 @@ from nanocascade import jail
 class Limits(NamedTuple):
     """What one child may use."""
 
-    test_seconds: float = 4.0  # CPU
-    total_seconds: float = 40.0  # CPU
+    test_seconds: float = 4.0  # CPU, or asleep
+    total_seconds: float = 40.0
     memory: int = 1 << 30  # bytes of address space
     output: int = 1 << 20  # bytes of standard output, and of replies
 
 
 LIMITS = Limits()
+TICK, GRACE = 0.1, 0.25  # seconds: between two looks; beyond a limit, as a look is only a sample
 
 
 class Outcome(NamedTuple):
@@ -59,13 +61,36 @@ def memory_file(content):
     return file
 
 
-def runnable(process):
-    """Whether one of its threads runs or waits for a core; no where the system does not say."""
+def activity(process):
+    """CPU seconds of a process, and whether a thread of it runs, or waits for a core or a disk; 0
+    and no where the system does not say, so that there wall time counts."""
+    used, awake, folder = 0, False, Path(f"/proc/{process}")
+    read = lambda stat: stat.read_text().rpartition(")")[2].split()  # noqa: E731
     try:
-        stats = [stat.read_text() for stat in Path(f"/proc/{process}/task").glob("*/stat")]
+        used = sum(map(int, read(folder / "stat")[11:13]))  # user, system
+        awake = any(read(stat)[0] in "RD" for stat in folder.glob("task/*/stat"))
     except OSError:
-        return True  # a thread ended while we looked
-    return any(stat.rpartition(")")[2].split()[0] == "R" for stat in stats)
+        awake = folder.exists()  # a thread ended while we looked
+    return used / os.sysconf("SC_CLK_TCK"), awake
+
+
+def watch(done, processes, replies, limits):
+    """Wait until `done` is ready: None. Seconds asleep, if their time is over before.
+
+    Processes that wait for each other sleep only when all do; of two the busier one counts.
+    """
+    spent = asleep = used = written = since = 0  # seconds but for `written`, a file's size
+    last = time.monotonic()
+    while max(spent - limits.total_seconds, spent - since - limits.test_seconds) < GRACE:
+        if done.poll(1000 * TICK):
+            return None
+        now, (seconds, awake) = time.monotonic(), zip(*map(activity, processes), strict=True)
+        if not any(awake):
+            asleep += max(now - last - (sum(seconds) - used), 0)
+        last, used, spent = now, sum(seconds), asleep + max(seconds)
+        if (size := os.fstat(replies.fileno()).st_size) > written:
+            written, since = size, spent
+    return asleep
 
 
 class Server:
@@ -125,16 +150,7 @@ class Server:
                     file.close()  # so that the child's is the only one
             waiting = select.poll()
             waiting.register(done)
-            written = quiet = 0
-            patience = 2 * math.ceil(limits.total_seconds / limits.test_seconds)
-            while quiet < 2 and patience and not waiting.poll(2500 * limits.test_seconds + 1000):
-                if any(map(runnable, processes)):
-                    quiet = 0  # the machine is slow, or what is left of its CPU time will end it
-                    continue
-                size = os.fstat(left[-1][1].fileno()).st_size
-                quiet, written = 0 if size > written else quiet + 1, size
-                patience -= 1
-            asleep = quiet == 2 or not patience
+            asleep = watch(waiting, processes, left[-1][1], limits)
             self.control.sendall(b"k")
             ended = self.hear()
             return [
@@ -153,8 +169,8 @@ def outcome(status, cpu_seconds, asleep, limits, stdout, replies):
     stdout, replies = (os.pread(file.fileno(), limits.output, 0) for file in (stdout, replies))
     code, ended = os.waitstatus_to_exitcode(status), ""
     used = cpu_seconds / limits.total_seconds
-    if asleep:
-        ended = "asleep"
+    if asleep is not None:
+        ended = "asleep" if asleep > cpu_seconds else "time limit"
     elif code == -signal.SIGPROF or used > (0.9 if code == -signal.SIGKILL else 1):
         ended = "time limit"
     elif limits.output in (len(stdout), len(replies)):
