@@ -196,9 +196,9 @@ def _repeat_phrase(text, phrase, times):
         start = line.find(opening)
         while start >= 0 and (end := line.find(closing, start + len(opening))) >= 0:
             words = line[start : end + len(closing)].split()
-            if len(words) != len(reference):
+            if len(words) > len(reference):
                 return False
-            changes.append(sum(a != b for a, b in zip(words, reference, strict=True)))
+            changes.append(sum(a != b for a, b in zip(words, reference, strict=False)))
             start = line.find(opening, end + len(closing))
     return len(changes) == times > 0 and max(changes) <= 1 == changes[-1]
 
@@ -268,7 +268,7 @@ CHECKS = {  # id -> (the kwargs it reads, a predicate of the text t, never blank
         ord(b[0]) - ord(a[0]) != 1 for a, b in pairwise(t.lower().split()))),
     "keywords:palindrome": ("", lambda t: any(x == x[::-1] for x in t.split())),  # "a" too
     "keywords:start_end": (
-        "", lambda t: len(words := tokens(t.lower())) > 1 and words[0] == words[-1]),
+        "", lambda t: len(words := tokens(t)) > 1 and _same(words[0], words[-1])),
     "letters:letter_counting": ("N relation", _number("[a-zA-Z]")),
     "letters:letter_counting2": ("letter let_frequency let_relation", _frequency),
     "count:lowercase_counting": ("N", lambda t, n: len(re.findall(r"\b[a-z]+\b", t)) <= n),
