@@ -62,7 +62,7 @@ def write(path: Path, head: tuple, rows) -> None:
 
 def main():
     if len(sys.argv) != 2:
-        raise ValueError(f"usage: python -m runs.probe DIRECTORY")
+        raise ValueError("usage: python -m runs.probe DIRECTORY")
     out = Path(sys.argv[1])
     head = ("model", "domain", "strategy", "round", "samples", "score")
     write(out / "strategies.csv", head, try_strategies(out))
