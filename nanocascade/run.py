@@ -361,7 +361,7 @@ class Run:
         same = all(settings.get(k) == mine[k] for k in ("eval_data", "eval_max_new_tokens"))
         same &= settings.get("thinking", True) == mine.get("thinking", True)
         if known and same and set(own) & set(self.eval_rows) <= set(known):
-            self.evaluation = {d: {"before": x} for d, x in known.items()}
+            self.evaluation = {d: {"before": x} for d, x in known.items() if d in self.eval_rows}
         elif self.cfg.eval_data:
             found = self.evaluate(model, scorer, own)
             self.evaluation = {d: {"before": x} for d, x in found.items()}

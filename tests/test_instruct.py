@@ -139,6 +139,15 @@ def test_numbers_language(code, text):
     assert instruct.detect_language(text) == (None if code == "el" else code)
 
 
+def test_numbers_lacking_word():
+    """A repetition may lack the word before its last one, which then stands where that was: one
+    change; one word more is none of it. "Rise and RISE" ends as it began, whatever the case."""
+    kwargs = {"phrase": "Time flies so fast", "small_n": 2}
+    assert grade("copy:repeat_phrase", kwargs, "Time flies so fast. Time flies fast") == 1.0
+    assert grade("copy:repeat_phrase", kwargs, "Time flies so fast. Time flies by so fast") == 0.0
+    assert grade("keywords:start_end", {}, "Rise and RISE") == 1.0
+
+
 def test_numbers_all_must_hold():
     """One broken instruction of three costs the reward and is named with the fraction."""
     row = {
