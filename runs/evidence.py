@@ -259,12 +259,13 @@ def expert_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
     )
     share = {(x["model"], x["domain"], x["layer"], x["expert"]): float(x["share"]) for x in probes}
     plt = pyplot()
-    figure, axes = plt.subplots(len(layers), len(models), figsize=(9, 3.4 * len(layers)))
+    size = 10, 3.6 * len(layers)
+    figure, axes = plt.subplots(len(layers), len(models), figsize=size, layout="constrained")
     rows = []
     for i, layer in enumerate(layers):
         for j, model in enumerate(models):
             grid = [[share[model, d, layer, e] for e in experts] for d in domains]
-            picture = axes[i][j].imshow(grid, vmin=0, vmax=0.5, cmap="viridis", aspect="auto")
+            picture = axes[i][j].imshow(grid, vmin=0, vmax=0.4, cmap="viridis", aspect="auto")
             axes[i][j].set(title=f"{model}, block of experts {layer}", xlabel="expert")
             axes[i][j].set_yticks(range(len(domains)), domains)
         moved = {d: sum(abs(share[models[0], d, layer, e] - share[models[-1], d, layer, e])

@@ -62,7 +62,7 @@ CHANGES = [  # command line, flag and value, what must differ
     (RL, ("--top_p", 0.3), "rollouts"),
     (RL, ("--schedule", "linear", "--min_lr", 1e-2), "weights"), (RL, ("--seed", 3), "rollouts"),
     (RL, ("--max_tokens", 30), "rollouts"), (RL, ("--thinking", "false"), "rollouts"),
-    ((*RL, *EVAL), ("--thinking", "false"), "manifest"),
+    ((*RL, "--eval_data", "ROWS", "--own_eval_samples", 8), ("--thinking", "false"), "manifest"),
     (MOPD, ("--denominator", "token"), "weights"),
     (RL, ("--mask_unsolved", 1), "weights"), (RL, ("--log_groups", 0), "rollouts"),
     (RL, ("--show_every", 1), "printed"), (RL, ("--warmup", 2), "weights"),
