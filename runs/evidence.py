@@ -87,7 +87,7 @@ def fall_rows(seeds: list[dict]) -> str:
 
 
 def recovery_rows(seeds: list[dict]) -> str:
-    """Recoveries are ratios: the seeds' ends are averaged first, then divided."""
+    """Each seed's part of its gap, averaged over the seeds that have one."""
     found = defaultdict(list)
     for runs in seeds:
         for domain, _, start, goal, end, part, _ in report.recoveries(runs):
@@ -116,7 +116,7 @@ def race_rows(seeds: list[dict]) -> str:
 
 def after(run: dict, domains) -> float:
     known = run["manifest"]["evaluation"]
-    return sum(known[d]["after"]["mean"] for d in domains) / len(list(domains))
+    return sum(known[d]["after"]["mean"] for d in domains) / len(domains)
 
 
 def arm_values(stage: str, run: dict) -> dict[str, float]:
@@ -303,6 +303,8 @@ def main():
     seeds = [report.read_runs(["", x])[1] for x in paths]
     if not seeds:
         raise ValueError(f"{out}: no finished cascade seed*/")
+    if len(seeds) > max(T95):
+        raise ValueError(f"{out}: {len(seeds)} seeds, intervals are known for {max(T95)} at most")
     sections = seed_sections(seeds, assets) + ablation_sections(out, assets)
     sections += long_sections(out, assets) + strategy_sections(out, assets)
     sections += expert_sections(out, assets)
