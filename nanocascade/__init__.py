@@ -9,7 +9,7 @@ Axes, the same letters in every shape comment of the package:
     h  heads (attention or Mamba)         k  key/value heads    c  channels per head
     s  SSM state size                     g  Mamba groups       q  chunk length
     z  chunks                             l  blocks of a kind   m  conv channels (x, B, C together)
-    e  experts                            a  active experts per token
+    e  experts                            a  active experts     u  1 or 2: up, and gate
     f  hidden width of an MLP             p  prompts            r  rollouts per prompt (report: G)
     w  taps of the convolution            o  documents of a packed batch (responses, in a loss)
 

@@ -146,7 +146,7 @@ class Dist:
         flat = torch.cat([g.flatten() for g in grads])
         torch_dist.all_reduce(flat)
         for p, g, total in zip(params, grads, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = total.view_as(g).to(p.dtype)
+            p.grad = torch.empty_like(p).copy_(total.view_as(g))
 
     @torch.no_grad()
     def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
@@ -269,7 +269,7 @@ def move_rows(x: Tensor, group, gathered: bool) -> Tensor:
 def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -> None:
     """Give each rank of an expert group its experts; over the shard axis FSDP cuts their rows."""
     found = [m for m in model.modules() if isinstance(m, Experts)]
-    ep, (e, f, d) = dist.expert_parallel, found[0].up_proj.shape if found else (0, 0, 0)
+    ep, (e, _, f, d) = dist.expert_parallel, found[0].up_proj.shape if found else (0, 0, 0, 0)
     pieces = dist.world_size // dist.replicas // ep
     if not found or e % ep or f % pieces or d % pieces:
         raise ValueError(f"--expert_parallel {ep} on {dist.world_size} ranks: {e} experts of "
@@ -283,12 +283,12 @@ def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -
     axis, place = dist.expert_mesh["expert"], dist.expert_group.rank()
     for experts in found:
         for name, p in list(experts.named_parameters()):
-            mine = p.detach().chunk(ep)[place].clone()  # (e/ep, f, d): lets go of the others
+            mine = p.detach().chunk(ep)[place].clone()  # (e/ep, ...): lets go of the others
             mine = DTensor.from_local(mine, axis, [Shard(0)], run_check=False)
             setattr(experts, name, nn.Parameter(mine, requires_grad=p.requires_grad))
         experts.forward = partial(forward_spread, experts, dist.expert_group, e, tokens)
         fully_shard(experts, mesh=dist.shard_mesh, mp_policy=policy,
-                    shard_placement_fn=lambda p: Shard(1))  # fmt: skip
+                    shard_placement_fn=lambda p: Shard(p.ndim - 2))  # fmt: skip
 
 
 def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> Tensor:
@@ -308,8 +308,6 @@ def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> T
     nn.Module.__init__(mine)
     for name, p in experts.named_parameters():
         object.__setattr__(mine, name, p.to_local())
-    if experts.gate_proj is None:
-        mine.gate_proj = None
     ids = ids.detach().long() - group.rank() * len(mine.up_proj)  # (ep*n, a) mine are 0, 1, ...
     outputs = []
     for part in zip(*(y.split(EXPERT_TOKENS) for y in (everyone, ids, weights)), strict=True):

@@ -47,7 +47,7 @@ def group_ends(sorted_experts: Tensor, num_experts: int) -> Tensor:
     return torch.searchsorted(sorted_experts, ids, right=True)
 
 
-def activate(up: Tensor, gate: Tensor | None) -> Tensor:
+def activate(up: Tensor, gate: Tensor | None = None) -> Tensor:
     """relu(up)^2 (nemotron_h) or SwiGLU silu(gate) * up (qwen3, llama)."""
     return F.relu(up).square() if gate is None else F.silu(gate) * up
 
@@ -67,13 +67,15 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts, stacked: up (and gate) (e, f, d), down (e, d, f)."""
+    """All routed experts, stacked: up (e, u, f, d), down (e, d, f).
+
+    With a gate u = 2, gate and up in one product (fewer and larger ones decode faster), else 1.
+    """
 
     def __init__(self, config):
         super().__init__()
         e, f, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.up_proj = nn.Parameter(torch.empty(e, f, d))
-        self.gate_proj = nn.Parameter(torch.empty(e, f, d)) if config.gated_mlp else None
+        self.up_proj = nn.Parameter(torch.empty(e, 1 + config.gated_mlp, f, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -99,10 +101,9 @@ class Experts(nn.Module):
 
     def grouped(self, inputs: Tensor, ends: Tensor) -> Tensor:
         ends = ends.to(torch.int32)  # (e,)
-        up = F.grouped_mm(inputs, self.up_proj.mT, offs=ends)  # (n*a, f)
-        gate = self.gate_proj
-        gate = None if gate is None else F.grouped_mm(inputs, gate.mT, offs=ends)  # (n*a, f)
-        return F.grouped_mm(activate(up, gate), self.down_proj.mT, offs=ends)  # (n*a, d)
+        up = F.grouped_mm(inputs, self.up_proj.flatten(1, 2).mT, offs=ends)  # (n*a, u*f)
+        hidden = activate(*self.halves(up))  # (n*a, f)
+        return F.grouped_mm(hidden, self.down_proj.mT, offs=ends)  # (n*a, d)
 
     def looped(self, inputs: Tensor, ends: Tensor) -> Tensor:
         groups = inputs.tensor_split(ends[:-1].tolist())
@@ -110,25 +111,26 @@ class Experts(nn.Module):
         return torch.cat(pieces)  # (n*a, d)
 
     def one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        ups, gates, downs = self.apart()
+        ups, downs = self.apart()
         rows, weights = [], weights.to(x.dtype)
         for token, chosen, shares in zip(x.split(1), experts.tolist(), weights, strict=True):
-            ys = [self.expert(token, ups[e], gates[e], downs[e]) for e in chosen]  # (1, d) each
+            ys = [self.expert(token, ups[e], downs[e]) for e in chosen]  # (1, d) each
             rows.append(shares @ torch.cat(ys))  # (d,)
         return torch.stack(rows)  # (n, d)
 
     def apart(self):
-        """up, gate and down by expert. With gradients unbound at once: the gradient of an index is
-        as large as all experts."""
-        names = self.up_proj, self.gate_proj, self.down_proj
-        none = [None] * len(self.up_proj)
-        grad = torch.is_grad_enabled()
-        return [none if x is None else x.unbind(0) if grad else x for x in names]
+        """up and down by expert. With gradients unbound at once: the gradient of an index is as
+        large as all experts."""
+        both = self.up_proj.flatten(1, 2), self.down_proj
+        return [x.unbind(0) if torch.is_grad_enabled() else x for x in both]
 
-    @staticmethod
-    def expert(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor) -> Tensor:
-        gated = None if gate is None else F.linear(x, gate)  # (n, f)
-        return F.linear(activate(F.linear(x, up), gated), down)  # (n, d)
+    def expert(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(activate(*self.halves(F.linear(x, up))), down)  # (n, d)
+
+    def halves(self, up: Tensor) -> tuple[Tensor, ...]:
+        """(up,) or (up, gate), (n, f) each, of their product (n, u*f); on disk gate stands first,
+        here up does."""
+        return up.chunk(self.up_proj.shape[1], -1)
 
 
 class Router(nn.Module):

@@ -68,7 +68,8 @@ def save_state(out, *, model: nn.Module, optimizer, extra: dict) -> None:
                for key, x in optimizer.state.get(p, {}).items()}  # fmt: skip
     writer = dcp.HuggingFaceStorageWriter(new, save_distributed=True)
     try:
-        dcp.save(weights_of(model) | moments, storage_writer=writer, no_dist=not several)
+        tensors = {key: x.contiguous() for key, x in (weights_of(model) | moments).items()}
+        dcp.save(tensors, storage_writer=writer, no_dist=not several)
     except CheckpointException as error:
         shutil.rmtree(new, ignore_errors=True)
         causes = "; ".join(str(cause) for cause, _ in error.failures.values())

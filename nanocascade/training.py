@@ -228,6 +228,8 @@ def optimizer_step(model, optimizer, lr: float, max_norm: float, dist) -> float:
     if not math.isfinite(norm):
         taken = max((int(x["step"]) for x in optimizer.state.values()), default=0)
         raise ValueError(f"gradient norm is {norm} after {taken} steps, the loss was finite")
+    for p in model.parameters():  # fused AdamW on a CPU walks both through memory, strides unseen
+        assert p.grad is None or p.grad.stride() == p.stride(), (p.stride(), p.grad.stride())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -52,9 +52,8 @@ def one_by_one(experts, x, chosen, weights):
     for token, picks, shares in zip(x, chosen.tolist(), weights, strict=True):
         row = 0
         for k, share in zip(picks, shares, strict=True):
-            up = experts.up_proj[k] @ token  # (f,)
-            gate = None if experts.gate_proj is None else experts.gate_proj[k] @ token
-            row = row + share * (experts.down_proj[k] @ moe.activate(up, gate))
+            halves = [w @ token for w in experts.up_proj[k]]  # (f,) up, and gate
+            row = row + share * (experts.down_proj[k] @ moe.activate(*halves))
         rows.append(row)
     return torch.stack(rows)
 
