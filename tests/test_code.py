@@ -99,7 +99,7 @@ def test_forms_of_function_tests(inputs, outputs, program):
     ("def add(x, y): return 10 ** 10 ** 10", "time limit on test 1"),
     ("def add(x, y):\n    while x < 0: pass\n    return x + y", "time limit on test 2"),
     # what must not help: objects that equal all, leaving early, patches, forged replies
-    (EQUAL % "int", "wrong output on test 1"), (EQUAL % "", "crashed: TypeError on test 1"),
+    (EQUAL % "int", "wrong output on test 1"), (EQUAL % "", "wrong output on test 1"),
     ("exit(0)", "crashed: SystemExit on test 1"), (FORGE % ("", 0), "ended early on test 1"),
     ("import builtins, json\nbuiltins.all = json.dumps = lambda *a: 'true'\nadd = print",
      "crashed: NoReply on test 1"),
@@ -156,7 +156,7 @@ def test_assert_verdicts():
         ("def add(x, y): return min(x + y, 9)", "wrong output on test 3"),
         ("def add(x, y): raise StopIteration", "crashed: RuntimeError on test 2"),
         ("exit()", "crashed: RuntimeError on test 2"), (FORGE % ("", 0), "ended early on test 2"),
-        (EQUAL % "", "crashed: TypeError on test 2"), (EQUAL % "int", "wrong output on test 2"),
+        (EQUAL % "", "wrong output on test 2"), (EQUAL % "int", "wrong output on test 2"),
         ("__builtins__['all'] = abs\nadd = lambda x, y: x + 1", "wrong output on test 3"),
         ("while 1: pass", "time limit on test 2"),
     ]:  # fmt: skip
@@ -165,6 +165,21 @@ def test_assert_verdicts():
              "try:\n    f()\n    assert 0\nexcept TypeError:\n    pass"]  # fmt: skip
     program = "def f(a, b):\n    a[1].add(3)\n    return a, {(1, 2): 0.5}"
     assert grade({"asserts": types}, program).reason == RIGHT
+
+
+def test_assert_values():
+    """Tests may pass complex numbers, ask whether an object is true, use a module that only the
+    program imports, and call what the program names as a built-in; but no other is replaced."""
+    half = "import re, sys\ndef f(x): return x * 0.5j if x else re.search('a', 'b')\n"
+    tests = ["assert f(2j) == -1 and sys.maxsize > f(2) .imag", "assert not f(0)"]
+    assert grade({"asserts": tests}, half).reason == RIGHT
+    found = "import re\ndef f(x): return re.search('a', x)"
+    assert grade({"asserts": ["assert f('a')", "assert f('a') != 1"]}, found).reason == RIGHT
+    assert grade({"asserts": ["assert f('b')"]}, found).reason == "wrong output on test 1"
+    product = "def sum(a, b): return a * b\nf = sum\ndef set(x): return 1"
+    assert grade({"asserts": ["assert sum(2, 3) == 6"]}, product).reason == RIGHT
+    for test in ("assert set(f(1, 2)) == set([5])", "assert sum(set([2, 3])) == 1"):
+        assert grade({"asserts": [test]}, product).value == 0
 
 
 def test_repair():

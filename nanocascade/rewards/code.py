@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import sys
 import threading
 
 from nanocascade.jail import encode
@@ -173,11 +174,29 @@ def judge_scripts(sandbox, modules, entry, tests, limits):
         yield reason if left > 0 else "time limit"
 
 
+def foreign_names(tests, source):
+    """(names that test code has from the program, standard modules that it has from nowhere).
+
+    The program's are all that Python does not know; if there is none, the one built-in function
+    that the program defines anew: `assert sum(4, 6) == 3`. Of several none, since a program could
+    then bend the functions that the tests compare with.
+    """
+    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    owners = {node.value.id for node in nodes
+              if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}  # fmt: skip
+    modules, known = names & owners & sys.stdlib_module_names, names & set(dir(builtins))
+    if not names - modules - known and len(known) == 1:
+        known -= set(re.findall(r"^def (\w+)", source, re.MULTILINE))
+    return names - modules - known, modules
+
+
 def judge_asserts(sandbox, modules, entry, tests, limits):
-    """The same for test code: what it names and Python does not know comes from the program."""
-    nodes = [node for test in tests["asserts"] for node in ast.walk(ast.parse(test))]
-    names = {node.id for node in nodes if isinstance(node, ast.Name)} - set(dir(builtins))
-    program, checks = sandbox.run_tests(modules, entry, tests["asserts"], sorted(names), limits)
+    """The same for test code, in a process that no program has touched."""
+    names, imports = foreign_names(tests["asserts"], modules[entry])
+    sources = ["".join(f"import {x}\n" for x in imports) + tests["asserts"][0]]
+    sources += tests["asserts"][1:]
+    program, checks = sandbox.run_tests(modules, entry, sources, sorted(names), limits)
     for number in range(len(tests["asserts"])):
         _, reason = read_reply(checks, number)
         if reason == "crashed: EOFError":

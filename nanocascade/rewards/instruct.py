@@ -12,17 +12,25 @@ graded the report's model. Where we differ:
 
 # OURS: a blank answer obeys nothing; the checkers let it pass "no commas".
 # OURS: keywords are plain text; the checkers compile them as regular expressions.
-# OURS: languages are told apart by script and frequent words; langdetect draws lots on short texts.
+# OURS: without langdetect (an extra) languages are told apart by script and frequent words.
 # OURS: an absent kwarg is an error when data are read; the checkers draw a random value.
 # OURS: an answer beyond MAX_CHARS fails unread; below it every check is linear in its length.
 """
 
+import contextlib
 import json
 import re
 from itertools import chain, pairwise
 from pathlib import Path
 
 from nanocascade.rewards.base import Reward
+
+try:
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0  # it draws lots, on short texts with a say
+except ImportError:
+    langdetect = None
 
 MAX_CHARS = 300_000  # the longest rollout, 49K tokens of prose, is about 220,000
 
@@ -118,8 +126,9 @@ def tokens(text):
     return text.split()
 
 
-# Language: the script with most letters, then the language of that script with most evidence. What
-# counts as evidence is a table beside the chat formats, as it is in many alphabets.
+# Language: what the checkers ask, langdetect, says; where it is not installed, the script with most
+# letters, then the language of that script with most evidence. What counts as evidence is a table
+# beside the chat formats, as it is in many alphabets.
 _LANGUAGES = {}  # letters of a script -> {language: pattern}
 for _row in (Path(__file__).parents[1] / "languages.txt").read_text("utf-8").split("\n")[1:-1]:
     _script, _name, _marks = _row.split("\t")
@@ -129,6 +138,10 @@ for _row in (Path(__file__).parents[1] / "languages.txt").read_text("utf-8").spl
 
 def detect_language(text):
     """ISO 639-1 code of the language that most of a text's beginning is in; None if unclear."""
+    if langdetect is not None:
+        with contextlib.suppress(langdetect.LangDetectException):  # nothing but figures, say
+            return langdetect.detect(text[:20_000]).partition("-")[0]  # zh-cn, zh-tw: zh
+        return None
     text = text[:100_000].lower()
     marks = max(_LANGUAGES.items(), key=lambda x: len(re.findall(f"[{x[0]}]", text)))[1]
     counts = {name: len(re.findall(mark, text)) for name, mark in marks.items()}
