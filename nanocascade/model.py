@@ -132,7 +132,7 @@ class Normalize(torch.autograd.Function):
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # (..., 1)
         scale = (square / x.shape[-1] + eps).rsqrt()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
-        return x * scale * weight
+        return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad):
