@@ -30,7 +30,7 @@ IGNORED = re.compile(r"mtp\.|.*\.rotary_emb\.inv_freq$")  # multi-token predicti
 
 # Prefix in memory -> on disk; {} is the layer: a block of nemotron_h, two blocks of the others.
 # Below a mixer the names agree, but for routed experts: stacked in memory, `experts.up_proj`
-# (e, u, f, d), one tensor each on disk, `experts.7.up_proj.weight` (f, d), and if u = 2 gate_proj.
+# (e, d, u, f), one tensor each on disk, `experts.7.up_proj.weight` (f, d), and if u = 2 gate_proj.
 NEMOTRON = {"embed": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
 NEMOTRON |= {f"{kind} norm": "backbone.layers.{}.norm" for kind in "ME*-"}
 NEMOTRON |= {f"{kind} mixer": "backbone.layers.{}.mixer" for kind in "ME*-"}
@@ -42,7 +42,7 @@ NAMES = {"nemotron_h": NEMOTRON, "qwen3": LAYERED, "qwen3_moe": LAYERED, "llama"
 
 # Matrices that a CPU keeps column by column: a product with few rows, as decoding makes them, takes
 # half the time (16 rows of 256: 14 us, by rows 23), one with many as long, and so the gradients.
-MATRIX = re.compile(r"_proj|head\.|gate\.weight")
+MATRIX = re.compile(r"(_proj|head|gate)\.weight$")
 
 
 class Stored(NamedTuple):
@@ -79,8 +79,8 @@ def experts_of(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
     """What stands on disk for a parameter: views of its experts, or itself."""
     if ".experts." not in name:
         return (tensor,)
-    halves = tensor.unbind(1) if tensor.ndim == 4 else [tensor]  # up and gate, or down
-    return tuple(chain.from_iterable(zip(*(x.unbind(0) for x in halves), strict=True)))
+    halves = tensor.unbind(2) if tensor.ndim == 4 else [tensor]  # up and gate, or down
+    return tuple(x.T for x in chain.from_iterable(zip(*(x.unbind(0) for x in halves), strict=True)))
 
 
 def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -177,14 +177,13 @@ def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
             shape, start = compute_local_shape_and_global_offset(spec.shape, *where)
         local = torch.empty(shape, dtype=kept, device=device)
         if local.device.type == "cpu" and where is None and MATRIX.search(name):
-            inputs = local.movedim(-1, int(local.ndim > 2))  # (d, f) | (e, d, f) | (e, d, u, f)
-            local = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-            local = local.movedim(int(local.ndim > 2), -1)
+            local = torch.empty_like(local.T, memory_format=torch.contiguous_format).T
         first = start[0] * len(published) // len(spec)  # this rank's experts, if it is of experts
         targets = experts_of(name, local)
+        start = (start[-1], start[1]) if ".experts." in name else start
         for key, target in zip(published[first:], targets, strict=False):
             file, inside, index, _ = stored[key]
-            cut = within(index, start[-target.ndim :], target.shape)
+            cut = within(index, start, target.shape)
             target.copy_(files[file].get_slice(inside)[cut])  # casts
             # Extremes tell as much as isfinite() of every number, without a mask of their size.
             ends = target.aminmax() if target.numel() else (target.sum(),)

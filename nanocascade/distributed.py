@@ -165,8 +165,8 @@ class Dist:
             square = torch.as_tensor(square, device=self.device)
             norm = (norm.square() + self.reduce(square, torch_dist.ReduceOp.SUM, self.data_group))
             norm = norm.sqrt()
-        if grads:
-            torch._foreach_mul_(whole + shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        if float(norm) > max_norm:
+            torch._foreach_mul_(whole + shards, max_norm / norm)
         return float(norm)
 
 
@@ -269,7 +269,7 @@ def move_rows(x: Tensor, group, gathered: bool) -> Tensor:
 def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -> None:
     """Give each rank of an expert group its experts; over the shard axis FSDP cuts their rows."""
     found = [m for m in model.modules() if isinstance(m, Experts)]
-    ep, (e, _, f, d) = dist.expert_parallel, found[0].up_proj.shape if found else (0, 0, 0, 0)
+    ep, (e, f, d) = dist.expert_parallel, found[0].down_proj.shape if found else (0, 0, 0)
     pieces = dist.world_size // dist.replicas // ep
     if not found or e % ep or f % pieces or d % pieces:
         raise ValueError(f"--expert_parallel {ep} on {dist.world_size} ranks: {e} experts of "
@@ -288,7 +288,7 @@ def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -
             setattr(experts, name, nn.Parameter(mine, requires_grad=p.requires_grad))
         experts.forward = partial(forward_spread, experts, dist.expert_group, e, tokens)
         fully_shard(experts, mesh=dist.shard_mesh, mp_policy=policy,
-                    shard_placement_fn=lambda p: Shard(p.ndim - 2))  # fmt: skip
+                    shard_placement_fn=lambda p: Shard(1))  # fmt: skip
 
 
 def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> Tensor:

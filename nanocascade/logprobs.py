@@ -19,26 +19,28 @@ class ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         logprobs = torch.empty_like(hidden[:, 0], dtype=wide(hidden))  # (n,)
-        entropy = torch.empty_like(logprobs)  # (n,)
+        entropy, log_p = torch.empty_like(logprobs), None  # (n,)
         for part in chunks(len(hidden), weight):
             log_p = log_softmax(hidden[part], weight, temperature)  # (q, v)
             logprobs[part] = log_p.gather(1, targets[part, None])[:, 0]
             entropy[part] = -(log_p.exp() * log_p).sum(1)
-        ctx.save_for_backward(hidden, weight, targets)
+        few = len(hidden) * len(weight) * 4 <= CHUNK_BYTES  # a toy's are kept, not recomputed
+        ctx.save_for_backward(hidden, weight, targets, log_p if few else None)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, log_p = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (n, d)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=wide(weight))  # (v, d)
         for part in chunks(len(hidden), weight):
             # d log p[y] / d logits = (onehot(y) - p) / T
-            delta = log_softmax(hidden[part], weight, ctx.temperature).exp_().neg_()  # (q, v)
+            again = log_softmax(hidden[part], weight, ctx.temperature) if log_p is None else log_p
+            delta = again.exp().neg_()  # (q, v)
             rows = torch.arange(len(delta), device=delta.device)
             delta[rows, targets[part]] += 1.0
             delta *= grad[part, None] / ctx.temperature

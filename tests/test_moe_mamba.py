@@ -52,8 +52,8 @@ def one_by_one(experts, x, chosen, weights):
     for token, picks, shares in zip(x, chosen.tolist(), weights, strict=True):
         row = 0
         for k, share in zip(picks, shares, strict=True):
-            halves = [w @ token for w in experts.up_proj[k]]  # (f,) up, and gate
-            row = row + share * (experts.down_proj[k] @ moe.activate(*halves))
+            halves = [token @ w for w in experts.up_proj[k].unbind(1)]  # (f,) up, and gate
+            row = row + share * (moe.activate(*halves) @ experts.down_proj[k])
         rows.append(row)
     return torch.stack(rows)
 
