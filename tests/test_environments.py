@@ -363,7 +363,8 @@ def test_run_leaves_nothing(stage, worker, tmp_path):
         step = metrics.read_text().count("\n") if metrics.exists() else 0
         if step and step < 199 and step not in seen:
             family = [process.pid, *descendants(process.pid)]
-            seen[step] = len(os.listdir(f"/proc/{process.pid}/fd")), {x: resident(x) for x in family}
+            memory = {x: resident(x) for x in family}
+            seen[step] = len(os.listdir(f"/proc/{process.pid}/fd")), memory
         time.sleep(0.05)
     assert process.returncode == 0, process.communicate()[1]
     first, second = ([seen[x] for x in seen if a < x <= b] for a, b in ((50, 125), (125, 199)))

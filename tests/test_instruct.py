@@ -50,7 +50,8 @@ CASES = {
     "startend:quotation": ({}, '"All of it"', '"All" of it'),
     "change_case:capital_word_frequency": (
         {"capital_frequency": 2, "capital_relation": "at least"}, "I saw UNESCO.", "I saw Unesco."),
-    "change_case:english_capital": ({}, "THE MOON PULLS THE SEA AND IT RISES", "DAS IST DER HUND UND ICH"),
+    "change_case:english_capital": (
+        {}, "THE MOON PULLS THE SEA AND IT RISES", "DAS IST DER HUND UND ICH"),
     "change_case:english_lowercase": ({}, "the tide is high", "the Tide is high"),
     "punctuation:no_comma": ({}, "No pause; none.", "A pause, one."),
     "keywords:word_once": ({"keyword": "tide"}, "A tide.", "Tide, tides."),
@@ -144,7 +145,7 @@ def test_parity_language():
     """Where the checkers' langdetect is installed it decides, on code and long texts too."""
     langdetect = pytest.importorskip("langdetect")
     grammar = 'IF_STMT ::= "IF" ASSIGNMENT_EXPRESSION ":" SUITE ("ELIF" SUITE)* ["ELSE" ":" SUITE]'
-    for text in (grammar, TALK, "Das ist nicht der Hund, den ich sah.", "Er is geen taal als deze."):
+    for text in (grammar, TALK, "Das ist nicht der Hund, den ich sah.", "Er is geen taal zo."):
         assert instruct.detect_language(text) == langdetect.detect(text)
     assert instruct.detect_language("\u8fd9\u662f\u6211\u7684\u4e66\uff0c\u4f60\u770b") == "zh"
     assert instruct.detect_language("123 ...") is None
