@@ -107,12 +107,11 @@ def main():
                 sizes = sorted(sizes) if shape == "sorted" else sizes
                 compare(f"{family} {shape}", ours, theirs, sizes, cfg)
         if "wide" in cfg.shapes and not cfg.short:  # where matmuls dominate
-            wide = {"hidden_size": 1024, "moe_intermediate_size": 1024, "mamba_num_heads": 32,
-                    "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 8,
-                    "moe_shared_expert_intermediate_size": 1024, "n_routed_experts": 8,
-                    "num_hidden_layers": 2, "hybrid_override_pattern": "ME*E"}  # fmt: skip
-            if family == "nemotron_h":
-                wide["num_hidden_layers"] = 4
+            wide = {"hidden_size": 1024, "moe_intermediate_size": 1024, "num_attention_heads": 16,
+                    "num_key_value_heads": 4}  # fmt: skip
+            wide |= {"num_hidden_layers": 2, "num_experts": 8} if family == "qwen3_moe" else {
+                "num_hidden_layers": 4, "hybrid_override_pattern": "ME*E", "mamba_num_heads": 32,
+                "moe_shared_expert_intermediate_size": 1024, "n_routed_experts": 8}
             with common.model_dir(family, **wide) as folder:
                 ours, theirs = common.ours_and_peer(folder)
                 theirs.train()
