@@ -7,6 +7,7 @@ neither batch, order nor rank, and leaves no generator state to save.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from nanocascade.moe import Routing
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill call
 CPU_PREFILL_TOKENS = 2048  # what a core's cache nearly holds: 8,192 at once take 1.2 times as long
+# Waking a second CPU thread takes longer than its half of a small product. One decodes up to so
+# many numbers of a block's largest matrix, times rows (measured between widths 256 and 1,024).
+ONE_THREAD_MATRIX, ONE_THREAD_WORK = 1 << 20, 4 << 20
 
 
 class Sample(NamedTuple):
@@ -90,6 +94,18 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int
     return tokens, logprobs, within
 
 
+@contextmanager
+def fitting_threads(largest: int, rows: int):
+    """One thread while few rows meet matrices of at most `largest` numbers; then as before."""
+    before = torch.get_num_threads()
+    if largest < ONE_THREAD_MATRIX and largest * rows <= ONE_THREAD_WORK:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Decoder:
     """The rows being decoded: a cache, what each row has said so far, and whose row it is."""
 
@@ -99,6 +115,8 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         self.prefill = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
         self.cache = Cache(model.config, rows, max_len, self.dtype, self.device)
+        sizes = (p.numel() // (len(p) if p.ndim > 2 else 1) for p in model.blocks.parameters())
+        self.largest = max(sizes) if self.device.type == "cpu" else ONE_THREAD_MATRIX  # an expert's
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.state = {  # per row; everything of a row moves together when the batch shrinks
             "owner": torch.full((rows,), -1, device=self.device),  # flat rollout index, -1 = idle
@@ -147,7 +165,8 @@ class Decoder:
         """Feed every row its last token and draw the next one. Idle rows decode junk in slot 0."""
         self.cache.lengths = self.cache.lengths.where(self.state["owner"] >= 0, 0)
         routing = self.routing()
-        hidden = self.model(self.state["last"][:, None], cache=self.cache, routing=routing)
+        with fitting_threads(self.largest, self.cache.rows):
+            hidden = self.model(self.state["last"][:, None], cache=self.cache, routing=routing)
         if routing is not None:
             rows = torch.arange(self.cache.rows, device=self.device)
             at = (self.state["count"] - 1).clamp(0, self.max_new - 1)  # idle rows write anywhere

@@ -1,9 +1,12 @@
 """Sampling: what is drawn, with which log-probs, and that batch and order play no part in it."""
 
+from functools import partial
+
 import pytest
 import torch
 from fixtures import make_parity
 
+from nanocascade import sampler
 from nanocascade.checkpoint import load_model
 from nanocascade.moe import Routing
 from nanocascade.rollout import Rollout
@@ -234,3 +237,19 @@ def test_bad_prompts(prompt, words, tmp_path):
     with pytest.raises(ValueError, match=f"prompt 1 has {words}"):
         generate(model, [[1], prompt], max_new_tokens=5)
     assert generate(model, [], max_new_tokens=5) == []
+
+
+def test_invariance_threads(tmp_path, monkeypatch):
+    """Few rows of a small model are decoded on one thread, many on all; both draw the same tokens,
+    and the caller's threads are given back."""
+    model, before, seen = build(FAMILIES[1], tmp_path), torch.get_num_threads(), []
+    model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    draw_one = partial(generate, model, [[5, 6, 7]], max_new_tokens=6, seed=1)
+    torch.set_num_threads(2)
+    try:
+        few = draw_one()[0][0].tokens
+        assert seen == [2, 1, 1, 1, 1, 1] and torch.get_num_threads() == 2  # the first: prefill
+        monkeypatch.setattr(sampler, "ONE_THREAD_WORK", 0)
+        assert draw_one()[0][0].tokens == few and set(seen[6:]) == {2}
+    finally:
+        torch.set_num_threads(before)
