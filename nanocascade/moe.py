@@ -129,8 +129,7 @@ class Experts(nn.Module):
         return activate(*self.halves(x @ up)) @ down  # (n, d)
 
     def halves(self, up: Tensor) -> tuple[Tensor, ...]:
-        """(up,) or (up, gate), (n, f) each, of their product (n, u*f); on disk gate stands first,
-        here up does."""
+        """(up,) or (up, gate), (n, f) each, of their product (n, u*f)."""
         return up.chunk(self.up_proj.shape[2], -1)
 
 

@@ -222,7 +222,8 @@ def test_verdicts_are_remembered(monkeypatch):
 def test_rows_checked():
     """Tests that cannot be run are an error of the row."""
     for tests in [{"inputs": ["1"], "outputs": []}, {"inputs": [], "outputs": []},
-                  {"inputs": ["{"], "outputs": ["1"], "fn_name": "f"}, {"asserts": ["("]}]:
+                  {"inputs": ["{"], "outputs": ["1"], "fn_name": "f"}, {"asserts": ["("]},
+                  {"asserts": []}]:
         with pytest.raises((ValueError, SyntaxError)):  # fmt: skip
             code.check_tests({"verifier_metadata": {"unit_tests": tests}})
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -149,6 +151,15 @@ def test_parity_language():
         assert instruct.detect_language(text) == langdetect.detect(text)
     assert instruct.detect_language("\u8fd9\u662f\u6211\u7684\u4e66\uff0c\u4f60\u770b") == "zh"
     assert instruct.detect_language("123 ...") is None
+
+
+def test_run_languages_in_threads():
+    """The first texts may be judged by several threads at once: each finds the profiles loaded."""
+    pytest.importorskip("langdetect")
+    program = ("from nanocascade.rewards import instruct; import langdetect.detector_factory as d; "
+               "print(len(d._factory.langlist))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert int(done.stdout) > 40, done.stderr
 
 
 def test_numbers_lacking_word():

@@ -234,7 +234,8 @@ def check_tests(row):
     tests = row["verifier_metadata"]["unit_tests"]
     try:
         if "asserts" in tests:
-            [ast.parse(test) for test in tests["asserts"]]
+            if not [ast.parse(test) for test in tests["asserts"]]:
+                raise ValueError("unit_tests has no asserts")  # which every program would pass
         elif not tests["inputs"] or len(tests["inputs"]) != len(tests["outputs"]):
             raise ValueError(f"{len(tests['inputs'])} inputs and {len(tests['outputs'])} outputs")
         elif tests.get("fn_name"):

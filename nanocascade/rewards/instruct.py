@@ -29,6 +29,7 @@ try:
     import langdetect
 
     langdetect.DetectorFactory.seed = 0  # it draws lots, on short texts with a say
+    langdetect.detector_factory.init_factory()  # now: two threads at once would miss its profiles
 except ImportError:
     langdetect = None
 
