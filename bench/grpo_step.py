@@ -80,6 +80,9 @@ class Ours:
         counts = torch.tensor([x.num_loss_tokens for x in rollouts])  # (o,)
         load = no_load(model)
         for batch in make_batches(rollouts, MICRO):
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_logprobs, _ = score_tokens(self.teacher, batch)
             routing = new_routing(model, batch)
             train_logprobs, _ = score_tokens(model, batch, 1.0, routing)
             if self.teacher is None:
@@ -88,8 +91,6 @@ class Ours:
                     sampler_logprobs=batch.sampler_logprobs,
                 )  # fmt: skip
             else:
-                with torch.no_grad():
-                    teacher_logprobs, _ = score_tokens(self.teacher, batch)
                 loss, _ = compute_mopd_loss(
                     train_logprobs, teacher_logprobs, batch.sampler_logprobs, batch.mask,
                     response_ids=batch.response_ids, num_tokens=counts, num_responses=len(rollouts),

@@ -19,9 +19,10 @@ from nanocascade.moe import Routing
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill call
 CPU_PREFILL_TOKENS = 2048  # what a core's cache nearly holds: 8,192 at once take 1.2 times as long
-# Waking a second CPU thread takes longer than its half of a small product. One decodes up to so
-# many numbers of a block's largest matrix, times rows (measured between widths 256 and 1,024).
-ONE_THREAD_MATRIX, ONE_THREAD_WORK = 1 << 20, 4 << 20
+# Waking a second CPU thread takes longer than its half of a small product. One decodes where this
+# bounds width^2 times rows, of which more than 8 change nothing (widths 128 to 1,024 measured:
+# at most 256 at any number of rows, 512 up to 2 rows).
+ONE_THREAD_WORK = 1 << 19
 
 
 class Sample(NamedTuple):
@@ -95,10 +96,10 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int
 
 
 @contextmanager
-def fitting_threads(largest: int, rows: int):
-    """One thread while few rows meet matrices of at most `largest` numbers; then as before."""
+def fitting_threads(width: int, rows: int):
+    """One CPU thread while a model of this hidden size decodes so many rows; then as before."""
     before = torch.get_num_threads()
-    if largest < ONE_THREAD_MATRIX and largest * rows <= ONE_THREAD_WORK:
+    if width**2 * min(rows, 8) <= ONE_THREAD_WORK:
         torch.set_num_threads(1)
     try:
         yield
@@ -115,8 +116,6 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         self.prefill = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
         self.cache = Cache(model.config, rows, max_len, self.dtype, self.device)
-        sizes = (p.numel() // (len(p) if p.ndim > 2 else 1) for p in model.blocks.parameters())
-        self.largest = max(sizes) if self.device.type == "cpu" else ONE_THREAD_MATRIX  # an expert's
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.state = {  # per row; everything of a row moves together when the batch shrinks
             "owner": torch.full((rows,), -1, device=self.device),  # flat rollout index, -1 = idle
@@ -165,7 +164,7 @@ class Decoder:
         """Feed every row its last token and draw the next one. Idle rows decode junk in slot 0."""
         self.cache.lengths = self.cache.lengths.where(self.state["owner"] >= 0, 0)
         routing = self.routing()
-        with fitting_threads(self.largest, self.cache.rows):
+        with fitting_threads(self.model.config.hidden_size, self.cache.rows):
             hidden = self.model(self.state["last"][:, None], cache=self.cache, routing=routing)
         if routing is not None:
             rows = torch.arange(self.cache.rows, device=self.device)

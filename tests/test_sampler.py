@@ -240,7 +240,7 @@ def test_bad_prompts(prompt, words, tmp_path):
 
 
 def test_invariance_threads(tmp_path, monkeypatch):
-    """Few rows of a small model are decoded on one thread, many on all; both draw the same tokens,
+    """A small model is decoded on one thread, a large one on all; both draw the same tokens,
     and the caller's threads are given back."""
     model, before, seen = build(FAMILIES[1], tmp_path), torch.get_num_threads(), []
     model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
