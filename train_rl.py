@@ -20,6 +20,7 @@ from nanocascade.config import parse_args, run_main
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.moe import load_imbalance, update_correction_bias
 from nanocascade.mopd import masked_mean
+from nanocascade.rewards import kind_of
 from nanocascade.rollout import (
     Sampling,
     Scorer,
@@ -115,6 +116,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     tools = {x["environment"]["name"] for x in rows if "environment" in x}
     if tools and cfg.max_turns < 2:
         raise ValueError(f"--max_turns {cfg.max_turns}: rows with tools ({tools}) need 2 or more")
+    check_outcomes(cfg, rows)
     if cfg.dry_run:
         return run.describe(rows)
 
@@ -167,12 +169,12 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         if reference is not None:
             reference.to(dist.device)
         for batch in batches:
-            routing = new_routing(model, batch)
-            train_logprobs, entropy = score_tokens(model, batch, cfg.temperature, routing)
             ref_logprobs = None
             if reference is not None:
                 with torch.no_grad():
                     ref_logprobs, _ = score_tokens(reference, batch, cfg.temperature)
+            routing = new_routing(model, batch)
+            train_logprobs, entropy = score_tokens(model, batch, cfg.temperature, routing)
             loss, values = grpo_loss(
                 train_logprobs, batch.advantages, batch.mask,
                 num_tokens=num_tokens, sampler_logprobs=batch.sampler_logprobs,
@@ -200,6 +202,17 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
 
     # ---- Finish ----------------------------------------------------------------------------------
     run.finish(model, scorer, stage.domains)
+
+
+def check_outcomes(cfg: Config, rows: list[dict]) -> None:
+    """Refuse what asks which rollouts are right where nobody can tell: preference rows have an
+    outcome only against stored answers of the SFT model."""
+    untold = [x["id"] for x in rows if kind_of(x) == "preference" and "reference" not in x]
+    asked = {"dynamic_filtering": cfg.dynamic_filtering, "mask_unsolved": cfg.mask_unsolved >= 0,
+             "max_pass_rate": cfg.max_pass_rate < 1, "keep_unsolved": cfg.keep_unsolved < 1}
+    for name in [name for name, x in asked.items() if x and untold]:
+        raise ValueError(f"--{name} {getattr(cfg, name)}: preference rows ({untold[0]}, ...) have"
+                         " no outcome without --references")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ def train(cfg: Config, dist: distributed.Dist):
     # ---- Data ------------------------------------------------------------------------------------
     rows = run.train_rows(tuple(tasks.SFT_SHARES), per_domain=cfg.toy_rows, sft=True)
     scorer = Scorer(run.judge(()))
+    if cfg.stop_score and not run.evaluation_rows(tasks.DOMAINS):
+        raise ValueError(f"--stop_score {cfg.stop_score}: --eval_data has no rows to score")
     if cfg.dry_run:
         return run.describe(rows)
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from nanocascade.rewards.preference import rule_judge, win_rate
 from nanocascade.sampler import generate
 
 MAX_DRAWS = 4  # dynamic filtering tries at most this many times the prompts of a step
+NOT_SCORED = "not scored: no judge"
 
 
 @dataclass
@@ -44,6 +46,11 @@ class Sampling:
         total = self.max_tokens or prompt + self.max_new_tokens
         return min(self.max_new_tokens, total - prompt)
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """What a score depends on, to be stored with it."""
+        return {k: getattr(self, k) for k in ("max_new_tokens", "max_tokens", "max_turns")}
+
 
 @dataclass
 class Rollout:
@@ -63,7 +70,7 @@ class Rollout:
     experts: Tensor | None = None
     played: tuple | None = None  # (number of calls, state) of the row's environment
     reward: float = 0.0
-    outcome: float | None = 0.0  # None: no judge for a row that needs one
+    outcome: float | None = 0.0  # None: no judge, or no stored answer to compare with
     reason: str = ""
     advantage: float = 0.0
     loss: bool = True  # False: masked out (overlong filter, a prompt nobody solved)
@@ -224,7 +231,7 @@ def answer_calls(rollouts: list[Rollout], tokenizer, sampling: Sampling) -> None
 def book_rewards(group: list[Rollout], verdicts, scorer: Scorer, tokenizer) -> None:
     if not scorer.grades(group[0].row):  # in MOPD, whose loss has no rewards
         for rollout in group:
-            rollout.outcome, rollout.reason = None, "not scored: no judge"
+            rollout.outcome, rollout.reason = None, NOT_SCORED
         return
     if kind_of(group[0].row) == "preference":
         rewards = scorer.group(group, tokenizer.encode)
@@ -232,6 +239,7 @@ def book_rewards(group: list[Rollout], verdicts, scorer: Scorer, tokenizer) -> N
         for rollout, reward in zip(group, rewards, strict=True):
             rollout.reward, rollout.reason = reward
             # The domain's score: 0, 1/2 or 1 against the SFT answer; cut off, the response loses.
+            rollout.outcome = None if reference is None else 0.0
             if reference is not None and rollout.stop_reason == "stop":
                 answer = rollout.turns[-1]["content"]
                 rollout.outcome = win_rate(rollout.row, answer, reference, scorer.judge)
@@ -246,7 +254,7 @@ def book_rewards(group: list[Rollout], verdicts, scorer: Scorer, tokenizer) -> N
 def collect_groups(
     model, tokenizer, stream, prompts, num_samples, sampling, seed, step, scorer, dist, dynamic
 ):
-    """The groups of one step, this rank's share of `prompts` of them, and their timing.
+    """The groups of one step, this rank's share of `prompts` of them, and how they were drawn.
 
     With `dynamic` filtering a group whose raw outcomes are all right or all wrong teaches nothing:
     it is dropped and the next prompt of the stream takes its place, until the batch is full or
@@ -254,7 +262,7 @@ def collect_groups(
     first plays no part.
     """
     kept, collected, tried = 0, [], 0
-    timing, drawn_outcomes = {"time/rollout": 0.0, "time/score": 0.0}, []
+    timing, outcomes = {"time/rollout": 0.0, "time/score": 0.0}, []
     while kept < prompts and tried < MAX_DRAWS * prompts:
         drawn = stream.take(min(prompts - kept, MAX_DRAWS * prompts - tried))
         tried += len(drawn)
@@ -265,15 +273,18 @@ def collect_groups(
             step_seed(seed, step), [i for i, _ in mine], scorer, dist,
         )  # fmt: skip
         timing = {name: timing[name] + spent[name] for name in timing}
-        drawn_outcomes += [x.outcome for group in groups for x in group]
+        outcomes += [[x.outcome for x in group] for group in groups]
         useful = [g for g in groups if not dynamic or len({x.outcome for x in g}) > 1]
         collected += useful
         kept += dist.sum(len(useful))
-    everyone = dist.gather((timing, drawn_outcomes))
-    timing = {name: max(x[name] for x, _ in everyone) for name in timing}  # the slowest rank's
-    timing["group/tried"] = tried
-    if found := [x for _, part in everyone for x in part if x is not None]:
-        timing["outcome/drawn"] = mean(found)
+    everyone = dist.gather((timing, outcomes))
+    slowest = max((spent for spent, _ in everyone), key=lambda x: sum(x.values()))
+    found = [x for _, part in everyone for x in part if None not in x]  # of all drawn groups
+    timing = slowest | {"group/tried": tried}
+    timing["group/all_right"] = mean(set(x) == {1.0} for x in found)
+    timing["group/all_wrong"] = mean(set(x) == {0.0} for x in found)
+    if found:
+        timing["outcome/drawn"] = mean(x for part in found for x in part)
     # Where no group anywhere teaches anything the last ones are kept: all alike, they move little.
     return collected if kept else groups, timing
 
@@ -325,30 +336,28 @@ def apply_overlong(groups: list[list[Rollout]], mode: str) -> None:
 def mask_unsolved(groups: list[list[Rollout]], threshold: float) -> None:
     """SWE RL: a prompt none of whose outcomes exceeds the threshold is masked."""
     for group in groups:
-        if max(x.outcome for x in group) <= threshold:
+        outcomes = [x.outcome for x in group if x.outcome is not None]
+        if outcomes and max(outcomes) <= threshold:
             for rollout in group:
                 rollout.loss = False
 
 
 def rollout_metrics(groups: list[list[Rollout]], dist) -> dict[str, float]:
-    """Rewards, outcomes, lengths and group statistics of a step, over all ranks."""
-    flat = [[(x.domain, x.reward, x.outcome, x.response_length, x.truncated) for x in group]
-            for group in groups]  # fmt: skip
-    groups = [group for part in dist.gather(flat) for group in part]
-    everyone = [x for group in groups for x in group]
-    by_domain = defaultdict(list)
-    scored = [x for x in everyone if x[2] is not None]
-    for domain, reward, outcome, _, _ in scored:
-        by_domain[domain].append((reward, outcome))
-    out = {"reward/mean": mean(x[1] for x in scored)} if scored else {}
-    for domain, pairs in sorted(by_domain.items()):
-        rewards = torch.tensor([x[0] for x in pairs])
-        out[f"reward/mean/{domain}"] = float(rewards.mean())
-        out[f"reward/std/{domain}"] = float(rewards.std(correction=0))
-        out[f"outcome/{domain}"] = mean(x[1] for x in pairs)
-    outcomes = [{x[2] for x in group} for group in groups if group[0][2] is not None]
-    out["group/all_right"] = mean(x == {1.0} for x in outcomes)
-    out["group/all_wrong"] = mean(x == {0.0} for x in outcomes)
+    """Rewards, outcomes and lengths of a step's batch, over all ranks."""
+    flat = [(x.domain, None if x.reason == NOT_SCORED else x.reward, x.outcome, x.response_length,
+             x.truncated) for group in groups for x in group]  # fmt: skip
+    everyone = [x for part in dist.gather(flat) for x in part]
+    rewards, outcomes = defaultdict(list), defaultdict(list)
+    for domain, reward, outcome, _, _ in sorted(everyone, key=itemgetter(0)):
+        if reward is not None:
+            rewards[domain].append(reward)
+        if outcome is not None:
+            outcomes[domain].append(outcome)
+    out = {"reward/mean": mean(x for part in rewards.values() for x in part)} if rewards else {}
+    for domain, found in rewards.items():
+        out[f"reward/mean/{domain}"] = mean(found)
+        out[f"reward/std/{domain}"] = float(torch.tensor(found).std(correction=0))
+    out |= {f"outcome/{domain}": mean(found) for domain, found in outcomes.items()}
     out["response/length"] = mean(x[3] for x in everyone)
     out["response/truncated"] = mean(x[4] for x in everyone)
     return out
@@ -369,7 +378,8 @@ def evaluate(model, tokenizer, rows, num_samples, sampling, seed, scorer, dist=N
     indices = dist.shard(list(range(len(rows))))
     mine = [rows[i] for i in indices]
     groups, _ = roll_out(model, tokenizer, mine, num_samples, sampling, seed, indices, scorer, dist)
-    outcomes = [(g[0].domain, mean(x.outcome for x in g)) for g in groups]
+    outcomes = [(g[0].domain, mean(x.outcome for x in g)) for g in groups
+                if g[0].outcome is not None]  # fmt: skip
     outcomes = [x for part in dist.gather(outcomes) for x in part]
     result = {}
     for domain in sorted({d for d, _ in outcomes}):

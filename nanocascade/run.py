@@ -32,6 +32,7 @@ from nanocascade.rewards import kind_of, needs_judge
 from nanocascade.rewards.code import shared_sandbox
 from nanocascade.rewards.preference import EndpointJudge, rule_judge
 from nanocascade.rollout import Rollout, Sampling, evaluate
+from nanocascade.sampler import widest
 from nanocascade.state import (
     check_out_dir,
     load_state,
@@ -171,11 +172,11 @@ class Run:
             if not sft and (others := found - set(domains)) and self.dist.is_main:
                 print(f"left out, not of this stage: rows of {', '.join(sorted(others))}")
             rows = rows if sft else [r for r in rows if r["domain"] in domains]
-            new, total = sft or self.cfg.max_new_tokens, getattr(self.cfg, "max_tokens", 0)
-            if total > self.model_config.max_position_embeddings:
-                raise ValueError(f"--max_tokens {total}: the model's context is "
-                                 f"{self.model_config.max_position_embeddings}")  # fmt: skip
-            self.check_lengths(rows, 0 if sft else 1 if total else new, sft, total)
+        if not sft:
+            total = getattr(self.cfg, "max_tokens", 0)
+            self.check_lengths(rows, Sampling(self.cfg.max_new_tokens, max_tokens=total))
+        elif self.cfg.data != (TOY,):
+            self.check_lengths(rows)
         graded = [row for part in self.eval_rows.values() for row in part]
         self.check_sandbox(graded if sft else graded + rows)
         self.rows = self.with_references(rows)
@@ -200,35 +201,51 @@ class Run:
         elif not self.eval_rows and cfg.eval_data:
             for row in read_rows(cfg.eval_data):
                 n = cfg.own_eval_samples if row["domain"] in own else cfg.eval_samples
-                kept = self.eval_rows.setdefault(row["domain"], [])
-                if len(kept) < n:
-                    kept.append(row)
-            for rows in self.eval_rows.values():
-                self.check_lengths(rows, cfg.eval_max_new_tokens)
+                if len(self.eval_rows.get(row["domain"], ())) < n:
+                    self.eval_rows.setdefault(row["domain"], []).append(row)
+        for domain, rows in self.eval_rows.items():
+            self.check_lengths(rows, self.eval_sampling(domain, own))
         found = {d: self.with_references(rows) for d, rows in self.eval_rows.items()}
         # Preference has no score without an answer to compare with: SFT has none until its end.
         found = {d: [x for x in rows if kind_of(x) != "preference" or "reference" in x]
                  for d, rows in found.items()}  # fmt: skip
         return {d: rows for d, rows in found.items() if rows}
 
-    def check_lengths(self, rows: list[dict], new_tokens: int, sft=False, total=0) -> None:
-        """Raise ValueError for a row that does not fit: for SFT the conversation up to its last
-        answer in --row_tokens, otherwise the prompt and new_tokens in the model's context, or in
-        `total` tokens."""
-        most = self.cfg.row_tokens if sft else total or self.model_config.max_position_embeddings
+    def eval_sampling(self, domain: str, own) -> Sampling:
+        """How a held-out domain is answered: the run's own ones at least as they are trained."""
+        cfg, mine = self.cfg, domain in own
+        longest = max(cfg.eval_max_new_tokens, getattr(cfg, "max_new_tokens", 0) if mine else 0)
+        turns, total = max(getattr(cfg, "max_turns", 4), 4), getattr(cfg, "max_tokens", 0)
+        return Sampling(longest, max_turns=turns, max_tokens=total if mine else 0,
+                        max_rows=cfg.max_rows, thinking=getattr(cfg, "thinking", True))  # fmt: skip
+
+    def check_lengths(self, rows: list[dict], sampling: Sampling | None = None) -> None:
+        """Raise ValueError for a row that does not fit: its prompt and all new tokens in the
+        model's context, or one of them in --max_tokens; without `sampling`, of SFT, its
+        conversation up to the last answer in --row_tokens, in each form that may be drawn."""
+        most, new, forms = self.model_config.max_position_embeddings, 0, ()
+        flag = "the model's context"
+        if sampling is None:
+            most, flag, off = self.cfg.row_tokens, "--row_tokens", self.cfg.strip_thinking
+            forms = {x and self.tokenizer.thinks for x in (off < 1, off == 0)}
+        elif sampling.max_tokens > most:
+            raise ValueError(f"--max_tokens {sampling.max_tokens}: the model's context is {most}")
+        elif sampling.max_tokens:
+            most, new, flag = sampling.max_tokens, 1, "--max_tokens"
+        else:
+            new = sampling.max_new_tokens
         for row in rows:
             messages, tools = conversation(row)
-            shown = sft_conversation(row, self.tokenizer.thinks) if sft else messages
-            rendered = (shown, tools, True, not sft)
-            # No token is shorter than a byte, so that few rows need to be encoded.
-            if len(self.tokenizer.render_text(*rendered).encode()) + new_tokens <= most:
-                continue
-            ids, mask = self.tokenizer.render(*rendered)
-            size = max((i for i, x in enumerate(mask) if x), default=-1) + 1 if sft else len(ids)
-            if size + new_tokens > most:
-                held = f"--max_tokens is {most}" if total else f"the model's context is {most}"
-                held = f"--row_tokens is {most}" if sft else held
-                raise ValueError(f"row {row['id']}: {size} tokens + {new_tokens} new ones; {held}")
+            told = [(sft_conversation(row, x), tools, x, False) for x in forms]
+            for rendered in told if sampling is None else [(messages, tools, True, True)]:
+                # No token is shorter than a byte, so that few rows need to be encoded.
+                if len(self.tokenizer.render_text(*rendered).encode()) + new <= most:
+                    continue
+                ids, mask = self.tokenizer.render(*rendered)
+                size = len(ids) if sampling else len(mask) - [*mask[::-1], True].index(True)
+                if size + new > most:
+                    raise ValueError(f"row {row['id']}: {size} tokens + {new} new ones; "
+                                     f"{flag} is {most}")  # fmt: skip
 
     def with_references(self, rows: list[dict]) -> list[dict]:
         """Rows whose question has stored answers get one of them, by their position. Where no row
@@ -300,10 +317,8 @@ class Run:
 
     def progress(self, first: int, steps: int):
         """The steps left to do; after a SIGTERM (preemption) the one that was saved is the last."""
-        self.bar = tqdm(
-            range(first, steps), initial=first, total=steps, desc=self.stage,
-            disable=not self.dist.is_main, dynamic_ncols=True,
-        )  # fmt: skip
+        self.bar = tqdm(range(first, steps), initial=first, total=steps, desc=self.stage,
+                        disable=not self.dist.is_main, dynamic_ncols=True)  # fmt: skip
         for step in self.bar:
             yield step
             if self.stopping:
@@ -312,7 +327,8 @@ class Run:
     def log_step(self, step: int, values: dict, groups: list[list[Rollout]], began: float) -> None:
         """metrics.jsonl, rollouts.jsonl, the bar, and now and then whole rollouts."""
         elapsed = time.perf_counter() - began
-        told = torch.zeros(2 + self.dist.world_size, dtype=torch.float64, device=self.dist.device)
+        device = torch.device(self.dist.device)
+        told = torch.zeros(2 + self.dist.world_size, dtype=widest(device), device=device)
         told[0] = sum(len(x.tokens) for group in groups for x in group)
         told[1], told[2 + self.dist.rank] = self.dist.stop_asked, peak_gib(self.dist.device)
         tokens, stop, *values["memory/peak_gib"] = self.dist.sum(told).tolist()  # one collective
@@ -341,14 +357,11 @@ class Run:
 
     def evaluate(self, model, scorer, own) -> dict[str, dict]:
         """{domain: {mean, n, interval}} at temperature 1 over the held-out rows."""
-        results, cfg = {}, self.cfg
-        for rows in self.evaluation_rows(own).values():
-            turns, longest = max(getattr(cfg, "max_turns", 4), 4), cfg.eval_max_new_tokens
-            if rows and rows[0]["domain"] in own:  # at least what it was trained with
-                longest = max(longest, getattr(cfg, "max_new_tokens", 0))
-            thinking = getattr(cfg, "thinking", True)
-            sampling = Sampling(longest, max_turns=turns, max_rows=cfg.max_rows, thinking=thinking)
-            results |= evaluate(model, self.tokenizer, rows, 1, sampling, 1, scorer, self.dist)[0]
+        results = {}
+        for domain, rows in self.evaluation_rows(own).items():
+            sampling = self.eval_sampling(domain, own)
+            found, _ = evaluate(model, self.tokenizer, rows, 1, sampling, 1, scorer, self.dist)
+            results[domain] = found[domain] | sampling.limits
         return results
 
     def evaluate_before(self, model, scorer, own) -> None:
@@ -357,9 +370,10 @@ class Run:
             return
         known, settings = self.parent.get("evaluation", {}), self.parent.get("config", {})
         known = {d: x["after"] for d, x in known.items() if x.get("after")}
-        mine = json.loads(json.dumps(asdict(self.cfg)))  # as the parent's come back from JSON
-        same = all(settings.get(k) == mine[k] for k in ("eval_data", "eval_max_new_tokens"))
-        same &= settings.get("thinking", True) == mine.get("thinking", True)
+        same = settings.get("eval_data") == list(self.cfg.eval_data)
+        same &= settings.get("thinking", True) == getattr(self.cfg, "thinking", True)
+        same &= all(self.eval_sampling(d, own).limits.items() <= x.items()
+                    for d, x in known.items() if d in self.eval_rows)  # fmt: skip
         if known and same and set(own) & set(self.eval_rows) <= set(known):
             self.evaluation = {d: {"before": x} for d, x in known.items() if d in self.eval_rows}
         elif self.cfg.eval_data:
@@ -369,7 +383,7 @@ class Run:
     def finish(self, model, scorer, own) -> None:
         """Evaluate, write the model, its manifest, and remove the training state."""
         seconds = self.seconds + time.perf_counter() - self.started
-        if self.stage == "sft" and "preference" in self.eval_rows:
+        if self.stage == "sft" and self.eval_rows.get("preference"):
             self.write_references(model, scorer)
         save_model(model, self.out, self.tokenizer)  # of all ranks; before what may still fail
         after = self.evaluate(model, scorer, own) if self.cfg.eval_data else {}
@@ -378,7 +392,7 @@ class Run:
         peaks = self.dist.gather(peak_gib("cpu"))
         if not self.dist.is_main:
             return
-        init = self.cfg.init
+        init, own_path = self.cfg.init, self.out / "references.jsonl"
         manifest = {
             "stage": self.stage,
             "parent": {"path": init, "sha256": sha256_of(init)} if init else None,
@@ -387,7 +401,7 @@ class Run:
             "seed": self.cfg.seed,
             "config": asdict(self.cfg),
             "evaluation": self.evaluation,
-            "references": self.reference_path(),
+            "references": str(own_path) if own_path.exists() else self.reference_path(),
             "seconds": seconds,
             "peak_kib": round(max(peaks) * 2**20),
             "commit": commit(),
@@ -399,17 +413,18 @@ class Run:
             print(evaluation_table(self.evaluation))
 
     def reference_path(self) -> str:
-        """Own answers (SFT), --references, or the parent's, wherever its directory stands now."""
-        own, near = (Path(x) / "references.jsonl" for x in (self.out, self.cfg.init))
+        """--references, or the parent's, wherever its directory stands now. Not those that an SFT
+        run wrote itself: cut off after that, it must go on as if it had none."""
+        near = Path(self.cfg.init) / "references.jsonl"
         known = str(near) if self.cfg.init and near.exists() else self.parent.get("references", "")
-        return str(own) if own.exists() else self.cfg.references or known
+        return self.cfg.references or known
 
     def write_references(self, model, scorer) -> None:
         """Store the SFT model's answers to the preference questions: later stages are judged by
         how often they are preferred to these."""
         rows = self.eval_rows["preference"]
-        most = tasks.make_rows("preference", self.cfg.reference_samples, "test", 0)
-        rows = most if self.cfg.eval_data == (TOY,) else rows
+        if self.cfg.eval_data == (TOY,):
+            rows = tasks.make_rows("preference", self.cfg.reference_samples, "test", 0)
         sampling = Sampling(self.cfg.eval_max_new_tokens, max_rows=self.cfg.max_rows)
         _, groups = evaluate(model, self.tokenizer, rows, 1, sampling, 2, scorer, self.dist)
         records = [{"question": question_of(g[0].row), "answer": g[0].turns[-1]["content"]}

@@ -44,9 +44,13 @@ def mix(x: Tensor) -> Tensor:
 
 
 def hash_uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """u in [0, 1) for each (key, position), both int64 (b,): (b,) fp64."""
+    """u in [0, 1) for each (key, position), both int64 (b,): (b,) fp64 (on mps fp32, to 1)."""
     bits = mix(keys + positions * 0x1E3779B97F4A7C15)
-    return ((bits >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+    return ((bits >> 11) & ((1 << 53) - 1)).to(widest(bits.device)) / (1 << 53)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which mps does not know
 
 
 def sample_keys(seed: int, row_ids: Sequence[int], num_samples: int, device="cpu") -> Tensor:

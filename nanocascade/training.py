@@ -96,8 +96,8 @@ def make_batches(rollouts: list[Rollout], micro_tokens: int, device="cpu", repla
                 if replay:
                     experts[j, span] = x.experts[: lengths[i]].cpu()
                 start += lengths[i]
-        tensors = (ids, targets, segments, responses, mask, sampler, advantages)
-        batches.append(Batch(*(x.to(device) for x in tensors), experts))
+        tensors = (ids, targets, segments, responses, mask, sampler, advantages, experts)
+        batches.append(Batch(*(None if x is None else x.to(device) for x in tensors)))
     return batches
 
 
@@ -133,10 +133,10 @@ CHOICES = {
 LEAST = dict.fromkeys(
     "prompts rollouts steps batch_tokens row_tokens micro_tokens max_new_tokens eval_max_new_tokens"
     " max_rows max_turns num_samples pass_samples reference_samples toy_rows rounds checks"
-    " keep".split(), 1,
+    " keep stop_every".split(), 1,
 ) | dict.fromkeys(
     "lr min_lr warmup temperature top_k kl_coef weight_decay bias_rate save_every show_every show"
-    " show_mask limit log_groups eval_samples own_eval_samples".split(), 0,
+    " show_mask limit log_groups eval_samples own_eval_samples max_tokens".split(), 0,
 )  # fmt: skip
 
 

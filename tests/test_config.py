@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 
 import pytest
+import torch
 
-from nanocascade.config import describe, parse_args, run_main
+from nanocascade.config import describe, find_device, parse_args, run_main
 
 
 @dataclass
@@ -37,6 +38,17 @@ PRESETS = {"toy": {"out": "x"}, "full": {"lr": 3e-6, "steps": 180}}
 def test_flags_and_presets(argv, expected):
     """Default < preset < flag, and every type is read as itself."""
     assert asdict(parse_args(Config, argv, PRESETS)) == asdict(Config("x")) | expected
+
+
+def test_device_is_found(monkeypatch):
+    """A Mac's device is taken by one process; ranks could not talk there, so they take the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert find_device("") == find_device("mps") == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_device("") == "cpu"
+    with pytest.raises(ValueError, match="--device mps: "):
+        find_device("mps")
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -90,7 +90,19 @@ def test_errors_of_data(script, refused, sft, tmp_path):
         if lacking not in found:  # it may lack a solution there
             refused(words, *args, "--eval_data", path)
     refused("no_such_file", *args, "--data", tmp_path / "no_such_file.jsonl")
+    short = ("--eval_data", "toy", "--eval_max_new_tokens", 1020)  # which its own prompts exceed
+    refused(r"row .*: \d+ tokens \+ 1020 new ones; the model's context is 1024$", *args, *short)
+    if script == "train_sft.py":  # half of the draws are without the thought
+        worked = {k: [{"role": "assistant", "content": x, "reasoning_content": ""}]
+                  for k, x in (("on", "3"), ("off", "and " * 300 + "3"))}  # fmt: skip
+        path.write_text(json.dumps(math_row(id="long", solutions=worked)))
+        refused(r"row long: \d+ tokens .* --row_tokens is 256$", *args, "--data", path)
+        refused("--stop_score 0.5: --eval_data has no rows to score", *args, "--stop_score", 0.5)
     if script == "train_rl.py":  # the last file's rows are sums
+        refused(r"row .* 1 new ones; --max_tokens is 9$", *args, "--max_tokens", 9)
+        path.write_text(json.dumps(math_row("word " * 100, id="own")))  # asked as it is trained
+        own = ("--stage", "math_rl", "--max_new_tokens", 940, "--eval_data", path)
+        refused(r"row own: .* 940 new ones; the model's context is 1024$", *args, *own)
         words = "stage if_rl trains .*if.*; --data holds .*math"
         refused(words, *args, "--stage", "if_rl", "--data", path)
 

@@ -119,7 +119,10 @@ def test_flags_of_judges(refused, sft, skilled, tmp_path, outcome_of, capsys):
               "responses_create_params": {"input": "How many?"}}  # fmt: skip
     (tmp_path / "rows").write_text(json.dumps(judged))
     refused("so do judged", *args[:2], "long_context_rl", *args[3:])
-    assert all(x["outcome/preference"] == 0 for x in outcome_of(RLHF, capsys)["metrics"])
+    judged = outcome_of(RLHF, capsys)["metrics"]  # by pairs: rewards, but nothing that is right
+    assert all("outcome/preference" not in x and x["reward/mean"] > 0 for x in judged)
+    refused(r"--mask_unsolved 0.5: preference rows \(.*\) have no outcome", "train_rl.py",
+            "--stage", "rlhf", "--init", skilled, "--mask_unsolved", 0.5)  # fmt: skip
     stored = [{"question": f"Tell me about the {x}.", "answer": "<think>\nno"} for x in tasks.NOUNS]
     (tmp_path / "stored").write_text("".join(json.dumps(x) + "\n" for x in stored))
     compared = outcome_of((*RLHF, "--references", tmp_path / "stored"), capsys)["metrics"]

@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,7 @@ def test_tool_loop_ends(tokenizer, monkeypatch):
         assert (x.stop_reason, x.reward, x.reason) == ("length", 0.0, "cut off"), limit
         (batch,) = make_batches([x], 4096, replay=True)
         assert batch.mask.sum() == x.response_length <= limit
+    assert {v.device.type for v in vars(make_batches([x], 9, "meta", True)[0]).values()} == {"meta"}
     long = SPOKEN[0] | {"reasoning_content": "A B C D " * 10}
     limit = 2 * len(written(tokenizer, long))
     first, second = talk(limit, [long] * 4, SPOKEN)
@@ -150,8 +152,8 @@ def calls(monkeypatch):
     return heard
 
 
-def collect(rows, prompts, dynamic):
-    args = PromptStream(rows, 0), prompts, 2, None, 0, 3, None, ALONE, dynamic
+def collect(rows, prompts, dynamic, dist=ALONE):
+    args = PromptStream(rows, 0), prompts, 2, None, 0, 3, None, dist, dynamic
     groups, timing = rollout.collect_groups(None, None, *args)
     order = [x["id"] for _, x in PromptStream(rows, 0).take(99)]
     return [g[0].row["id"] for g in groups], timing, order
@@ -166,8 +168,15 @@ def test_dynamic_filtering(calls):
     tried, outcomes = timing["group/tried"], sum(([*rows[i]["outcomes"]] for i in order), [])
     assert sum((x[3] for x in calls), []) == list(range(tried)) and tried > 4
     assert timing["outcome/drawn"] == pytest.approx(sum(outcomes[: 2 * tried]) / 2 / tried)
+    drawn = [rows[i]["outcomes"] for i in order[:tried]]  # those that were dropped too
+    for name, alike in (("right", RIGHT), ("wrong", WRONG)):
+        assert timing[f"group/all_{name}"] == drawn.count(alike) / tried > 0
     assert calls[1][0] == 4 - sum(rows[i]["outcomes"] == MIXED for i in order[:4]) < 4
     assert {x[2] for x in calls} == {rollout.step_seed(0, 3)} != {rollout.step_seed(1, 3)}
+    two = SimpleNamespace(**{k: getattr(ALONE, k) for k in ("shard", "sum")})  # ranks
+    two.gather = lambda x: [x, ({"time/rollout": 9.0, "time/score": 0.0}, [])]
+    slow, times = collect(rows, 4, True, two)[1], ("time/rollout", "time/score")
+    assert [slow[k] for k in times] == [9.0, 0.0] != [timing[k] for k in times]
     kept, timing, order = collect(rows, 4, dynamic=False)
     assert kept == order[:4] and timing["group/tried"] == 4
     kept, timing, order = collect(rows_of(*[WRONG] * 5), 3, dynamic=True)
@@ -218,8 +227,10 @@ def test_numbers_metrics(calls):
     assert rollout.rollout_metrics(groups, ALONE) == pytest.approx({
         "reward/mean": 1.5 / 6, "reward/mean/math": 0.375, "reward/mean/mcqa": 0.0,
         "reward/std/math": (2.6875 / 4) ** 0.5, "reward/std/mcqa": 0.0, "outcome/math": 0.625,
-        "outcome/mcqa": 0.0, "group/all_right": 1 / 3, "group/all_wrong": 1 / 3,
-        "response/length": 8 / 6, "response/truncated": 1 / 6})  # fmt: skip
+        "outcome/mcqa": 0.0, "response/length": 8 / 6, "response/truncated": 1 / 6})  # fmt: skip
+    for x in groups[2]:
+        x.outcome, x.reason = None, rollout.NOT_SCORED
+    assert "reward/mean/mcqa" not in rollout.rollout_metrics(groups, ALONE)
     rows = rows_of(RIGHT, MIXED, WRONG, MIXED) + [{"domain": "if", "outcomes": RIGHT}]
     result, _ = rollout.evaluate(None, None, rows, 2, None, 5, None)
     assert result["math"] == pytest.approx({"mean": 0.5, "n": 4, "interval": 0.98 * (1 / 6) ** 0.5})
