@@ -83,7 +83,8 @@ def fall_rows(seeds: list[dict]) -> str:
             stages[domain][stage] += 1
     rows = [[d, over(x), ", ".join(f"{s} {n}" for s, n in stages[d].most_common())]
             for d, x in drops.items()]  # fmt: skip
-    return table(["domain", "largest drop below its best score so far", "after (seeds)"], rows)
+    head = ["domain", "largest drop below its best score so far", "most of it in (seeds)"]
+    return table(head, rows)
 
 
 def recovery_rows(seeds: list[dict]) -> str:
@@ -108,7 +109,14 @@ def race_rows(seeds: list[dict]) -> str:
             found[domain].append((a[1] / b[1], a[2] / b[2]) if a and b and b[1] else None)
     rows = [[d, f"{sum(x is not None for x in xs)} of {len(xs)}",
              *(over(x[i] for x in xs if x) for i in (0, 1))] for d, xs in found.items()]
-    return table(["domain", "level reached", "fewer samples, times", "fewer seconds, times"], rows)
+    text = table(["domain", "level reached", "fewer samples, times", "fewer seconds, times"], rows)
+    ends = {x: over(report.score(runs, x, "math")["mean"] for runs in seeds)
+            for x in ("math_rl", "mopd")}  # fmt: skip
+    return text + (
+        "\n\nMathematics was never taught by RL in the cascade, so that no RL has shown what its"
+        f" teacher costs. GRPO on it, from where MOPD started: {ends['math_rl']}, MOPD:"
+        f" {ends['mopd']}, for about as many samples (assets/report.md has them for seed 0)."
+    )
 
 
 # ---- Ablations -----------------------------------------------------------------------------------
@@ -192,7 +200,7 @@ def long_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
             ax.set(title=key, xlabel="step")
             flat += [[name, key, x, f"{y:.6g}"] for x, y in means]
         count = len(run["metrics"])
-        for start in range(0, count, max(count // 5, 1)):
+        for start in [*range(0, count - 20, max(count // 5, 1)), count - 20]:
             part = run["metrics"][start : start + 20]
             cells = [f"{sum(x.get(k, 0.0) for x in part) / len(part):.3g}" for k in LONG_KEYS]
             rows.append([name, str(start), *cells])
@@ -202,6 +210,11 @@ def long_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
     save(figure, assets / "long.png")
     write_csv(assets / "long.csv", ["arm", "metric", "step", "mean of 20 steps"], flat)
     body = "![long](long.png)\n\n" + table(["arm", "from step", *LONG_KEYS], rows)
+    for name, run in runs.items():  # one that has not ended has no manifest yet
+        scores = run.get("manifest", {}).get("evaluation", {})
+        found = [f"{d} {x['before']['mean']:.3f} -> {x['after']['mean']:.3f}"
+                 for d, x in scores.items() if x["before"] and x.get("after")]  # fmt: skip
+        body += f"\n\nHeld out, {name}: {', '.join(found) or 'not measured yet'}."
     return [("One stage for a long time (means of 20 steps)", body)]
 
 

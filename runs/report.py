@@ -111,22 +111,23 @@ def gain_table(runs: dict) -> str:
 
 
 def falls(runs: dict):
-    """(domain, largest drop from its best score so far, the stage that did it, its interval)."""
+    """(domain, largest drop from its best score so far, the stage of most of it, its interval)."""
     names = [x for x in MAIN if x in runs]
     for domain in domains_of(runs):
-        best, worst = score(runs, names[0], domain), (0.0, "-", 0.0)
-        for name in names[1:]:
-            now = score(runs, name, domain)
-            error = (now["interval"] ** 2 + best["interval"] ** 2) ** 0.5
-            worst = min(worst, (now["mean"] - best["mean"], name, error))
-            best = max(best, now, key=lambda x: x["mean"])
+        scores = [score(runs, x, domain) for x in names]
+        means, best, worst = [x["mean"] for x in scores], 0, (0.0, "-", 0.0)
+        for i in range(1, len(names)):
+            steepest = min(range(best + 1, i + 1), key=lambda j: means[j] - means[j - 1])
+            error = (scores[i]["interval"] ** 2 + scores[best]["interval"] ** 2) ** 0.5
+            worst = min(worst, (means[i] - means[best], names[steepest], error))
+            best = i if means[i] > means[best] else best
         yield domain, *worst
 
 
 def forgetting_table(runs: dict) -> str:
     rows = [[domain, f"{drop:+.2f} +-{error:.2f}", stage]
             for domain, drop, stage, error in falls(runs)]  # fmt: skip
-    return table(["domain", "largest drop", "after stage"], rows)
+    return table(["domain", "largest drop", "most of it in"], rows)
 
 
 def recoveries(runs: dict):
