@@ -20,7 +20,7 @@ from nanocascade.model import Model, ModelConfig
 SMALL = ModelConfig(
     vocab_size=256, hidden_size=64, pattern="MEM*E", head_dim=16, num_experts=16,
     num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
-    mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16,
+    mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, rope_theta=1e4,
 )  # fmt: skip
 PLAIN = {name: False for name in LAYOUT} | {"expert_parallel": 1, "replicas": 1, "dtype": "float32"}
 SHARDED = PLAIN | {"shard": True, "dtype": "bfloat16", "checkpoint_blocks": True}
@@ -136,6 +136,20 @@ def test_numbers_parallel(node):
     assert phases["training"]["weights"] == 4 * mine and phases["training"]["moments"] == 0
     assert phases["host"] == {"moments": 8 * mine, "frozen": 3 * 2 * total / 8, "kept": 0}
     assert phases["training"]["frozen"] == 2 * total / 8  # one teacher at a time
+
+
+@pytest.mark.parametrize("layout", [PLAIN, SHARDED])
+@pytest.mark.parametrize("width", [64, 66])
+def test_numbers_decoding(width, layout, node):
+    """A step of decoding is planned in fp32 and bf16: it reads rotary tables where there are some,
+    and the weights of experts of any width."""
+
+    def touched(kind, **changes):
+        found = meter.trace(replace(SMALL, **changes), kind, layout, 8, 1, seen=64)
+        return sum(x for _, x in found.ops)
+
+    assert touched("*") > touched("*", rope_theta=None)
+    assert touched("E", moe_intermediate_size=width) > touched("E", moe_intermediate_size=32)
 
 
 def test_numbers_cache(node):
