@@ -215,7 +215,7 @@ class Mamba2(nn.Module):
         if layer is None:
             padded = F.pad(xBC, (0, 0, cfg.conv_kernel - 1, 0))  # (b, w-1+t, m)
         else:
-            padded = torch.cat([layer["conv"], xBC], 1)  # (b, w-1+t, m)
+            padded = self.continued(layer["conv"], xBC, ctx.valid)  # (b, w-1+t, m)
         weight, bias = self.conv1d.weight, self.conv1d.bias
         mixed = F.silu(causal_conv(padded, weight, bias, ctx.segments))  # (b, t, m)
         groups_size = cfg.mamba_n_groups * cfg.ssm_state_size
@@ -236,6 +236,15 @@ class Mamba2(nn.Module):
             layer["conv"] = self.next_window(padded, ctx.valid)
         y = torch.addcmul(y, xs, upcast(self.D)[:, None])  # (b, t, h, c)
         return self.out_proj(self.gated_norm(y.flatten(-2), gate))  # (b, t, d)
+
+    def continued(self, window: Tensor, xBC: Tensor, valid: Tensor | None) -> Tensor:
+        """xBC (b, t, m), each row's first valid input right after its window (b, w-1, m)."""
+        padded = torch.cat([window, xBC], 1)  # (b, w-1+t, m)
+        if valid is None:
+            return padded
+        start = valid.byte().argmax(1)  # (b,) inputs of left padding
+        index = start[:, None] + torch.arange(window.shape[1], device=valid.device)  # (b, w-1)
+        return padded.scatter_(1, index[..., None].expand_as(window), window)
 
     def next_window(self, padded: Tensor, valid: Tensor | None) -> Tensor:
         """The last w-1 valid conv inputs of each row (b, w-1, m); padding may be on either side."""

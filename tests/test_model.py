@@ -120,25 +120,23 @@ def test_invariance_padding(case, side, tmp_path):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_invariance_cache(case, side, tmp_path):
-    """Prefill of unequal prompts, a chunk, then single tokens: as one forward of each row."""
+    """Unequal prompts, unequal chunks, none among them, then single tokens: as one forward."""
     network = build(case, tmp_path)
     ids = torch.randint(1, 32, (3, 24), generator=torch.Generator().manual_seed(1))
-    lengths = [4, 11, 1]
-    full = network(ids)  # (b, t, d)
-    prompt, mask = torch.full((3, 11), 7), torch.zeros(3, 11, dtype=torch.bool)
-    for i, n in enumerate(lengths):
-        span = slice(0, n) if side == "right" else slice(11 - n, 11)
-        prompt[i, span], mask[i, span] = ids[i, :n], True
-    cache = Cache(network.config, 3, 24, torch.float64)
-    pieces = [network(prompt, cache=cache, mask=mask)]  # (b, 11, d)
-    starts = torch.tensor(lengths)
-    for size in (5, 1, 1, 1):
-        rows = torch.stack([ids[i, n:n + size] for i, n in enumerate(starts.tolist())])
-        pieces.append(network(rows, cache=cache))  # (b, size, d)
-        starts = starts + size
-    for i, n in enumerate(lengths):
-        joined = torch.cat([pieces[0][i][mask[i]], *(x[i] for x in pieces[1:])])
-        assert (joined - full[i, :n + 8]).abs().max() < 1e-9
+    full, cache = network(ids), Cache(network.config, 3, 24, torch.float64)  # (b, t, d)
+    pieces, starts = [[], [], []], [0, 0, 0]
+    for sizes in ((4, 11, 1), (2, 0, 5), (5, 5, 5), (1, 1, 1), (1, 1, 1)):
+        t = max(sizes)
+        chunk, mask = torch.full((3, t), 7), torch.zeros(3, t, dtype=torch.bool)
+        for i, n in enumerate(sizes):
+            span = slice(0, n) if side == "right" else slice(t - n, t)
+            chunk[i, span], mask[i, span] = ids[i, starts[i]:starts[i] + n], True
+        hidden = network(chunk, cache=cache, mask=None if mask.all() else mask)  # (b, t, d)
+        for i, n in enumerate(sizes):
+            pieces[i].append(hidden[i][mask[i]])
+            starts[i] += n
+    for i, n in enumerate(starts):
+        assert (torch.cat(pieces[i]) - full[i, :n]).abs().max() < 1e-9
 
 
 def test_invariance_chunk_size(tmp_path):
