@@ -337,7 +337,7 @@ def own_experts(mine: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tenso
     own = (flat[order] < e)[:, None]  # (n*a, 1)
     token = order // ids.shape[1]  # (n*a,)
     inputs = x[token].where(own, 0.0)  # (n*a, d)
-    outputs = (mine.looped if x.dtype == torch.float64 else mine.grouped)(inputs, ends)
+    outputs = mine.products(inputs, ends)  # (n*a, d)
     outputs = outputs.where(own, 0.0) * weights.flatten()[order, None].to(x.dtype)  # (n*a, d)
     return torch.zeros_like(x).index_add(0, token, outputs)  # (n, d)
 

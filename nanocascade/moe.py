@@ -94,11 +94,17 @@ class Experts(nn.Module):
         token = order // a  # (n*a,) whose pair this is
         inputs = x.index_select(0, token)  # (n*a, d); x[token] would be slower backward
         ends = group_ends(flat[order], len(self.up_proj))  # (e,)
-        looped = x.dtype == torch.float64  # which grouped_mm does not know
-        outputs = (self.looped if looped else self.grouped)(inputs, ends)  # (n*a, d)
+        outputs = self.products(inputs, ends)  # (n*a, d)
         shares = weights.flatten().index_select(0, order)  # (n*a,)
         outputs = outputs * shares[:, None].to(x.dtype)  # (n*a, d)
         return torch.zeros_like(x).index_add(0, token, outputs)  # (n, d)
+
+    def products(self, inputs: Tensor, ends: Tensor) -> Tensor:
+        """inputs (n*a, d), sorted by expert, through their experts: (n*a, d)."""
+        # grouped_mm takes neither fp64 nor rows whose bytes are no multiple of 16
+        odd = any(n * inputs.itemsize % 16 for n in self.down_proj.shape[1:])
+        looped = odd or inputs.dtype == torch.float64
+        return (self.looped if looped else self.grouped)(inputs, ends)
 
     def grouped(self, inputs: Tensor, ends: Tensor) -> Tensor:
         ends = ends.to(torch.int32)  # (e,)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanocascade import mamba2, moe
+from nanocascade.distributed import own_experts
 from nanocascade.mamba2 import chunk_scan, scan_step
 from nanocascade.model import ModelConfig
 from nanocascade.moe import Experts, Router, load_imbalance, update_correction_bias
@@ -59,23 +60,25 @@ def one_by_one(experts, x, chosen, weights):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("n, top", [(40, 8), (40, 3), (40, 2), (1, 8)])
-def test_parity_experts(gated, n, top, monkeypatch):
-    """grouped_mm and the loop are every expert on its own, in value and gradient.
+@pytest.mark.parametrize("n, top, d, f", [
+    (40, 8, 16, 8), (40, 3, 16, 8), (40, 2, 16, 8), (1, 8, 16, 8), (40, 8, 16, 6), (40, 8, 18, 8)])
+def test_parity_experts(gated, n, top, d, f, monkeypatch):
+    """grouped_mm, the loop and an expert-parallel rank that has them all are every expert on its
+    own, in value and gradient, also in widths that grouped_mm does not take.
 
     Experts from `top` on stay empty; with top = 2 all tokens go to the same two.
     """
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=16, num_experts=8, moe_intermediate_size=8, gated_mlp=gated)
+    config = ModelConfig(hidden_size=d, num_experts=8, moe_intermediate_size=f, gated_mlp=gated)
     experts = Experts(config)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     chosen = torch.rand(n, top).argsort(1)[:, :2]  # (n, a)
-    x, weights = torch.randn(n, 16, requires_grad=True), torch.rand(n, 2, requires_grad=True)
+    x, weights = torch.randn(n, d, requires_grad=True), torch.rand(n, 2, requires_grad=True)
     inputs = [x, weights, *experts.parameters()]
-    results = []
-    products = (Experts.grouped, Experts.looped)
-    for form, product in ((one_by_one, None), *((Experts.__call__, x) for x in products)):
+    results, grouped, looped = [], Experts.grouped, Experts.looped
+    for form, product in ((one_by_one, grouped), (Experts.__call__, grouped),
+                          (own_experts, grouped), (Experts.__call__, looped)):
         monkeypatch.setattr(Experts, "grouped", product)
         y = form(experts, x, chosen, weights)  # (n, d)
         slope = torch.linspace(-1, 1, y.numel()).view_as(y)
