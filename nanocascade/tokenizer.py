@@ -62,7 +62,13 @@ class Tokenizer:
         self._turn = cache(self._read_turn)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-        self.template = self.files.get("chat_template.jinja") or config.get("chat_template") or ""
+        template = config.get("chat_template") or ""
+        if isinstance(template, list):  # several by name: [{"name": ..., "template": ...}, ...]
+            several = {x["name"]: x["template"] for x in template}
+            if "default" not in several:
+                raise ValueError(f"{path}: of the chat templates {[*several]} none is the default")
+            template = several["default"]
+        self.template = self.files.get("chat_template.jinja") or template
         self.style = next((style for style, marks in STYLES
                            if all(mark in self.template for mark in marks)), None)
         names = {key: config.get(key) or "" for key in ("bos_token", "eos_token", "pad_token")}

@@ -257,6 +257,11 @@ def test_unknown_template(tmp_path, monkeypatch):
     for missing, reader in (("no chat template", bare), ("pip install jinja2", tokenizer)):
         with pytest.raises(ValueError, match=missing):
             reader.render(turns)
+    both = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+    several = read(tmp_path, tokenizer_config=lambda c: c.update(chat_template=both))
+    assert several.template == template
+    with pytest.raises(ValueError, match="'tool_use'. none is the default"):
+        read(tmp_path, tokenizer_config=lambda c: c.update(chat_template=both[:1]))
     monkeypatch.undo()
     pytest.importorskip("jinja2")
     assert written(tokenizer, turns) == f"4{END}5{END}"
