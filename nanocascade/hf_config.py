@@ -85,13 +85,17 @@ def parse_config(raw: dict) -> ModelConfig:
     if heads := values.get("num_heads"):  # older files leave these two out
         values = {"num_kv_heads": heads, "head_dim": values["hidden_size"] // heads} | values
     theta, scaling = (None, None) if nemotron else read_rope(read)
-    limit = read.get("time_step_limit", (0.0, math.inf))  # transformers: {"__float__": "Infinity"}
+    limit = read.get("time_step_limit", (0.0, math.inf))
+    try:  # transformers: {"__float__": "Infinity"}
+        low, high = (float(x["__float__"] if isinstance(x, dict) else x) for x in limit)
+    except (TypeError, ValueError, KeyError):
+        raise ValueError(f"time_step_limit is {limit!r}, expected two numbers") from None
     return ModelConfig(
         model_type=family, pattern=pattern, rope_theta=theta, rope_scaling=scaling,
         norm_weight_in_fp32=nemotron, gated_mlp=not nemotron, qk_norm=family.startswith("qwen3"),
         router="sigmoid" if nemotron else "softmax",
-        time_step_limit=tuple(float(x["__float__"] if isinstance(x, dict) else x) for x in limit),
-        pad_token_id=read.get("pad_token_id", 0), source=raw, **values)
+        time_step_limit=(low, high), pad_token_id=read.get("pad_token_id", 0), source=raw,
+        **values)
 
 
 def read_pattern(raw: dict) -> str:
@@ -110,6 +114,8 @@ def read_pattern(raw: dict) -> str:
     # Qwen3-MoE: every step-th layer has experts, unless it is listed as dense.
     step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers", ())
     sparse = raw["model_type"] == "qwen3_moe"
+    if sparse and (not isinstance(step, int) or step < 1):
+        raise ValueError(f"decoder_sparse_step is {step!r}, expected 1 or more")
     return "".join("*E" if sparse and i not in dense and (i + 1) % step == 0 else "*-"
                    for i in range(layers))
 

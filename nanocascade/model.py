@@ -77,6 +77,14 @@ class ModelConfig:
         unknown = set(self.pattern) - set("ME*-")
         if unknown or not self.pattern:
             raise ValueError(f"block pattern {self.pattern!r}: want characters of 'M E * -'")
+        kept, size = self.topk_group, self.num_experts // max(self.n_group, 1)  # experts a group
+        possible = 1 <= kept <= self.n_group and size * self.n_group == self.num_experts
+        possible &= (size > 1 or self.n_group == 1) and 1 <= self.num_experts_per_tok <= kept * size
+        if "E" in self.pattern and not possible:
+            raise ValueError(
+                f"impossible: num_experts_per_tok {self.num_experts_per_tok} of num_experts "
+                f"{self.num_experts} with n_group {self.n_group} and topk_group {kept}"
+            )
 
     @property
     def mamba_inner(self) -> int:
