@@ -24,7 +24,7 @@ from nanocascade.config import find_device, parse_args, run_main
 from nanocascade.data import conversation, read_rows, sft_conversation
 from nanocascade.distributed import DTYPES
 from nanocascade.environments import answer, equip
-from nanocascade.rewards import kind_of, score
+from nanocascade.rewards import kind_of, name_of, needs_judge, score
 from nanocascade.rollout import Rollout, Sampling, Scorer, roll_out, step_seed
 from nanocascade.sampler import generate
 from nanocascade.state import read_text
@@ -130,15 +130,16 @@ def chat(cfg: Config, model, tokenizer) -> None:
     """Turns in the terminal, streamed; an empty line or the end of input ends it."""
     history = messages_for(cfg, "")[:-1]
     row, calls = with_tools(cfg, {"responses_create_params": {"input": []}}), []
-    tools, played = conversation(row)[1], None
+    tools, played, asked = conversation(row)[1], None, 0
     for turn in range(1 << 30):
         results = []
-        for call in calls if cfg.tools else ():
+        # The last turn of an episode calls in vain, as in a rollout.
+        for call in calls if cfg.tools and turn < asked + cfg.max_turns else ():
             played, result = answer(row, played, call["function"])
             results.append({"role": "tool", "content": result})
             print(result)
         if not results:
-            played = None  # a budget of calls for each question
+            played, asked = None, turn  # a budget of calls and turns for each question
             if sys.stdin.isatty():
                 print("> ", end="", flush=True)
             text = sys.stdin.readline().rstrip("\n")
@@ -178,6 +179,9 @@ def task_rows(cfg: Config, sft: bool) -> list[dict]:
             rows += tasks.make_rows(source[4:], cfg.limit or 256, "test", 0)
         else:
             rows += list(read_rows(source, sft=sft))[: cfg.limit or None]
+    for row in () if sft else rows:
+        if needs_judge(row) and kind_of(row) != "preference":
+            raise ValueError(f"{name_of(row)}: a {kind_of(row)} row like this needs a judge")
     return rows
 
 

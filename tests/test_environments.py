@@ -256,6 +256,8 @@ def test_run_tools_in_sample(speak, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", io.StringIO("15 * 15?\n\n"))
     chat = speak(talk, "--tools", "python")
     assert chat.count("\n225\n") == 2 and chat.endswith("\\boxed{225}<|im_end|>\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("15 * 15?\nagain\n\n"))  # two turns for each
+    assert speak([program] * 4, "--tools", "python", "--max_turns", 2).count("\n225\n") == 2
     with pytest.raises(SystemExit):
         speak(talk, "--tools", "shell")
 

@@ -14,6 +14,7 @@ from fixtures import toy_runs
 from fixtures.toy_runs import environments, run, run_here, start
 
 import nanocascade.grpo
+from nanocascade import rollout
 from nanocascade.distributed import Dist
 from nanocascade.training import optimizer_step
 
@@ -163,12 +164,17 @@ def test_errors_of_references(refused, sft, tmp_path, monkeypatch):
     ("expected single, majority", ("--model", "SFT", "--strategy", "x", "--tasks", "toy:math")),
     ("and --tasks", ("--model", "SFT", "--strategy", "refine", "--prompt", "hi")),
     ("one answer", ("--model", "SFT", "--strategy", "submit", "--tasks", "toy:tools")),
+    ("needs a judge", ("--model", "SFT", "--tasks", "JUDGED")),
+    ("needs a judge", ("--model", "SFT", "--strategy", "single", "--tasks", "JUDGED")),
     ("--rounds 0", ("--model", "SFT", "--strategy", "refine", "--rounds", 0)),
 ])  # fmt: skip
 def test_errors_of_sampling(words, args, sft, tmp_path, monkeypatch, capsys):
-    """sample.py refuses in one line what it cannot sample from."""
-    names = {"SFT": sft, "FILE": tmp_path / "empty.jsonl"}
+    """sample.py refuses in one line what it cannot sample from or grade, before it samples."""
+    names = {"SFT": sft, "FILE": tmp_path / "empty.jsonl", "JUDGED": tmp_path / "judged.jsonl"}
     names["FILE"].write_text("\n")
+    names["JUDGED"].write_text(json.dumps(math_row(agent_ref={"name": "llm_judge"})))
+    if "JUDGED" in args:
+        monkeypatch.setattr(rollout, "generate", lambda *_, **__: pytest.fail("it sampled"))
     with pytest.raises(SystemExit) as stopped:
         run_here(monkeypatch, "sample.py", *(names.get(x, x) for x in args))
     line = capsys.readouterr().err
