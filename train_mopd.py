@@ -131,16 +131,18 @@ def train(cfg: Config, dist: distributed.Dist):
             model, tokenizer, stream, cfg.prompts, cfg.rollouts, sampling, cfg.seed, step, scorer,
             dist, dynamic=False,
         )  # fmt: skip
-        rollouts = sorted((x for g in groups for x in g), key=lambda x: teachers.of(x.domain))
+        rollouts = [x for g in groups for x in g]
+        taught = teachers.split(rollouts)  # by teacher; response_ids count in this order
+        rollouts = [x for _, part in taught for x in part]
 
         # One gradient step. Both counts of the denominator are known before the first backward.
         num_responses = max(dist.sum(sum(x.num_loss_tokens > 0 for x in rollouts)), 1)
-        counts = [x.num_loss_tokens for x in rollouts] + [1]  # the last of an empty micro-batch
+        counts = [x.num_loss_tokens for x in rollouts] + [1]  # where an empty last part points
         num_tokens = torch.tensor(counts, device=dist.device)  # (o,)
         if cfg.denominator == "token":  # every response divided by all tokens of the step
             num_tokens, num_responses = torch.full_like(num_tokens, dist.sum(sum(counts[:-1]))), 1
         metrics, load, start = Mean(), no_load(model), 0
-        for name, part in teachers.split(rollouts):  # one teacher resident at a time
+        for name, part in taught:  # one teacher resident at a time
             teacher = teachers.load(name)
             for batch in step_batches(model, dist, part, cfg.micro_tokens, cfg.routing_replay):
                 with torch.no_grad():

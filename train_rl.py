@@ -151,7 +151,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
             model, tokenizer, stream, cfg.prompts, cfg.rollouts, sampling, cfg.seed, step, scorer,
             dist, cfg.dynamic_filtering,
         )  # fmt: skip
-        apply_overlong(groups, cfg.overlong)
+        apply_overlong(groups, cfg.overlong)  # the filter; a penalty is the verdict 0 it has got
         mask_unsolved(groups, cfg.mask_unsolved)
 
         # Advantages, Eq. 1. An overlong-filtered response still counts in its group's mean and std.

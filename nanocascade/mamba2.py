@@ -31,7 +31,7 @@ def chunk_scan(x, dt, A, B, C, chunk_size, segments=None, state=None):
     Args:
         x: (b, t, h, c) inputs; dt: (b, t, h), 0 where a position must leave no trace; A: (h,) < 0;
         B, C: (b, t, g, s); segments: (b, t) document ids, the state is zero again where they
-        change; state: (b, h, c, s) at entry, zeros if None. All of them at least fp32.
+        change; state: (b, h, c, s) of the first document, zeros if None. All at least fp32.
     Returns: y (b, t, h, c) and the state after the last position (b, h, c, s).
     Source: Mamba-2 (arXiv 2405.21060), section 6, with a document mask of our own.
     """

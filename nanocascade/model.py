@@ -20,7 +20,8 @@ from nanocascade.cache import Cache
 from nanocascade.mamba2 import Mamba2, upcast
 from nanocascade.moe import MLP, Experts, MoE, Router, Routing
 
-# Packed rows attend a document at a time, or, short documents in short rows, under one (t, t) mask:
+# Packed rows attend a document at a time, or, where rows have at most MASK_MAX tokens and documents
+# fewer than MASK_DOCUMENT in the mean, under one (t, t) mask:
 # it is quadratic (2.4 GB at 49K tokens), but a call a document costs as much as 64 tokens.
 MASK_MAX, MASK_DOCUMENT = 2048, 64
 

@@ -2,7 +2,8 @@
 # The cascade of the 30B-A3B on a cluster: every stage's torchrun line. NOT RUN BY US: there was no
 # cluster. What is known of memory and time is the plan's (the same line with --dry_run).
 #
-#   bash runs/full.sh STAGE BASE OUT DATA...     one node of 8 (8 x 80 GB or 8 x 141 GB)
+#   bash runs/full.sh STAGE BASE OUT DATA...     one node of 8 (8 x 141 GB; 8 x 80 GB for
+#                                                the stages of 49K: ask the plan, below)
 #   NODES=2 HEAD=host0:29500 bash runs/full.sh STAGE ...     on each of two nodes; HEAD is one of them
 #   CLUSTER=16xH100 bash runs/full.sh STAGE ...  prints the plan of the stage, trains nothing
 #   EVAL=rows.jsonl          held-out rows to evaluate on after a stage (several: with commas); if_rl
@@ -25,9 +26,10 @@
 #
 # Stop and look, after each stage and, in metrics.jsonl, every few steps:
 #   sft               loss/token still falling slowly; write a few answers: sample.py --model OUT/sft
-#   *_rl              mismatch/prob_error of the first step: bf16 noise is 0.01-0.05; above 0.2 trainer
-#                     and sampler disagree: stop. response/truncated below 0.1 and not rising;
-#                     group/all_right + group/all_wrong below 0.8, else the prompts teach nothing.
+#   *_rl              mismatch/prob_error of the first step: 1e-3 in bf16 at the 30B's depth and a
+#                     small width; above 0.2 trainer and sampler disagree: stop. response/truncated below 0.1 and not rising;
+#                     group/all_right + group/all_wrong (of the groups drawn) below 0.8, else the
+#                     prompts teach nothing.
 #   rlhf, rlhf_side   kl/reference below 1, response/length not running away: the judge can be fooled
 #   mopd              mopd/reverse_kl falls within ten steps, gate/out_of_band below 0.01
 #   before mopd       manifest.json of if_rl and multi_domain_rl: whose evaluation is better?
