@@ -38,6 +38,7 @@ import struct
 import sys
 import threading
 import types
+from collections.abc import Iterator
 from contextlib import suppress
 
 # Loaded once in the server: what programs import most. The rest of the library loads when asked.
@@ -183,6 +184,8 @@ def encode(value):
             return {kind.__name__: [encode(item) for item in value]}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
+    if isinstance(value, (range, Iterator)):  # to be gone through; equal to no list
+        return {"iter": [encode(item) for item in value]}
     raise TypeError(f"a {type(value).__name__} is no plain data")
 
 
@@ -206,7 +209,7 @@ def decode(data):
     if kind == "int":
         return int(body, 16)
     kinds = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "opaque": Opaque,
-             "complex": lambda parts: complex(*parts)}  # fmt: skip
+             "complex": lambda parts: complex(*parts), "iter": iter}  # fmt: skip
     return kinds[kind](map(decode, body))
 
 
@@ -261,11 +264,15 @@ def attempt(run, replies, seconds):
 
 
 def run_sources(job, replies):
-    """Whole programs, as __main__; or test code, one text a test, whose names are `remote`."""
+    """Whole programs, as __main__; or test code, one text a test, whose names are `remote`, as is
+    all that it imports from `entry`."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
-    if job["names"]:
+    sys.argv = ["solution.py"]
+    if "entry" in job:
         asking, sys.stdout = sys.stdout, sys.stderr  # what a test prints goes nowhere
-        main.__dict__.update({name: remote(name, asking, sys.stdin) for name in job["names"]})
+        program = sys.modules[job["entry"]] = types.ModuleType(job["entry"])
+        program.__getattr__, program.__all__ = lambda name: remote(name, asking, sys.stdin), []
+        main.__dict__.update({name: getattr(program, name) for name in job["names"]})
 
     def run(number):
         try:

@@ -222,7 +222,7 @@ class Sandbox:
         that failed, and no program can have touched it.
         """
         program = {"modules": modules, "entry": entry}
-        checks = {"modules": {}, "sources": tests, "names": names}
+        checks = {"modules": {}, "entry": entry, "sources": tests, "names": names}
         return self._run([(program, b"", b""), (checks, b"", b"")], limits)
 
     def _run(self, jobs, limits):

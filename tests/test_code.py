@@ -176,6 +176,9 @@ def test_assert_values():
     found = "import re\ndef f(x): return re.search('a', x)"
     assert grade({"asserts": ["assert f('a')", "assert f('a') != 1"]}, found).reason == RIGHT
     assert grade({"asserts": ["assert f('b')"]}, found).reason == "wrong output on test 1"
+    counts = "def f(n):\n    yield from range(n)\ndef g(n): return range(n)"
+    assert grade({"asserts": ["assert list(f(2)) == [*g(2)] == [0, 1]"]}, counts).reason == RIGHT
+    assert grade({"asserts": ["assert f(2) == [0, 1]"]}, counts).value == 0
     product = "def sum(a, b): return a * b\nf = sum\ndef set(x): return 1"
     assert grade({"asserts": ["assert sum(2, 3) == 6"]}, product).reason == RIGHT
     for test in ("assert set(f(1, 2)) == set([5])", "assert sum(set([2, 3])) == 1"):
@@ -189,6 +192,9 @@ def test_repair():
     tests = {"inputs": [[1]], "outputs": [2], "fn_name": "f"}
     metadata = {"files": {"a/ops.py": ops, "a/main.py": main}, "entry": "a/main.py"}
     row = {"verifier_metadata": {**metadata, "unit_tests": tests}}
+    imported = {"asserts": ["from a.main import f", "assert f(1) == 2"]}
+    asserted = {"verifier_metadata": {**metadata, "unit_tests": imported}}
+    code.check_files(asserted)
     good = PATCH % ("    return x - 1", "    return x + 1")
     absent, wrong = "patch of a file that is not there", "wrong output on test 1"
     for answer, reason in [
@@ -207,6 +213,7 @@ def test_repair():
         ("x + 1", "no code block"), (good.replace("a/", "b/"), absent), (good[9:], absent),
     ]:  # fmt: skip
         assert code.verify_repair(row, {"content": answer}).reason == reason, answer
+    assert code.verify_repair(asserted, {"content": good}).reason == RIGHT
 
 
 def test_verdicts_are_remembered(monkeypatch):
@@ -219,13 +226,44 @@ def test_verdicts_are_remembered(monkeypatch):
     assert grade(ADD, program).value == 1
 
 
+UNITTEST = ("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
+            "        self.assertEqual(add(1, 2), 3)\n")  # fmt: skip
+
+
 def test_rows_checked():
-    """Tests that cannot be run are an error of the row."""
-    for tests in [{"inputs": ["1"], "outputs": []}, {"inputs": [], "outputs": []},
-                  {"inputs": ["{"], "outputs": ["1"], "fn_name": "f"}, {"asserts": ["("]},
-                  {"asserts": []}]:
-        with pytest.raises((ValueError, SyntaxError)):  # fmt: skip
-            code.check_tests({"verifier_metadata": {"unit_tests": tests}})
+    """Tests that cannot be run, or that every program or none would pass, are errors of the row."""
+    one, check = {"inputs": ["1"], "outputs": ["1"]}, "def check(f):\n    assert f(1, 2) == 3"
+    for change, words in [
+        ({"outputs": []}, "1 inputs and 0"), ({"inputs": [], "outputs": []}, "lists"),
+        ({"inputs": ["{"], "fn_name": "f"}, "Expecting"), ({"outputs": [3]}, "got 3"),
+        ({"inputs": [["1", "2"]]}, "got .'1', '2'"), ({"inputs": "1"}, "got '1'"),
+        ({"inputs": [7], "fn_name": "f"}, "got 7"), ({"fn_name": 7}, "got 7"),
+        *(({"asserts": x}, "no assertion") for x in (
+            [], [check], ["# soon"], ["add(1, 2) == 3"], ["def test_a():\n    assert add(1, 2)"],
+            [UNITTEST], [UNITTEST + "unittest.main(exit=False)"])),
+        *(({"asserts": [f"{x}\nassert add(1, 2)"]}, words) for x, words in (
+            ("(", "no Python"), ("import numpy as np", "numpy"), ("from a.b import add", "a.b"),
+            ("from .solution import add", "import .solution"))),
+        ({"asserts": "assert add(1, 2)"}, "list of texts"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            code.check_tests({"verifier_metadata": {"unit_tests": one | change}})
+    for seconds in (None, "4", 0, float("inf")):
+        with pytest.raises(ValueError, match=f"cpu_seconds .* got {seconds!r}"):
+            code.check_tests({"verifier_metadata": {"unit_tests": ADD, "cpu_seconds": seconds}})
+
+
+@pytest.mark.parametrize("tests", [
+    ["def check(f):\n    assert f(1, 2) == 3", "check(add)"], [UNITTEST + "unittest.main()"],
+    ["from solution import *\nfrom solution import add as plus", "assert plus(1, 2) == 3"],
+    ["import solution\nif solution.add(1, 2) != 3: raise ValueError"],
+    ["def test_a():\n    assert add(1, 2) == 3\nfor x in [*globals()]:\n"
+     "    if x.startswith('test'): globals()[x]()"],
+])  # fmt: skip
+def test_forms_of_test_code(tests):
+    """Test code may call its functions, hand them to unittest, and import the program."""
+    assert grade({"asserts": tests}, "def add(x, y): return x + y").reason == RIGHT
+    assert grade({"asserts": tests}, "def add(x, y): return 4").value == 0
 
 
 @pytest.mark.parametrize("num", [2000, pytest.param(100_000, marks=pytest.mark.nightly)])

@@ -9,6 +9,8 @@ from nanocascade.rewards import Reward, check_row, kind_of, proof, score
 
 ROW = {"formal_statement": "Theorem t : forall n : nat, n + 0 = n."}
 HARD = {"formal_statement": "Theorem t : 0 = 1."}  # what no trick may prove
+DATUM = {"formal_statement": "Theorem t : {n : nat | n = 2}.",  # no proposition
+         "header": "(* Axiom a : False. *) Declare Scope s. Definition Class := 1."}
 STATED, PROOF = ROW["formal_statement"], "Proof. induction n; simpl; congruence. Qed."
 needs_coq = pytest.mark.skipif(not shutil.which("coqc"), reason="coqc is not installed")
 
@@ -21,13 +23,14 @@ def grade(row, source):
 @pytest.mark.parametrize(("row", "source"), [
     (ROW, f"{STATED}\n{PROOF}"),
     (ROW, "Require Import Lia. Lemma t (n : nat) : n + 0 = n. lia. Qed."),
+    (DATUM, "Theorem t : {n : nat | n = 2}. exact (exist _ 2 eq_refl). Qed."),
     (ROW, f"Lemma help : forall n, n = n + 0. {PROOF}\n{STATED} intro; now rewrite <- help. Qed."),
     pytest.param(
         {"header": "Require Import Reals. Open Scope R_scope.",
          "formal_statement": "Lemma t : forall x : R, x + 0 = x."},  # the reals rest on axioms
         "Require Import Reals.\nLemma t : forall x, (x + 0 = x)%R. intro; apply Rplus_0_r. Qed.",
         marks=pytest.mark.nightly),
-], ids=range(4))  # fmt: skip
+], ids=range(5))  # fmt: skip
 def test_proofs(row, source):
     """A proof earns 1 with helpers, another spelling of the statement, or the library's axioms."""
     assert kind_of(row) == "proof" and grade(row, source) == Reward(1.0, "proved")
@@ -75,7 +78,9 @@ BYPASS = "Fixpoint f (n : nat) : 0 = 1 := f n. Theorem t : 0 = 1. exact (f 0). Q
     (HARD, 'Print Universes "Answer.vo". Theorem t : 0 = 1.', REFUSED),
     (HARD, 'Cd "/". Print Universes "tmp/nanocascade".', REFUSED),
     (ROW, f"{STATED}\n{PROOF}\n" + "(*" * 100_000, REFUSED), (ROW, "\0\ud800", REFUSED),
-], ids=range(33))  # fmt: skip
+    (ROW, 'Goal True. idtac "cannot be confined". Abort.\nfoo.', REFUSED),  # our launcher's words
+    (DATUM, "Theorem t : {n : nat | n = 3}. exact (exist _ 3 eq_refl). Qed.", OTHER),
+], ids=range(35))  # fmt: skip
 def test_attacks(row, source, reason):
     """No unproved, assumed, changed, bypassed or smuggled theorem earns anything."""
     reward = grade(row, source)
@@ -105,18 +110,28 @@ def test_files_elsewhere_are_not_read(tmp_path):
 
 
 def test_rows(monkeypatch):
-    """Lean, a goal that is no theorem, and a machine without coqc are errors of the row."""
+    """Lean, a goal that is no theorem, headers that say what an answer cannot repeat, a limit that
+    is no time, and a machine without coqc are errors of the row."""
     monkeypatch.setattr(proof.shutil, "which", lambda name: None)
+    monkeypatch.setattr(proof, "given_file", None)  # a header is refused before anything runs
     for row, words in [
         (ROW, "apt install coq"), ({"formal_statement": "theorem t : 1 = 1 := by sorry"}, "Lean"),
         (ROW | {"language": "lean4"}, "lean4"), ({"formal_statement": "Goal 1 = 1."}, "must be"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=f"row 'r7'.*{words}"):
             check_row(row | {"id": "r7"})
+    monkeypatch.setattr(proof.shutil, "which", lambda name: name)
+    for change, words in [
+        ({"header": "Inductive e := a."}, "Inductive"), ({"cpu_seconds": "4"}, "'4'"),
+        ({"header": "Open Scope nat_scope. #[local] Axiom a : 0 = 1."}, "Axiom"),
+        ({"header": "Section s.\n Local Variables x y : nat."}, "Variables"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            check_row(ROW | change)
 
 
 @needs_coq
 def test_statement_that_is_none():
-    """A statement which coqc does not understand is an error, not a 0."""
+    """A statement which coqc does not understand is an error when data are read, not a 0."""
     with pytest.raises(ValueError, match="coqc refuses the formal statement"):
-        grade({"formal_statement": "Theorem t : nonsense."}, "Check 1.")
+        check_row({"formal_statement": "Theorem t : nonsense."})

@@ -10,21 +10,24 @@ unit_tests takes one of three forms, and every test must pass: the reward is 1 o
 Programs run in the sandbox; verdicts are made here, on plain data, or for test code in a process
 that the program cannot touch. `verifier_metadata` may set "cpu_seconds" for a test (4); all tests
 together get ten times that. Verdicts are remembered, since the answers of a group repeat.
+
+Not covered in test code, where a function of the program is a call into another process: what is no
+plain data (methods of what it returns; functions, bytes or objects as its arguments), an argument
+that it changes in place, and modules beside the library and the program's own.
 """
 
-import ast
-import builtins
 import hashlib
 import json
 import math
 import os
 import re
-import sys
 import threading
 
 from nanocascade.jail import encode
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.tools import MAX_CALLS
+from nanocascade.rewards.unit_tests import (check_seconds, check_unit_tests, foreign_names,
+                                              read_calls)  # fmt: skip
 from nanocascade.sandbox import Limits, Sandbox
 
 MAX_PROGRAM, MAX_PATCH = 1 << 18, 1 << 16  # characters; Codeforces takes 65,536 bytes
@@ -109,25 +112,6 @@ def same_value(expected, data):
     return expected == data
 
 
-def read_calls(tests):
-    """Function tests: [(arguments, another reading of them or None)] and [accepted values].
-
-    Lists are the arguments themselves. Text is JSON, an argument a line: "[1, 2]\n3". If all tests'
-    is one line with a list of one length, that list may be the arguments: "[3, 4]" is f(3, 4) if
-    f can be called so. Where every expected value is a list of one, as in APPS, that one will do.
-    """
-    inputs, outputs = tests["inputs"], tests["outputs"]
-    if all(isinstance(item, str) for item in inputs):
-        outputs = [json.loads(item) if isinstance(item, str) else item for item in outputs]
-        inputs = [[json.loads(line) for line in x.splitlines() if line.strip()] for x in inputs]
-        sizes = {len(x[0]) if len(x) == 1 and isinstance(x[0], list) else -1 for x in inputs}
-        if len(sizes) == 1 and sizes != {-1}:
-            return [(x[0], x) for x in inputs], [[value] for value in outputs]
-    elif all(isinstance(x, list) and len(x) == 1 for x in outputs):
-        return [(x, None) for x in inputs], [[value, value[0]] for value in outputs]
-    return [(x, None) for x in inputs], [[value] for value in outputs]
-
-
 def read_reply(outcome, number):
     """(data, None), or (None, reason) for an error, a missing reply, or one that is no reply."""
     if number >= len(outcome.replies):
@@ -174,23 +158,6 @@ def judge_scripts(sandbox, modules, entry, tests, limits):
         yield reason if left > 0 else "time limit"
 
 
-def foreign_names(tests, source):
-    """(names that test code has from the program, standard modules that it has from nowhere).
-
-    The program's are all that Python does not know; if there is none, the one built-in function
-    that the program defines anew: `assert sum(4, 6) == 3`. Of several none, since a program could
-    then bend the functions that the tests compare with.
-    """
-    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    owners = {node.value.id for node in nodes
-              if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}  # fmt: skip
-    modules, known = names & owners & sys.stdlib_module_names, names & set(dir(builtins))
-    if not names - modules - known and len(known) == 1:
-        known -= set(re.findall(r"^def (\w+)", source, re.MULTILINE))
-    return names - modules - known, modules
-
-
 def judge_asserts(sandbox, modules, entry, tests, limits):
     """The same for test code, in a process that no program has touched."""
     names, imports = foreign_names(tests["asserts"], modules[entry])
@@ -230,18 +197,11 @@ def judge(modules, entry, row):
 
 
 def check_tests(row):
-    """ValueError for a row whose unit_tests cannot be run."""
-    tests = row["verifier_metadata"]["unit_tests"]
-    try:
-        if "asserts" in tests:
-            if not [ast.parse(test) for test in tests["asserts"]]:
-                raise ValueError("unit_tests has no asserts")  # which every program would pass
-        elif not tests["inputs"] or len(tests["inputs"]) != len(tests["outputs"]):
-            raise ValueError(f"{len(tests['inputs'])} inputs and {len(tests['outputs'])} outputs")
-        elif tests.get("fn_name"):
-            read_calls(tests)
-    except SyntaxError as error:
-        raise ValueError(f"test code that is no Python: {error}") from error
+    """ValueError for a row whose unit_tests cannot be run, or tell nothing of a program."""
+    metadata = row["verifier_metadata"]
+    check_seconds(metadata)
+    entry = metadata["entry"] if "files" in metadata else "solution.py"
+    check_unit_tests(metadata["unit_tests"], modules_of({entry: ""})[1][entry])
 
 
 def verify_program(row, message):

@@ -9,7 +9,8 @@ Three runs of coqc, each confined by jail.launch, with a folder of its own to wr
     check    ours: `answer`'s theorem has the type of `given`'s, and Print Assumptions finds, but
              for `given`, AXIOMS alone: no admit, no axiom, no check of the kernel switched off
 Nothing of an answer is imported into the check, so its notations, hints and options do not act
-there. Not covered: bugs of Coq's kernel. Lean cannot be tested here and is refused.
+there. A header that declares a type or assumes something is refused: the answer's copy is another.
+Not covered: bugs of Coq's kernel. Lean cannot be tested here and is refused.
 """
 
 import os
@@ -24,16 +25,21 @@ from tempfile import TemporaryDirectory
 from nanocascade import jail
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.code import last_program
+from nanocascade.rewards.unit_tests import check_seconds
 
 CPU_SECONDS, MEMORY, FILE_BYTES = 30, 2 << 30, 16 << 20  # of a run; row["cpu_seconds"] comes first
 NAME = re.compile(r"\s*(?:Theorem|Lemma|Fact|Remark|Corollary|Proposition)\s+([A-Za-z_][\w']*)\b")
+DECLARED = re.compile(  # as a sentence begins, comments and attributes aside
+    r"(?:^|\.\s)\s*(?:#\[[^\]]*\]\s*|(?:Local|Global|Private|Polymorphic|Monomorphic|Cumulative|"
+    r"NonCumulative|Declare)\s+)*((?:Co)?Inductive|Record|Structure|Class|Variant|Module|Context|"
+    r"Axioms?|Conjectures?|Parameters?|Variables?|Hypothes[ei]s)\b")
 AXIOMS = {  # of the standard library, consistent together; AdmitAxiom.proof_admitted is there too
     "Classical_Prop.classic", "FunctionalExtensionality.functional_extensionality_dep",
     "PropExtensionality.propositional_extensionality", "ClassicalDedekindReals.sig_not_dec",
     "ClassicalDedekindReals.sig_forall_dec", "Eqdep.Eq_rect_eq.eq_rect_eq",
 }  # fmt: skip
 CHECK = """Require given.Given answer.Answer.
-Definition same {T : Prop} (asked proof : T) : T := proof.
+Definition same {T : Type} (asked proof : T) : T := proof.
 Definition check := same given.Given.%s answer.Answer.%s.
 Print Assumptions check.
 """  # no tactics and no notations: those are what a file might have redefined
@@ -57,7 +63,7 @@ def compile_file(folder, name, source, seconds):
                               stderr=subprocess.STDOUT, timeout=100 * seconds).returncode
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
-    if code and "cannot be confined" in text:
+    if code and name == "given" and "cannot be confined" in text:  # elsewhere a model may say it
         raise OSError(text.strip())
     return code == 0, text
 
@@ -101,7 +107,7 @@ def verify_proof(row, message):
 
 
 def check_proof_row(row):
-    """ValueError unless the row is Coq's and coqc is here."""
+    """ValueError unless the row is Coq's, coqc is here and accepts the statement."""
     statement, language = row["formal_statement"], row.get("language", "coq")
     lean = re.search(r":=\s*(by\b|sorry\b)|^\s*(theorem|lemma|example|import Mathlib)\b", statement)
     if language not in ("coq", "rocq") or lean:
@@ -110,3 +116,7 @@ def check_proof_row(row):
         raise ValueError(f"formal_statement must be `Theorem name ... .`, got {statement!r:.80}")
     if not shutil.which("coqc"):
         raise ValueError("formal proofs need coqc, which is not here (Debian: apt install coq)")
+    if found := DECLARED.search(re.sub(r"(?s)\(\*.*?\*\)", " ", row.get("header") or "")):
+        raise ValueError(f"a header with {found[1]}: the answer's own copy would be another")
+    check_seconds(row)
+    given_file(row.get("header") or "", statement)
