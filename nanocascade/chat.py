@@ -121,6 +121,7 @@ def _nemotron3_tool(tool):
     """One function as the template's XML; keys that it does not know follow those it does."""
     schema, fields = tool.get("parameters") or {}, ""
     for name, field in (schema.get("properties") or {}).items():
+        field = field if isinstance(field, dict) else {}  # `true` is a schema too
         field = _tags({**field, "name": name}, "name", "type", "description", "enum")
         fields += f"\n<parameter>{field}\n</parameter>"
     rest = {key: schema[key] for key in schema if key not in ("type", "properties", "required")}
@@ -236,7 +237,8 @@ def _parse_call(body, tools):
         return None
     declared = {t.get("name"): t for t in (tool.get("function", tool) for tool in tools)}
     schema = declared.get(match[1], {}).get("parameters") or {}
-    types = {key: field.get("type") for key, field in (schema.get("properties") or {}).items()}
+    types = {key: field.get("type") for key, field in (schema.get("properties") or {}).items()
+             if isinstance(field, dict)}  # `true` is a schema too
     return {"name": match[1], "arguments": {p[1]: _coerce(p[2], types.get(p[1])) for p in pairs}}
 
 

@@ -107,8 +107,12 @@ def from_messages(row: dict) -> dict:
 
 
 def from_question(row: dict) -> dict:
-    """{question, answer}, as in GSM8K: "3+4 = <<3+4=7>>7\\n#### 7" is the worked solution and 7."""
-    work, _, final = str(row.get("answer", row.get("expected_answer"))).rpartition("####")
+    """{question, answer}, as in GSM8K: "3+4 = <<3+4=7>>7\\n#### 7" is the worked solution and 7;
+    an answer without #### is the solution, where there is an expected_answer, or else final."""
+    answer, expected = (row.get(key) for key in ("answer", "expected_answer"))
+    work, marked, final = str(expected if answer is None else answer).rpartition("####")
+    if not marked and expected is not None and final.strip() != str(expected).strip():
+        work, final = final, str(expected)
     work = re.sub(r"<<[^>]*>>", "", work).strip()  # GSM8K's notes for its calculator
     final, prompt = final.strip(), {"role": "user", "content": row["question"] + BOXED}
     boxed = {"role": "assistant", "content": f"\\boxed{{{final}}}"}

@@ -33,6 +33,10 @@ def test_three_forms_become_one(tmp_path):
     assert (gsm["id"], gsm["expected_answer"], gsm["domain"]) == ("a.jsonl:3", "7", "math")
     assert sft_conversation(gsm, True)[1:] == [BOX | {"reasoning_content": "It is 3+4=7."}]
     assert sft_conversation(gsm, False)[1]["content"] == "It is 3+4=7.\n\\boxed{7}"
+    both = [data.from_question({"question": "2+2?", "answer": answer, "expected_answer": 4})
+            for answer in ("Two and two.", "4", None)]
+    assert [x["solutions"]["off"][0]["content"] for x in both] == [
+        "Two and two.\n\\boxed{4}", "\\boxed{4}", "\\boxed{4}"]
     assert sft["domain"] == "sft" and sft_conversation(sft, True)[1]["content"] == parts[0]["text"]
     assert sft_conversation(sft, False) == [USER, {"role": "assistant", "content": "Ho"}]
 

@@ -142,13 +142,18 @@ def test_helper_is_killed_restarted_and_shared_by_threads(monkeypatch):
      [r"\boxed{b}", r"\boxed{Dark  Red.}", r"\boxed{B. dark red}", r"\boxed{B: a shade}",
       r"\boxed{\text{it is dark red}}"],
      [r"\boxed{red}", r"\boxed{A, B}", r"\boxed{B: 17}", r"\boxed{dark red and 17}", "dark red",
-      r"\boxed{171}"]),
+      r"\boxed{171}", r"\boxed{(B) or (C)}", r"\boxed{B: x, or a}"]),
     ("lenient_answer_colon",
      ["Answer: B", "**Answer:** (B)", "answer: dark red", "Answer: A\nAnswer: B"],
-     ["Answer:\nB", "Answer: A or B", "B", "Answer: C"])])  # fmt: skip
+     ["Answer:\nB", "Answer: A or B", "B", "Answer: C", "Answer: B) or C)", "Answer: (B), C",
+      "Answer: B. dark red. A) red"])])  # fmt: skip
 def test_choices(mode, right, wrong):
     """Each mode finds the one option an answer names; naming two pays nothing."""
     check(ROWS["mcqa"] | {"grading_mode": mode}, right, wrong)
+    row = ROWS["mcqa"] | {"options": [{"A": "+"}, {"B": "*"}, {"C": "Neither (A) nor (B)."}]}
+    row |= {"grading_mode": "lenient_boxed"}  # all of B's text is markup; C's speaks of the others
+    check(row, [r"\boxed{*}"], [r"\boxed{I don't know!}", r"\boxed{C: neither (A) nor (B)}"])
+    check(row | {"expected_answer": "C"}, [r"\boxed{C: neither (A) nor (B)}"], [r"\boxed{C) or A}"])
 
 
 def test_choice_by_the_rows_own_pattern(monkeypatch):
@@ -202,9 +207,27 @@ def test_schema_beyond_the_subset(monkeypatch):
     check({"schema_str": json.dumps(PERSON | {"properties": bounded})}, [GOOD],
           [GOOD.replace("Ann", ""), GOOD.replace("7", "151"), GOOD.replace('"y"', '"y", "z"'),
            GOOD.replace("7", '"7"'), GOOD[:-1] + ', "more": 1}'])  # fmt: skip
-    for bad in ('{"type": "text"}', '{"items": {"minItems": "2"}}', '{"enum": 3}', '{"items": 1}'):
+    for bad in ('{"type": "text"}', '{"items": {"minItems": "2"}}', '{"enum": 3}', '{"items": 1}',
+                '{"$ref": "#/$defs/a"}', '{"items": {"$ref": "https://x.org/a"}}'):
         with pytest.raises(ValueError, match="row 5"):
             check_row({"id": 5, "schema_str": bad})
+
+
+@needs("jsonschema")
+@pytest.mark.parametrize(("schema", "content", "reward"), [
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "7", 1), ({"enum": ["true"]}, "true", 1),
+    ({"oneOf": [{"type": "null"}, {"$ref": "#/$defs/text"}]}, "x", 1), ({"const": "1"}, "1", 1),
+    ({"$ref": "#/$defs/both/anyOf/1"}, "7", 1), ({"enum": [7]}, "7", 1), ({"enum": ["7"]}, "8", 0),
+    ({"type": "array", "items": {"$ref": "#/$defs/pet"}}, "<name>7</name>", 1),
+    ({"type": "array", "items": {"$ref": "#/$defs/pet"}}, "<p><name>7</name></p>", 1),
+])  # fmt: skip
+def test_xml_values(schema, content, reward):
+    """Types stand in alternatives, constants and references too; one item needs no wrapper."""
+    pet, text = {"type": "object", "properties": {"name": {"type": "string"}}}, {"type": "string"}
+    whole = {"type": "object", "properties": {"v": schema}, "$defs": {
+        "text": text, "both": {"anyOf": [{"type": "null"}, text]}, "pet": pet}}  # fmt: skip
+    row = {"schema_str": json.dumps(whole), "schema_type": "xml"}
+    assert value(row, f"<r><v>{content}</v></r>") == reward
 
 
 def test_document_as_tool_call():
@@ -225,7 +248,9 @@ def test_calls_without_environment():
            call("f", x="[" * 9999, s=5, b="true")])  # fmt: skip
     two = {"ground_truth": [{"name": name, "arguments": "{}"} for name in "ab"]}
     check(two, [call("a") + call("b"), turns(call("a"), call("b"))], [call("b") + call("a")])
-    check({"ground_truth": []}, ["No tool fits."], [call("a")])
+    lost = '<tool_call>{"name": "a", "arguments": [1]}</tool_call>'
+    check({"ground_truth": []}, ["No tool fits."], [call("a"), lost])
+    check(two, [], [turns(lost, call("a"), call("b")), call("a") + lost + call("b")])
 
 
 def test_calls_in_the_shop():
@@ -273,7 +298,10 @@ def test_malformed_rows_are_errors_with_their_id():
            ROWS["mcqa"] | {"template_metadata": {"output_regex": "("}}, {"schema_str": "{"},
            ROWS["structured"] | {"schema_type": "ini"}, {"ground_truth": [{"arguments": "{}"}]},
            ROWS["structured"] | {"response_mode": "tool_call"}, {"ground_truth": 3},
-           {"ground_truth": [], "environment": {"name": "bank", "state": {}}}]  # fmt: skip
+           {"ground_truth": [], "environment": {"name": "bank", "state": {}}},
+           *({"ground_truth": [], "environment": {"name": "shop", "state": state}} for state in (
+               {"stock": {"pen": "4"}}, {"stock": {"pen": 4}, "orders": [["pen", "1"]]})),
+           *(ROWS["mcqa"] | {"options": [{"A": x}, {"B": "b"}]} for x in (17, " "))]  # fmt: skip
     for row in bad:
         with pytest.raises(ValueError, match="row 'r7'"):
             score(row | {"id": "r7"}, "x")

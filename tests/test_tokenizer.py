@@ -184,7 +184,7 @@ def test_invariance_parse_render(style):
     """Parsing a rendered answer gives the message back, whatever its thought, text and calls."""
     kinds = {"n": "integer", "b": ["boolean", "null"], "l": "array", "s": "string",
              "x": ["string", "integer"], "y": "integer"}
-    fields = {name: {"type": kind} for name, kind in kinds.items()}
+    fields = {name: {"type": kind} for name, kind in kinds.items()} | {"z": True}
     tools = [{"name": "f", "parameters": {"properties": fields}}]
     arguments = {"n": -3, "b": True, "l": [1, {"a": "\u00e9"}], "s": "a\n\nb </parameter> 7\n",
                  "x": "7", "y": "True"}  # y is no integer: the string stays
@@ -195,6 +195,8 @@ def test_invariance_parse_render(style):
                 text = text_of(render_pieces([USER, message], style=style))
                 got = parse_response(text.partition("assistant\n")[2], tools)
                 assert got == message | {"unfinished": False}
+    asked = text_of(render_pieces([USER], tools, style=style))  # z's schema, `true`, says nothing
+    assert "<name>z</name>\n</parameter>" in asked or '"z": true' in asked
 
 
 @pytest.mark.parametrize("text, content, thought, unfinished", [

@@ -18,7 +18,8 @@ from nanocascade.rewards.preference import grade, reference_of, score_group
 __all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "needs_judge", "score", "score_group"]
 
 # kind -> (what a row of it carries, function (row, message) -> Reward with the message that
-# parse_response returns, function (row) that raises for what cannot be graded on this machine).
+# parse_response returns and the calls and texts of all turns, function (row) that raises for what
+# cannot be graded on this machine).
 # Of several kinds that fit, the first. Preference rows are compared in groups, by score_group.
 VERIFIERS = {
     "if": ({"instruction_id_list"}, instruct.verify_instructions, instruct.check_row),
@@ -107,4 +108,5 @@ def score(row, response, *, finished=True, judge=None):
         reason = kind == "swe" and code.repaired(row, said[-1])[1]  # what applies nowhere
         return Reward(0.0, reason) if reason else grade(row, said[-1]["content"], judge)
     calls = [call for message in said for call in message["tool_calls"]]
-    return verify(row, {**said[-1], "tool_calls": calls})
+    texts = [message["content"] for message in said]
+    return verify(row, {**said[-1], "tool_calls": calls, "texts": texts})

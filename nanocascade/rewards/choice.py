@@ -18,18 +18,22 @@ MODES = ("strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon")
 TAIL = 20_000  # characters that are looked at, from the end: where a final choice stands
 MARKUP = re.compile(r"\\(?:boxed|text[a-z]*|math[a-z]+|rm|bf)(?![a-z])|[\\${}*_`]")
 ANSWER_LINE = re.compile(r"answer[*_]{0,2}[ \t]*:([^\n]*)", re.IGNORECASE)
+# Another option's letter after the first: "C)" and "(C)", or "or C".
+OTHERS = re.compile(r"(?:^|[\s,/])\(?([a-z])\s?[).:](?!\w)"
+                    r"|(?:\bor|\band|[,/&])\s*\(?([b-z]\b(?!\.\w)|a\b(?!\s?\w))")
 ONE_CAPITAL = re.compile(r"[^A-Za-z0-9]*[A-Z][^A-Za-z0-9]*")
 
 
 def plain(text):
-    """For comparing option texts: no markup, lower case, one space between words, no full stop."""
-    return " ".join(MARKUP.sub(" ", text).lower().split()).rstrip(".")
+    """For comparing option texts: no markup, lower case, one space between words, no full stop; a
+    text of nothing else stays: "*" is an operation."""
+    return " ".join(MARKUP.sub(" ", text).lower().split()).rstrip(".") or text.strip()
 
 
 def named_options(text, options, anywhere):
     """The letters that `text` names; with `anywhere`, an option's text inside it names it too.
 
-    {"a": "red", "b": "dark red"}: "(B)" -> {"b"}, "B: dark red" -> {"b"}, "A, B" -> {"a", "b"}.
+    {"a": "red", "b": "dark red"}: "(B)" -> {"b"}, "B: dark red" -> {"b"}, "A) or B" -> {"a", "b"}.
     """
     bare = plain(text)
     words = re.findall(r"\w+", bare)
@@ -40,6 +44,9 @@ def named_options(text, options, anywhere):
         return exact
     label = re.match(r"\(?([a-z])\s?[).:]", bare)
     found = {label[1]} & set(options) if label else set()
+    if found:  # what an option's own text says names no other: "B: both (a) and (c)"
+        rest = bare[label.end() :].replace(options[label[1]], " ")
+        found.update(x for pair in OTHERS.findall(rest) for x in pair if x in options)
     if found or anywhere:  # "B: 17" where option C is "17" names both
         inside = {letter: option for letter, option in options.items()
                   if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", bare)}
@@ -85,6 +92,9 @@ def check_choice_row(row):
     letters = [letter.lower() for entry in row["options"] for letter in entry]
     if any(len(letter) != 1 for letter in letters) or len(set(letters)) != len(letters):
         raise ValueError(f"options must have distinct single letters, got {letters}")
+    if blank := [entry for entry in row["options"] for text in entry.values()
+                 if not isinstance(text, str) or not text.strip()]:  # fmt: skip
+        raise ValueError(f"an option must have a text, got {blank[0]!r:.80}")
     if row["expected_answer"].strip().lower() not in letters:
         raise ValueError(f"expected_answer {row['expected_answer']!r} is none of {letters}")
     if row.get("grading_mode", MODES[0]) not in MODES:

@@ -23,6 +23,7 @@ TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", type(Non
          int: "integer", float: "number"}
 SIMPLE = {"type", "items", "enum", "const",  # what `mismatch` knows, and what decides nothing
           "title", "description", "default", "examples", "format", "$schema"}
+VALUES = ("enum", "const", "default", "examples")  # these keywords hold no schemas
 
 
 def refuse(what):
@@ -53,6 +54,25 @@ def parse_yaml(text):
     return refuse("an alias") if aliases else yaml.load(text, Loader)
 
 
+def fields_of(schema, root):
+    """(types, {field: schema}, the items' schema) that a schema of `root` allows, in what it refers
+    to and in its alternatives as well: {"anyOf": [{"type": ["null"]}, {"enum": ["a"]}]} -> ["null",
+    "string"], {}, {}."""
+    if not isinstance(schema, dict):
+        return [], {}, {}
+    values = schema.get("enum", []) + [schema[key] for key in ("const",) if key in schema]
+    kinds = schema.get("type") or [TYPES[type(value)] for value in values]
+    fields, items = schema.get("properties", {}), schema.get("items", {})
+    parts = [x for key in ("allOf", "anyOf", "oneOf") for x in schema.get(key, [])]
+    start, *path = schema.get("$ref", "").split("/")
+    if start == "#":  # "#/$defs/pet"
+        parts.append(functools.reduce(
+            lambda x, key: x[int(key)] if isinstance(x, list) else x.get(key, {}), path, root))
+    for more, named, inner in (fields_of(part, root) for part in parts):
+        kinds, fields, items = [*kinds, *more], named | fields, items or inner
+    return kinds, fields, items
+
+
 def parse_xml(text, schema):
     """The root's value, or {root: value} if the schema names the root: else it only wraps."""
     # Without a DOCTYPE there are no entities to expand.
@@ -61,29 +81,31 @@ def parse_xml(text, schema):
         between = [element.text, *(child.tail for child in element)] if len(element) else []
         if element.attrib or "".join(part or "" for part in between).strip():
             refuse("an attribute or text between elements")
-    named = set(schema.get("properties", ())) == {root.tag}
-    return xml_fields([root], schema) if named else xml_value([root], schema)
+    named = set(fields_of(schema, schema)[1]) == {root.tag}
+    return xml_fields([root], schema, schema) if named else xml_value([root], schema, schema)
 
 
-def xml_fields(elements, schema):
-    found, fields = {}, schema.get("properties", {})
+def xml_fields(elements, schema, whole):
+    found, fields = {}, fields_of(schema, whole)[1]
     for element in elements:
         found.setdefault(element.tag, []).append(element)
-    return {name: xml_value(group, fields.get(name, {})) for name, group in found.items()}
+    return {name: xml_value(group, fields.get(name, {}), whole) for name, group in found.items()}
 
 
-def xml_value(elements, schema):
+def xml_value(elements, schema, whole):
     """What elements of one name hold, as the type that the schema names, since XML has none.
 
-    <n>7</n> -> 7; <t>a</t><t>b</t> and <t><x>a</x><x>b</x></t> -> ["a", "b"].
+    <n>7</n> -> 7; <t>a</t><t>b</t> and <t><x>a</x><x>b</x></t> -> ["a", "b"], unless items have a
+    field x: then the latter is one of them.
     """
-    kinds, first = schema.get("type", []), elements[0]
+    (kinds, _, items), first = fields_of(schema, whole), elements[0]
     text, inner = (first.text or "").strip(), {child.tag for child in first}
     if "array" in kinds:
         wrapped = len(elements) == 1 and len(inner) < 2 and not text
-        return [xml_value([x], schema.get("items", {})) for x in (first if wrapped else elements)]
+        wrapped = wrapped and not inner & {*fields_of(items, whole)[1]}
+        return [xml_value([x], items, whole) for x in (first if wrapped else elements)]
     if inner or len(elements) > 1:
-        return xml_fields(first, schema) if len(elements) == 1 else refuse("a name twice")
+        return xml_fields(first, schema, whole) if len(elements) == 1 else refuse("a name twice")
     if not text and "null" in kinds:
         return None
     try:
@@ -105,8 +127,7 @@ def strict(schema):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    values = ("enum", "const", "default", "examples")  # these hold no schemas
-    copy = {key: item if key in values else strict(item) for key, item in schema.items()}
+    copy = {key: item if key in VALUES else strict(item) for key, item in schema.items()}
     if isinstance(copy.get("type"), str):
         copy["type"] = [copy["type"]]
     if "properties" in schema:  # by name: a property may itself be called "properties"
@@ -134,6 +155,7 @@ def load_schema(text):
     if not (simple := is_simple(schema)):
         require("jsonschema", "jsonschema", f"the schema {text:.200}")
         worker.run(mismatch_fully, "jsonschema", None, schema)  # raises if it is no schema
+        worker.run(find_references, "jsonschema", schema)  # and for one that leads nowhere
     return schema, simple
 
 
@@ -172,6 +194,25 @@ def mismatch_fully(value, schema):
     validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
     error = next(validator.iter_errors(value), None)
     return error and error.validator
+
+
+def references(schema):
+    """All that a schema refers to, at any depth."""
+    inner = schema if isinstance(schema, list) else []
+    if isinstance(schema, dict):
+        inner = [item for key, item in schema.items() if key not in VALUES]
+        yield from (x for x in [schema.get("$ref")] if isinstance(x, str))
+    for item in inner:
+        yield from references(item)
+
+
+def find_references(schema):
+    """In the helper: an error for one that is not in the schema itself."""
+    import referencing.jsonschema
+
+    root = referencing.jsonschema.DRAFT202012.create_resource(schema)
+    for name in references(schema):
+        referencing.Registry().resolver_with_root(root).lookup(name)
 
 
 def read_answer(row, message, schema):

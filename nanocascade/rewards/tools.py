@@ -5,11 +5,13 @@ Without an environment they must be the expected calls in their order: same name
 is expected. With `environment` the row is an episode in the toy's shop: both lists of calls are
 played from the row's state and what they leave behind is compared, so an extra look-up is free; the
 results in the transcript are never read. Where the expected calls change nothing (only a look-up is
-asked for) the calls themselves are compared, or doing nothing would be right.
+asked for) the calls themselves are compared, or doing nothing would be right. A call that cannot
+be read, in any turn, is a 0.
 """
 
 import json
 
+from nanocascade.chat import CALL
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.structured import parse_json, same
 
@@ -80,7 +82,9 @@ def verify_calls(row, message):
     expected = [name_and_arguments(call) for call in row["ground_truth"]]
     given = [name_and_arguments(call) for call in message["tool_calls"]]
     start = (row.get("environment") or {}).get("state")
-    if start is None or same(play(start, expected), play(start, [])):
+    if any(CALL in text for text in message["texts"]):  # where parse_response leaves it
+        reason = "malformed call"
+    elif start is None or same(play(start, expected), play(start, [])):
         reason = difference(expected, given)
     elif len(given) > MAX_CALLS:
         reason = "too many calls"
@@ -98,5 +102,9 @@ def check_calls_row(row):
     if (environment := row.get("environment")) is not None:
         if environment["name"] != "shop":
             raise ValueError(f"environment {environment['name']!r} is unknown; there is 'shop'")
+        stock, orders = environment["state"]["stock"], environment["state"].get("orders", [])
+        for item, number in [*stock.items(), *orders]:
+            if not isinstance(item, str) or type(number) is not int:
+                raise ValueError(f"stock and orders must be counts, got {item!r}: {number!r:.80}")
         if play(environment["state"], expected).get("failed"):
             raise ValueError("a call of ground_truth fails in the row's own environment")
