@@ -73,6 +73,7 @@ class Config(RunConfig):
     kl_coef: float | None = None  # of k3 against the start of the stage
     pairing: str | None = None  # preference rows: all pairs or circle
     normalize_std: bool = True  # divide advantages by the group's standard deviation
+    # OURS: no gate unless asked for (the Nano recipe masks tokens; Eq. 1 has no ratio to mask by).
     gate_low: float = 0.0  # masked importance sampling: lowest train/sampler ratio (0 = off)
     gate_high: float = 2.0  # and the highest
     routing_replay: bool = False  # train with the experts chosen while sampling

@@ -45,6 +45,7 @@ class Config(RunConfig):
     lr: float = 5e-5  # peak learning rate
     min_lr: float = 5e-6  # at the end of the cosine
     warmup: int = 200  # steps of linear warm-up
+    # OURS: no thought is cut short (the Nano recipe does so to 3 % of them, for budget control).
     strip_thinking: float = 0.1  # share of conversations shown without their thought
     stop_score: float = 0.0  # stop once the mean score over domains is this high (0 = never)
     stop_every: int = 50  # steps between looks at that score

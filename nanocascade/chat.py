@@ -10,8 +10,8 @@ nothing. loss: what the model writes after the generation prompt, its <|im_end|>
 ends where a prompt ends, so the ids of a prompt are a prefix of those of prompt and answer. A turn
 carries loss if some prompt leads to its form: not one whose thought was removed because a question
 follows (the templates' rule), nor a Qwen3 turn without a think block; these are context.
-# OURS: tags in an assistant's content are text, but for one thought at its start, as SFT files have
-it. The published templates search all of it: there an answer that mentions </think> is cut.
+# OURS: tags in an assistant's content are text, but for one thought at its start (SFT files').
+The published templates search all of it: there an answer that mentions </think> is cut.
 """
 
 import json

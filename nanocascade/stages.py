@@ -60,8 +60,8 @@ RL_STAGES = {
         domains={"long_context": 1.0}, prompts=(128, 16), rollouts=(16, 8), lr=(3e-6, 2e-4),
         max_new_tokens=(48 * THOUSAND, 24), max_tokens=(48 * THOUSAND, 0), steps=(30, 25),
     ),
-    # OURS: code problems that the stage's own start always solves are dropped; the report asks a
-    # strong model. Strict binary reward.
+    # OURS: code problems that the stage's own start always solves are dropped.
+    # The report asks a strong model. Strict binary reward.
     "code_rl": dict(
         domains={"code": 1.0}, prompts=(128, 48), rollouts=(16, 8),
         max_new_tokens=(116 * THOUSAND, 40), lr=(3e-6, 1.5e-4), steps=(22, 15),

@@ -10,8 +10,8 @@ Grading asks judge.grade(conversation, solution_1, solution_2) -> 0..1, how much
 
     matches -> base (mean score) -> + length control -> + conciseness bonus = reward
 
-# OURS: a response cut off in its thought or answer is not judged and earns the lowest score, 1, or
-the group's lowest reward if that is lower still: tie-breaks and length control can pass below 1.
+# OURS: a response cut off in its thought or answer is not judged and earns the lowest score (1).
+Or the group's lowest reward if that is lower still: tie-breaks and length control can pass below 1.
 """
 
 import http.client
