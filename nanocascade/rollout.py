@@ -383,7 +383,8 @@ def evaluate(model, tokenizer, rows, num_samples, sampling, seed, scorer, dist=N
     outcomes = [x for part in dist.gather(outcomes) for x in part]
     result = {}
     for domain in sorted({d for d, _ in outcomes}):
-        means = torch.tensor([x for d, x in outcomes if d == domain], dtype=torch.float64)  # (p,)
+        found = sorted(x for d, x in outcomes if d == domain)  # whatever the number of ranks
+        means = torch.tensor(found, dtype=torch.float64)  # (p,)
         error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else 1.0
         result[domain] = {"mean": float(means.mean()), "n": len(means), "interval": 1.96 * error}
     return result, groups

@@ -259,6 +259,10 @@ def test_rows_checked():
     ["import solution\nif solution.add(1, 2) != 3: raise ValueError"],
     ["def test_a():\n    assert add(1, 2) == 3\nfor x in [*globals()]:\n"
      "    if x.startswith('test'): globals()[x]()"],
+    ["def test_a():\n    assert add(1, 2) == 3\nfor x, f in [*locals().items()]:\n"
+     "    if x.startswith('test'): f()"], [UNITTEST + "unittest.main(exit=True)"],
+    ["import sys\nif add(1, 2) != 3: sys.exit(1)"],
+    ["try:\n    import numpy\nexcept ImportError:\n    pass\nassert add(1, 2) == 3"],
 ])  # fmt: skip
 def test_forms_of_test_code(tests):
     """Test code may call its functions, hand them to unittest, and import the program."""

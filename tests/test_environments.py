@@ -8,6 +8,7 @@ import sys
 import time
 from copy import deepcopy
 from pathlib import Path
+from statistics import median
 
 import packaging
 import pytest
@@ -377,7 +378,8 @@ def test_run_leaves_nothing(stage, worker, tmp_path):
     print(stage, files, [[len(x) for x in half] for half in families], memory)
     assert len(seen) > 100 and min(files[1]) <= min(files[0])  # more while a line is written
     assert stayed <= {pid for x in families[0] for pid in x}
-    assert max(memory[1]) < max(memory[0]) + 8192
+    # Medians: where in a step a sample falls moves it by tens of MiB, a leak moves them all.
+    assert median(memory[1]) < median(memory[0]) + 4096
     ended = time.monotonic()
     while left := {x for _, family in seen.values() for x in family if alive(x)}:
         assert time.monotonic() < ended + 5, left

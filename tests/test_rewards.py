@@ -150,6 +150,8 @@ def test_helper_is_killed_restarted_and_shared_by_threads(monkeypatch):
 def test_choices(mode, right, wrong):
     """Each mode finds the one option an answer names; naming two pays nothing."""
     check(ROWS["mcqa"] | {"grading_mode": mode}, right, wrong)
+
+
     row = ROWS["mcqa"] | {"options": [{"A": "+"}, {"B": "*"}, {"C": "Neither (A) nor (B)."}]}
     row |= {"grading_mode": "lenient_boxed"}  # all of B's text is markup; C's speaks of the others
     check(row, [r"\boxed{*}"], [r"\boxed{I don't know!}", r"\boxed{C: neither (A) nor (B)}"])
@@ -211,23 +213,6 @@ def test_schema_beyond_the_subset(monkeypatch):
                 '{"$ref": "#/$defs/a"}', '{"items": {"$ref": "https://x.org/a"}}'):
         with pytest.raises(ValueError, match="row 5"):
             check_row({"id": 5, "schema_str": bad})
-
-
-@needs("jsonschema")
-@pytest.mark.parametrize(("schema", "content", "reward"), [
-    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "7", 1), ({"enum": ["true"]}, "true", 1),
-    ({"oneOf": [{"type": "null"}, {"$ref": "#/$defs/text"}]}, "x", 1), ({"const": "1"}, "1", 1),
-    ({"$ref": "#/$defs/both/anyOf/1"}, "7", 1), ({"enum": [7]}, "7", 1), ({"enum": ["7"]}, "8", 0),
-    ({"type": "array", "items": {"$ref": "#/$defs/pet"}}, "<name>7</name>", 1),
-    ({"type": "array", "items": {"$ref": "#/$defs/pet"}}, "<p><name>7</name></p>", 1),
-])  # fmt: skip
-def test_xml_values(schema, content, reward):
-    """Types stand in alternatives, constants and references too; one item needs no wrapper."""
-    pet, text = {"type": "object", "properties": {"name": {"type": "string"}}}, {"type": "string"}
-    whole = {"type": "object", "properties": {"v": schema}, "$defs": {
-        "text": text, "both": {"anyOf": [{"type": "null"}, text]}, "pet": pet}}  # fmt: skip
-    row = {"schema_str": json.dumps(whole), "schema_type": "xml"}
-    assert value(row, f"<r><v>{content}</v></r>") == reward
 
 
 def test_document_as_tool_call():

@@ -18,9 +18,10 @@ MODES = ("strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon")
 TAIL = 20_000  # characters that are looked at, from the end: where a final choice stands
 MARKUP = re.compile(r"\\(?:boxed|text[a-z]*|math[a-z]+|rm|bf)(?![a-z])|[\\${}*_`]")
 ANSWER_LINE = re.compile(r"answer[*_]{0,2}[ \t]*:([^\n]*)", re.IGNORECASE)
-# Another option's letter after the first: "C)" and "(C)", or "or C".
-OTHERS = re.compile(r"(?:^|[\s,/])\(?([a-z])\s?[).:](?!\w)"
-                    r"|(?:\bor|\band|[,/&])\s*\(?([b-z]\b(?!\.\w)|a\b(?!\s?\w))")
+# Another option's letter after the first: "C)" and "(C)" anywhere, "or C" at the end, ", C" and
+# "and C" right behind the first: further on they may be words of the option, "x = 2 and d = 3".
+OTHERS = re.compile(r"(?:^|[\s,/])\(?([a-z])\s?[).:](?!\w)|\bor ([a-z])$")
+JOINED = re.compile(r"\s*(?:or|and|[,/&])\s*\(?([a-z])\b(?!\s*[=\w])[).:]?")
 ONE_CAPITAL = re.compile(r"[^A-Za-z0-9]*[A-Z][^A-Za-z0-9]*")
 
 
@@ -45,8 +46,12 @@ def named_options(text, options, anywhere):
     label = re.match(r"\(?([a-z])\s?[).:]", bare)
     found = {label[1]} & set(options) if label else set()
     if found:  # what an option's own text says names no other: "B: both (a) and (c)"
-        rest = bare[label.end() :].replace(options[label[1]], " ")
+        rest, own = bare[label.end() :], options[label[1]]
+        same = "".join(rest.split()) == "".join(own.split())  # but for spaces
+        rest = "" if same else rest.replace(own, " ")
         found.update(x for pair in OTHERS.findall(rest) for x in pair if x in options)
+        while joined := JOINED.match(rest):
+            found, rest = found | {joined[1]} & set(options), rest[joined.end() :]
     if found or anywhere:  # "B: 17" where option C is "17" names both
         inside = {letter: option for letter, option in options.items()
                   if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", bare)}

@@ -26,8 +26,12 @@ import threading
 from nanocascade.jail import encode
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.tools import MAX_CALLS
-from nanocascade.rewards.unit_tests import (check_seconds, check_unit_tests, foreign_names,
-                                              read_calls)  # fmt: skip
+from nanocascade.rewards.unit_tests import (
+    check_seconds,
+    check_unit_tests,
+    foreign_names,
+    read_calls,
+)
 from nanocascade.sandbox import Limits, Sandbox
 
 MAX_PROGRAM, MAX_PATCH = 1 << 18, 1 << 16  # characters; Codeforces takes 65,536 bytes

@@ -31,8 +31,10 @@ CPU_SECONDS, MEMORY, FILE_BYTES = 30, 2 << 30, 16 << 20  # of a run; row["cpu_se
 NAME = re.compile(r"\s*(?:Theorem|Lemma|Fact|Remark|Corollary|Proposition)\s+([A-Za-z_][\w']*)\b")
 DECLARED = re.compile(  # as a sentence begins, comments and attributes aside
     r"(?:^|\.\s)\s*(?:#\[[^\]]*\]\s*|(?:Local|Global|Private|Polymorphic|Monomorphic|Cumulative|"
-    r"NonCumulative|Declare)\s+)*((?:Co)?Inductive|Record|Structure|Class|Variant|Module|Context|"
-    r"Axioms?|Conjectures?|Parameters?|Variables?|Hypothes[ei]s)\b")
+    r"NonCumulative|Declare)\s+)*((?:Co)?Inductive|Record|Structure|Class|Variant|Module\s+Type|"
+    r"(?<=Declare\s)Module|Context|Axioms?|Conjectures?|Parameters?|Variables?|Hypothes[ei]s)\b")
+SECTION = re.compile(r"(?s)\bSection\s+(\w+)\s*\..*?\bEnd\s+\1\s*\.")
+ASSUMED = re.compile(r"\b(?:Context|Variables?|Hypothes[ei]s)\b")  # the section's own
 AXIOMS = {  # of the standard library, consistent together; AdmitAxiom.proof_admitted is there too
     "Classical_Prop.classic", "FunctionalExtensionality.functional_extensionality_dep",
     "PropExtensionality.propositional_extensionality", "ClassicalDedekindReals.sig_not_dec",
@@ -116,7 +118,9 @@ def check_proof_row(row):
         raise ValueError(f"formal_statement must be `Theorem name ... .`, got {statement!r:.80}")
     if not shutil.which("coqc"):
         raise ValueError("formal proofs need coqc, which is not here (Debian: apt install coq)")
-    if found := DECLARED.search(re.sub(r"(?s)\(\*.*?\*\)", " ", row.get("header") or "")):
+    header = re.sub(r"(?s)\(\*.*?\*\)", " ", row.get("header") or "")
+    header = SECTION.sub(lambda x: ASSUMED.sub("", x[0]), header)
+    if found := DECLARED.search(header):
         raise ValueError(f"a header with {found[1]}: the answer's own copy would be another")
     check_seconds(row)
     given_file(row.get("header") or "", statement)

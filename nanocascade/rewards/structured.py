@@ -55,11 +55,11 @@ def parse_yaml(text):
 
 
 def fields_of(schema, root):
-    """(types, {field: schema}, the items' schema) that a schema of `root` allows, in what it refers
-    to and in its alternatives as well: {"anyOf": [{"type": ["null"]}, {"enum": ["a"]}]} -> ["null",
-    "string"], {}, {}."""
+    """(types, {field: schema}, the items' schema, listed values) of what a schema of `root` allows,
+    in what it refers to and in its alternatives as well: {"anyOf": [{"type": ["null"]}, {"enum":
+    ["a"]}]} -> ["null", "string"], {}, {}, ["a"]."""
     if not isinstance(schema, dict):
-        return [], {}, {}
+        return [], {}, {}, []
     values = schema.get("enum", []) + [schema[key] for key in ("const",) if key in schema]
     kinds = schema.get("type") or [TYPES[type(value)] for value in values]
     fields, items = schema.get("properties", {}), schema.get("items", {})
@@ -68,9 +68,10 @@ def fields_of(schema, root):
     if start == "#":  # "#/$defs/pet"
         parts.append(functools.reduce(
             lambda x, key: x[int(key)] if isinstance(x, list) else x.get(key, {}), path, root))
-    for more, named, inner in (fields_of(part, root) for part in parts):
+    for more, named, inner, listed in (fields_of(part, root) for part in parts):
         kinds, fields, items = [*kinds, *more], named | fields, items or inner
-    return kinds, fields, items
+        values = values + listed
+    return kinds, fields, items, values
 
 
 def parse_xml(text, schema):
@@ -98,9 +99,9 @@ def xml_value(elements, schema, whole):
     <n>7</n> -> 7; <t>a</t><t>b</t> and <t><x>a</x><x>b</x></t> -> ["a", "b"], unless items have a
     field x: then the latter is one of them.
     """
-    (kinds, _, items), first = fields_of(schema, whole), elements[0]
+    (kinds, _, items, listed), first = fields_of(schema, whole), elements[0]
     text, inner = (first.text or "").strip(), {child.tag for child in first}
-    if "array" in kinds:
+    if "array" in kinds and not (text and "string" in kinds):
         wrapped = len(elements) == 1 and len(inner) < 2 and not text
         wrapped = wrapped and not inner & {*fields_of(items, whole)[1]}
         return [xml_value([x], items, whole) for x in (first if wrapped else elements)]
@@ -109,9 +110,14 @@ def xml_value(elements, schema, whole):
     if not text and "null" in kinds:
         return None
     try:
-        return text if {"string", "object"} & {*kinds} else parse_json(text.lower())
+        value = parse_json(text.lower())
     except ValueError:
-        return text  # the schema will object to it
+        return text  # the schema will object to it, unless it is a text
+    kind = TYPES[type(value)]
+    other = kind in kinds or kind == "integer" and "number" in kinds
+    # Of a text and 1, "1" is the text, unless the texts are listed and it is none of them.
+    fits = not {"string", "object"} & {*kinds} or other and listed and text not in listed
+    return value if fits else text
 
 
 PARSERS = {  # format -> (function for the helper process, the module it needs)
@@ -200,7 +206,8 @@ def references(schema):
     """All that a schema refers to, at any depth."""
     inner = schema if isinstance(schema, list) else []
     if isinstance(schema, dict):
-        inner = [item for key, item in schema.items() if key not in VALUES]
+        inner = [item for key, item in schema.items() if key not in VALUES
+                 and not (isinstance(item, dict) and "$id" in item)]  # with a root of its own
         yield from (x for x in [schema.get("$ref")] if isinstance(x, str))
     for item in inner:
         yield from references(item)

@@ -54,19 +54,21 @@ def reaches_assertion(trees):
     """Whether running test code may assert something: at its top level, or in what that names.
 
     ["def test(): assert f(2) == 4", "test()"] does, and without the call it does not; unittest.main
-    runs every class, and the failure is lost with exit=False.
+    runs every class, and the failure is lost with exit=False. sys.exit may tell as well.
     """
     defined = {x.name: x for tree in trees for x in tree.body if isinstance(x, DEFINITIONS)}
     running = [x for tree in trees for x in tree.body if not isinstance(x, DEFINITIONS)]
     while running:
         for node in ast.walk(running.pop()):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if isinstance(node, ast.Assert | ast.Raise) or re.search(r"\.assert\w+$", called):
+            told = called in ("exit", "quit", "sys.exit") or re.search(r"\.assert\w+$", called)
+            if told or isinstance(node, ast.Assert | ast.Raise):
                 return True
             if isinstance(node, ast.Name) and node.id in defined:
                 running.append(defined.pop(node.id))
-            if called == "globals" or called in ("unittest.main", "main") and not any(
-                    x.arg == "exit" for x in node.keywords):  # fmt: skip
+            silent = called and "exit=False" in map(ast.unparse, node.keywords)
+            every = ("globals", "locals", "vars") + (() if silent else ("unittest.main", "main"))
+            if called in every:
                 running += defined.values()
                 defined = {}
     return False
@@ -83,7 +85,10 @@ def check_asserts(tests, entry):
         raise ValueError(f"test code that is no Python: {error}") from error
     if not reaches_assertion(trees):
         raise ValueError(f"no assertion is ever run by the asserts {tests!r:.200}")
-    for node in (x for tree in trees for x in ast.walk(tree)):
+    nodes = [x for tree in trees for x in ast.walk(tree)]
+    tried = {x for node in nodes if isinstance(node, ast.Try) and node.handlers
+             for x in node.body}  # an import that may fail
+    for node in (x for x in nodes if x not in tried):
         names = [x.name for x in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and (node.level or node.module != entry):
             names = ["." * node.level + (node.module or "")]
