@@ -200,7 +200,7 @@ def long_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
             ax.set(title=key, xlabel="step")
             flat += [[name, key, x, f"{y:.6g}"] for x, y in means]
         count = len(run["metrics"])
-        for start in [*range(0, count - 20, max(count // 5, 1)), count - 20]:
+        for start in [*range(0, count - 20, max(count // 5, 1)), max(count - 20, 0)]:
             part = run["metrics"][start : start + 20]
             cells = [f"{sum(x.get(k, 0.0) for x in part) / len(part):.3g}" for k in LONG_KEYS]
             rows.append([name, str(start), *cells])

@@ -27,9 +27,9 @@
 # Stop and look, after each stage and, in metrics.jsonl, every few steps:
 #   sft               loss/token still falling slowly; write a few answers: sample.py --model OUT/sft
 #   *_rl              mismatch/prob_error of the first step: 1e-3 in bf16 at the 30B's depth and a
-#                     small width; above 0.2 trainer and sampler disagree: stop. response/truncated below 0.1 and not rising;
-#                     group/all_right + group/all_wrong (of the groups drawn) below 0.8, else the
-#                     prompts teach nothing.
+#                     small width; above 0.2 trainer and sampler disagree: stop.
+#                     response/truncated below 0.1 and not rising; group/all_right +
+#                     group/all_wrong (of the groups drawn) below 0.8, else the prompts teach nothing.
 #   rlhf, rlhf_side   kl/reference below 1, response/length not running away: the judge can be fooled
 #   mopd              mopd/reverse_kl falls within ten steps, gate/out_of_band below 0.01
 #   before mopd       manifest.json of if_rl and multi_domain_rl: whose evaluation is better?
