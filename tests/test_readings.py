@@ -24,6 +24,7 @@ def test_choice_of_letters(option, answer):
 @pytest.mark.parametrize(("schema", "content", "reward"), [
     ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "7", 1), ({"enum": ["true"]}, "true", 1),
     ({"oneOf": [{"type": "null"}, {"$ref": "#/$defs/text"}]}, "x", 1), ({"const": "1"}, "1", 1),
+    ({"type": "string"}, "[" * 5000, 1),
     ({"anyOf": [{"const": "auto"}, {"type": "integer"}]}, "1", 1), ({"enum": ["auto", 1]}, "1", 1),
     ({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]}, "abc", 1),
     ({"$ref": "#/$defs/both/anyOf/1"}, "7", 1), ({"enum": [7]}, "7", 1), ({"enum": ["7"]}, "8", 0),

@@ -109,15 +109,17 @@ def xml_value(elements, schema, whole):
         return xml_fields(first, schema, whole) if len(elements) == 1 else refuse("a name twice")
     if not text and "null" in kinds:
         return None
+    texts = {"string", "object"} & {*kinds}
+    # Of a text and 1, "1" is the text, unless the texts are listed and it is none of them.
+    if texts and (not listed or text in listed):
+        return text
     try:
         value = parse_json(text.lower())
     except ValueError:
-        return text  # the schema will object to it, unless it is a text
+        return text  # the schema will object to it
     kind = TYPES[type(value)]
     other = kind in kinds or kind == "integer" and "number" in kinds
-    # Of a text and 1, "1" is the text, unless the texts are listed and it is none of them.
-    fits = not {"string", "object"} & {*kinds} or other and listed and text not in listed
-    return value if fits else text
+    return text if texts and not other else value
 
 
 PARSERS = {  # format -> (function for the helper process, the module it needs)
