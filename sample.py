@@ -17,20 +17,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanocascade import tasks
-from nanocascade.chat import parse_response
-from nanocascade.checkpoint import load_model
-from nanocascade.config import find_device, parse_args, run_main
-from nanocascade.data import conversation, read_rows, sft_conversation
-from nanocascade.distributed import DTYPES
-from nanocascade.environments import answer, equip
+from nanocascade.checkpoint.state import read_text
+from nanocascade.checkpoint.weights import load_model
+from nanocascade.cli import find_device, parse_args, run_main
+from nanocascade.data.rows import conversation, read_rows, sft_conversation
+from nanocascade.engine.distributed import DTYPES
+from nanocascade.engine.training import check_settings, show_rollout
+from nanocascade.environments.loop import answer, equip
 from nanocascade.rewards import kind_of, name_of, needs_judge, score
-from nanocascade.rollout import Rollout, Sampling, Scorer, roll_out, step_seed
+from nanocascade.rollouts.rollout import Rollout, Sampling, Scorer, roll_out, step_seed
+from nanocascade.rollouts.strategies import STRATEGIES
 from nanocascade.sampler import generate
-from nanocascade.state import read_text
-from nanocascade.strategies import STRATEGIES
-from nanocascade.tokenizer import Tokenizer
-from nanocascade.training import check_settings, show_rollout
+from nanocascade.tokenizer.chat import parse_response
+from nanocascade.tokenizer.tokenizer import Tokenizer
+from nanocascade.toy import tasks
 
 
 @dataclass

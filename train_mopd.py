@@ -17,14 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nanocascade import distributed, plan, stages
-from nanocascade.config import parse_args, run_main
-from nanocascade.moe import load_imbalance, update_correction_bias
-from nanocascade.mopd import compute_mopd_loss, masked_mean
-from nanocascade.rollout import Sampling, Scorer, collect_groups, rollout_metrics
-from nanocascade.run import Run, RunConfig, require_flags
-from nanocascade.teachers import Teachers, token_shares
-from nanocascade.training import (
+from nanocascade import stages
+from nanocascade.cli import parse_args, run_main
+from nanocascade.engine import distributed
+from nanocascade.engine.training import (
     Mean,
     check_finite,
     freeze_routers,
@@ -36,6 +32,12 @@ from nanocascade.training import (
     score_tokens,
     step_batches,
 )
+from nanocascade.model.moe import load_imbalance, update_correction_bias
+from nanocascade.mopd import compute_mopd_loss, masked_mean
+from nanocascade.plan import plan
+from nanocascade.rollouts.rollout import Sampling, Scorer, collect_groups, rollout_metrics
+from nanocascade.run.run import Run, RunConfig, require_flags
+from nanocascade.teachers import Teachers, token_shares
 
 # ---- Config --------------------------------------------------------------------------------------
 

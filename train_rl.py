@@ -15,23 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nanocascade import distributed, plan, stages
-from nanocascade.config import parse_args, run_main
-from nanocascade.grpo import group_advantages, grpo_loss
-from nanocascade.moe import load_imbalance, update_correction_bias
-from nanocascade.mopd import masked_mean
-from nanocascade.rewards import kind_of
-from nanocascade.rollout import (
-    Sampling,
-    Scorer,
-    apply_overlong,
-    collect_groups,
-    in_reach,
-    mask_unsolved,
-    rollout_metrics,
-)
-from nanocascade.run import Run, RunConfig, require_flags
-from nanocascade.training import (
+from nanocascade import stages
+from nanocascade.cli import parse_args, run_main
+from nanocascade.engine import distributed
+from nanocascade.engine.training import (
     Mean,
     check_finite,
     freeze_routers,
@@ -43,6 +30,21 @@ from nanocascade.training import (
     score_tokens,
     step_batches,
 )
+from nanocascade.grpo import group_advantages, grpo_loss
+from nanocascade.model.moe import load_imbalance, update_correction_bias
+from nanocascade.mopd import masked_mean
+from nanocascade.plan import plan
+from nanocascade.rewards import kind_of
+from nanocascade.rollouts.rollout import (
+    Sampling,
+    Scorer,
+    apply_overlong,
+    collect_groups,
+    in_reach,
+    mask_unsolved,
+    rollout_metrics,
+)
+from nanocascade.run.run import Run, RunConfig, require_flags
 
 # ---- Config --------------------------------------------------------------------------------------
 

@@ -13,15 +13,11 @@ import random
 import time
 from dataclasses import dataclass
 
-from nanocascade import distributed, plan, stages, tasks
-from nanocascade.config import parse_args, run_main
-from nanocascade.data import conversation, sft_conversation
-from nanocascade.moe import load_imbalance, update_correction_bias
-from nanocascade.mopd import masked_mean
-from nanocascade.rollout import Rollout, Scorer
-from nanocascade.run import Run, RunConfig, require_flags
-from nanocascade.sft import sft_loss
-from nanocascade.training import (
+from nanocascade import stages
+from nanocascade.cli import parse_args, run_main
+from nanocascade.data.rows import conversation, sft_conversation
+from nanocascade.engine import distributed
+from nanocascade.engine.training import (
     Mean,
     check_finite,
     learning_rate,
@@ -32,6 +28,13 @@ from nanocascade.training import (
     score_tokens,
     step_batches,
 )
+from nanocascade.model.moe import load_imbalance, update_correction_bias
+from nanocascade.mopd import masked_mean
+from nanocascade.plan import plan
+from nanocascade.rollouts.rollout import Rollout, Scorer
+from nanocascade.run.run import Run, RunConfig, require_flags
+from nanocascade.sft import sft_loss
+from nanocascade.toy import tasks
 
 # ---- Config --------------------------------------------------------------------------------------
 

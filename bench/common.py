@@ -22,9 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
-from nanocascade.checkpoint import load_model, save_model  # noqa: E402
-from nanocascade.hf_config import load_config  # noqa: E402
-from nanocascade.model import Model  # noqa: E402
+from nanocascade.checkpoint.hf_config import load_config  # noqa: E402
+from nanocascade.checkpoint.weights import load_model, save_model  # noqa: E402
+from nanocascade.model.model import Model  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 EOS = 1  # ends a response of the peer: forced at its length, forbidden before

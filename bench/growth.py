@@ -17,9 +17,9 @@ from bench import common
 from bench.common import timed
 from bench.rollout import our_rollouts
 from bench.train_step import documents
-from nanocascade.cache import Cache
-from nanocascade.model import Model
-from nanocascade.training import make_batches, score_tokens
+from nanocascade.engine.training import make_batches, score_tokens
+from nanocascade.model.cache import Cache
+from nanocascade.model.model import Model
 
 ATTENTION_ONLY = {"hybrid_override_pattern": "*E*E*E*E*E*E*E"}  # as many blocks as the hybrid
 

@@ -20,16 +20,9 @@ import torch
 from bench import common
 from bench.common import ratios, spread
 from bench.rollout import forced_decoder, forced_lengths, row_steps
-from nanocascade.checkpoint import load_model
-from nanocascade.distributed import Dist
-from nanocascade.grpo import group_advantages, grpo_loss
-from nanocascade.moe import update_correction_bias
-from nanocascade.mopd import compute_mopd_loss
-from nanocascade.rewards import Reward
-from nanocascade.rollout import Sampling, Scorer, roll_out
-from nanocascade.tasks import make_rows, vocabulary
-from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
-from nanocascade.training import (
+from nanocascade.checkpoint.weights import load_model
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.training import (
     freeze_routers,
     make_batches,
     make_optimizer,
@@ -38,6 +31,13 @@ from nanocascade.training import (
     optimizer_step,
     score_tokens,
 )
+from nanocascade.grpo import group_advantages, grpo_loss
+from nanocascade.model.moe import update_correction_bias
+from nanocascade.mopd import compute_mopd_loss
+from nanocascade.rewards import Reward
+from nanocascade.rollouts.rollout import Sampling, Scorer, roll_out
+from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.toy.tasks import make_rows, vocabulary
 
 MICRO = 4096  # tokens of our micro-batches; TRL trains on the whole padded batch at once
 

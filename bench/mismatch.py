@@ -17,22 +17,22 @@ import time
 
 import torch
 
-from nanocascade import tasks
-from nanocascade.checkpoint import load_model, save_model
-from nanocascade.data import conversation, sft_conversation
-from nanocascade.distributed import Dist
-from nanocascade.model import Model, ModelConfig
-from nanocascade.moe import update_correction_bias
-from nanocascade.rollout import Rollout, Sampling, roll_out
-from nanocascade.sft import sft_loss
-from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
-from nanocascade.training import (
+from nanocascade.checkpoint.weights import load_model, save_model
+from nanocascade.data.rows import conversation, sft_conversation
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.training import (
     make_batches,
     make_optimizer,
     new_routing,
     optimizer_step,
     score_tokens,
 )
+from nanocascade.model.model import Model, ModelConfig
+from nanocascade.model.moe import update_correction_bias
+from nanocascade.rollouts.rollout import Rollout, Sampling, roll_out
+from nanocascade.sft import sft_loss
+from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.toy import tasks
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 DOMAINS = ("math", "if", "structured", "tools")

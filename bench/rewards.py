@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from nanocascade.rewards import code, instruct, score  # noqa: E402
 from nanocascade.rewards.math import BOX, last_boxed  # noqa: E402
 from nanocascade.rewards.structured import mismatch, mismatch_fully, strict  # noqa: E402
-from nanocascade.rewards.worker import worker  # noqa: E402
+from nanocascade.sandbox.worker import worker  # noqa: E402
 
 HOSTILE = [  # none answers anything; each is to be refused within a second of CPU
     "", "\0", "\ud800\0" * 900_000, "a" * 10_000_000, BOX * 250_000, "{" * 1_900_000,
@@ -323,7 +323,7 @@ def documents(num=2000):
 
 def own_rows():
     """The committed rows, by kind: their own right and wrong answers."""
-    from nanocascade.data import read_rows
+    from nanocascade.data.rows import read_rows
 
     kinds = {}
     for row in read_rows(ROOT / "tests" / "fixtures" / "rows.jsonl", sft=None, problems=[]):

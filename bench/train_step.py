@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from bench import common
 from bench.common import Peak, alternate, ratios, spread, timed, token_flops
-from nanocascade.distributed import Dist
-from nanocascade.rollout import Rollout
-from nanocascade.training import make_batches, make_optimizer, optimizer_step, score_tokens
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.training import make_batches, make_optimizer, optimizer_step, score_tokens
+from nanocascade.rollouts.rollout import Rollout
 
 MICRO = 4096  # tokens of a micro-batch
 

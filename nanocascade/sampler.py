@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanocascade.cache import Cache
-from nanocascade.model import Model
-from nanocascade.moe import Routing
+from nanocascade.model.cache import Cache
+from nanocascade.model.model import Model
+from nanocascade.model.moe import Routing
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill call
 CPU_PREFILL_TOKENS = 2048  # what a core's cache nearly holds: 8,192 at once take 1.2 times as long

@@ -3,11 +3,11 @@
 from collections import Counter
 from pathlib import Path
 
-from nanocascade.checkpoint import open_model
-from nanocascade.distributed import load
-from nanocascade.rollout import Rollout
-from nanocascade.state import read_json, sha256_of
-from nanocascade.tokenizer import Tokenizer
+from nanocascade.checkpoint.state import read_json, sha256_of
+from nanocascade.checkpoint.weights import open_model
+from nanocascade.engine.distributed import load
+from nanocascade.rollouts.rollout import Rollout
+from nanocascade.tokenizer.tokenizer import Tokenizer
 
 
 class Teachers:

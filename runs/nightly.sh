@@ -54,5 +54,5 @@ long() { local arm=$1; shift
 long recipe
 long no_filtering --dynamic_filtering false
 
-for SEED in ${ARMS:-0 1 2}; do python -m runs.probe "$OUT/seed$SEED"; done
-python runs/evidence.py "$OUT" assets
+for SEED in ${ARMS:-0 1 2}; do python -m bench.probe "$OUT/seed$SEED"; done
+python -m bench.evidence "$OUT" assets

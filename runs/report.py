@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from nanocascade.config import run_main
+from nanocascade.cli import run_main
 from nanocascade.stages import CASCADE, RL_STAGES, TEACHER_OF
 
 MAIN = [name for name, _, _ in CASCADE if name != "rlhf_side"]  # the cascade without its branch

@@ -11,13 +11,13 @@ import torch
 from fixtures import make_parity, toy_runs
 from safetensors.torch import load_file, save_file
 
-from nanocascade.checkpoint import KEEP_FP32, load_model, save_model
-from nanocascade.distributed import Dist
-from nanocascade.hf_config import load_config
-from nanocascade.model import Model, ModelConfig
-from nanocascade.state import read_json, sha256_of
-from nanocascade.tokenizer import Tokenizer
-from nanocascade.training import make_optimizer, optimizer_step
+from nanocascade.checkpoint.hf_config import load_config
+from nanocascade.checkpoint.state import read_json, sha256_of
+from nanocascade.checkpoint.weights import KEEP_FP32, load_model, save_model
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.training import make_optimizer, optimizer_step
+from nanocascade.model.model import Model, ModelConfig
+from nanocascade.tokenizer.tokenizer import Tokenizer
 
 sft = toy_runs.sft
 FAMILIES = ["nemotron_h-base", "nemotron_h-new", "qwen3-tied", "qwen3_moe-step", "llama-scaled"]

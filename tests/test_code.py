@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanocascade.jail import encode
 from nanocascade.rewards import code
-from nanocascade.sandbox import Outcome
+from nanocascade.sandbox.jail import encode
+from nanocascade.sandbox.sandbox import Outcome
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym" / "code_gen.jsonl"

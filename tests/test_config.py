@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import pytest
 import torch
 
-from nanocascade.config import describe, find_device, parse_args, run_main
+from nanocascade.cli import describe, find_device, parse_args, run_main
 
 
 @dataclass

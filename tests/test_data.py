@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nanocascade import data
-from nanocascade.data import PromptStream, conversation, read_rows, sft_conversation
+from nanocascade.data import rows as data
+from nanocascade.data.rows import PromptStream, conversation, read_rows, sft_conversation
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GSM = {"question": "3+4?", "answer": "It is 3+4=<<3+4=7>>7.\n#### 7"}

@@ -9,9 +9,9 @@ import torch
 from fixtures import dying, toy_runs
 from fixtures.toy_runs import environments, lasting, run_here, start
 
-from nanocascade import distributed
-from nanocascade.checkpoint import load_model
-from nanocascade.run import RunConfig
+from nanocascade.checkpoint.weights import load_model
+from nanocascade.engine import distributed
+from nanocascade.run.run import RunConfig
 
 rows, sft, skilled = toy_runs.rows, toy_runs.sft, toy_runs.skilled  # fixtures
 RL = ("train_rl.py", "--init", "SKILLED", "--data", "ROWS", "--rollouts", 4, "--stage")

@@ -15,14 +15,17 @@ import pytest
 from fixtures import toy_runs
 from fixtures.toy_runs import run_here, start
 
-from nanocascade import environments, rollout, sampler, tasks
-from nanocascade.chat import render_pieces
-from nanocascade.data import conversation, normalize
-from nanocascade.environments import MAX_RESULT, answer
+from nanocascade import sampler
+from nanocascade.data.rows import conversation, normalize
+from nanocascade.environments import loop as environments
+from nanocascade.environments.loop import MAX_RESULT, answer
 from nanocascade.rewards import check_row, code, score
+from nanocascade.rollouts import rollout
 from nanocascade.sampler import Sample
-from nanocascade.sandbox import Sandbox
-from nanocascade.tokenizer import Tokenizer
+from nanocascade.sandbox.sandbox import Sandbox
+from nanocascade.tokenizer.chat import render_pieces
+from nanocascade.tokenizer.tokenizer import Tokenizer
+from nanocascade.toy import tasks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 MAIN = "from a.ops import op\n\n\ndef f(x):\n    return op(x)\n"

@@ -7,13 +7,13 @@ import pytest
 from fixtures.toy_runs import ROOT
 
 from nanocascade.stages import CASCADE, MOPD_SHARES
-from nanocascade.tasks import DOMAINS
+from nanocascade.toy.tasks import DOMAINS
 
 
 @pytest.fixture
 def evidence(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "runs"))
-    import evidence
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import evidence
 
     return evidence
 

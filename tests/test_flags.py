@@ -8,7 +8,7 @@ import pytest
 from fixtures import toy_runs
 from fixtures.toy_runs import lasting, run_here
 
-from nanocascade import tasks
+from nanocascade.toy import tasks
 
 rows, sft, skilled, refused = toy_runs.rows, toy_runs.sft, toy_runs.skilled, toy_runs.refused
 RL = ("train_rl.py", "--stage", "if_rl", "--init", "SKILLED", "--data", "ROWS", "--prompts", 4,

@@ -9,14 +9,14 @@ import torch
 from fixtures import make_parity
 from torch import float32, float64
 
-from nanocascade.checkpoint import load_model
-from nanocascade.distributed import Dist
+from nanocascade.checkpoint.weights import load_model
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.training import Mean, make_batches, score_tokens
 from nanocascade.grpo import group_advantages, grpo_loss
-from nanocascade.logprobs import token_logprobs
+from nanocascade.model.logprobs import token_logprobs
 from nanocascade.mopd import compute_mopd_loss, mismatch_metrics
-from nanocascade.rollout import Rollout
+from nanocascade.rollouts.rollout import Rollout
 from nanocascade.sft import sft_loss
-from nanocascade.training import Mean, make_batches, score_tokens
 
 LN2 = log(2)
 

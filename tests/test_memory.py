@@ -9,15 +9,10 @@ import pytest
 import torch
 from fixtures import make_parity
 
-from nanocascade.checkpoint import (
-    disk_names,
-    experts_of,
-    load_model,
-    save_model,
-)
-from nanocascade.hf_config import load_config, parse_config
-from nanocascade.logprobs import token_logprobs
-from nanocascade.model import Model
+from nanocascade.checkpoint.hf_config import load_config, parse_config
+from nanocascade.checkpoint.weights import disk_names, experts_of, load_model, save_model
+from nanocascade.model.logprobs import token_logprobs
+from nanocascade.model.model import Model
 
 STATUS, MIB = Path("/proc/self/status"), 1 << 20
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's account of a process")

@@ -6,12 +6,12 @@ from fixtures import make_parity
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanocascade import logprobs, model
-from nanocascade.cache import Cache
-from nanocascade.checkpoint import disk_names, experts_of, load_model
-from nanocascade.distributed import Dist, parallelize
-from nanocascade.logprobs import token_logprobs
-from nanocascade.moe import Routing
+from nanocascade.checkpoint.weights import disk_names, experts_of, load_model
+from nanocascade.engine.distributed import Dist, parallelize
+from nanocascade.model import logprobs, model
+from nanocascade.model.cache import Cache
+from nanocascade.model.logprobs import token_logprobs
+from nanocascade.model.moe import Routing
 from nanocascade.sampler import generate
 
 STORED = load_file(make_parity.FIXTURE)

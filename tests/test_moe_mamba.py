@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from nanocascade import mamba2, moe
-from nanocascade.distributed import own_experts
-from nanocascade.mamba2 import chunk_scan, scan_step
-from nanocascade.model import ModelConfig
-from nanocascade.moe import Experts, Router, load_imbalance, update_correction_bias
+from nanocascade.engine.distributed import own_experts
+from nanocascade.model import mamba2, moe
+from nanocascade.model.mamba2 import chunk_scan, scan_step
+from nanocascade.model.model import ModelConfig
+from nanocascade.model.moe import Experts, Router, load_imbalance, update_correction_bias
 
 
 def scan_inputs(t, dtype=torch.float64):

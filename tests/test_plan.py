@@ -11,11 +11,13 @@ from fixtures import toy_runs
 from fixtures.toy_runs import run_here
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanocascade import mamba2, meter, plan, stages
-from nanocascade.distributed import LAYOUT, Dist, parallelize
-from nanocascade.hf_config import load_config
-from nanocascade.logprobs import token_logprobs
-from nanocascade.model import Model, ModelConfig
+from nanocascade import stages
+from nanocascade.checkpoint.hf_config import load_config
+from nanocascade.engine.distributed import LAYOUT, Dist, parallelize
+from nanocascade.model import mamba2
+from nanocascade.model.logprobs import token_logprobs
+from nanocascade.model.model import Model, ModelConfig
+from nanocascade.plan import meter, plan
 
 SMALL = ModelConfig(
     vocab_size=256, hidden_size=64, pattern="MEM*E", head_dim=16, num_experts=16,

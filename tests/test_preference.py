@@ -11,7 +11,7 @@ import pytest
 
 from nanocascade.rewards import check_row, kind_of, preference, score
 from nanocascade.rewards.preference import rule_judge, score_group, win_rate
-from nanocascade.rollout import Rollout, Scorer
+from nanocascade.rollouts.rollout import Rollout, Scorer
 
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "About the cat."}]}}
 DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym" / "genrm_compare.jsonl"

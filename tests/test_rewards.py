@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from nanocascade.data import read_rows
+from nanocascade.data.rows import read_rows
 from nanocascade.rewards import Reward, check_row, score
 from nanocascade.rewards.math import latex_equal, rational
 from nanocascade.rewards.tools import run_tool
-from nanocascade.rewards.worker import worker
+from nanocascade.sandbox.worker import worker
 
 FIXTURES = Path(__file__).with_name("fixtures") / "rows.jsonl"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym"
-CPU = "nanocascade.rewards.worker.CPU_SECONDS"
+CPU = "nanocascade.sandbox.worker.CPU_SECONDS"
 GOOD = '{"name": "Ann", "age": 7, "tags": ["x", "y"], "pet": null}'
 XML = "<p><name>Ann</name><age>7</age>%s<pet/></p>"
 YAML = "name: %s\nage: %s\ntags: %s\npet: null"
@@ -113,8 +113,8 @@ def test_mathematics_beyond_numbers(expected, answer, reward):
 
 def test_missing_extra_is_an_error_when_data_is_read(monkeypatch):
     """Without math-verify a number is still graded, and any other expected answer is refused."""
-    for module in ("math", "worker"):
-        monkeypatch.setattr(f"nanocascade.rewards.{module}.find_spec", lambda name: None)
+    for module in ("rewards.math", "sandbox.worker"):
+        monkeypatch.setattr(f"nanocascade.{module}.find_spec", lambda name: None)
     assert score(ROWS["math"], r"\boxed{6\cdot 7}") == Reward(0.0, "not a plain number")
     with pytest.raises(ValueError, match="pip install math-verify"):
         check_row({"expected_answer": r"\sqrt{2}"})

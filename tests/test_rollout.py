@@ -9,14 +9,16 @@ import torch
 from fixtures import make_parity
 from torch.nn import Identity
 
-from nanocascade import rollout, tasks, teachers
-from nanocascade.checkpoint import load_model
-from nanocascade.data import PromptStream, conversation
-from nanocascade.distributed import Dist
-from nanocascade.rollout import MAX_DRAWS, Rollout, Sampling, Scorer, roll_out
+from nanocascade import teachers
+from nanocascade.checkpoint.weights import load_model
+from nanocascade.data.rows import PromptStream, conversation
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.training import make_batches
+from nanocascade.rollouts import rollout
+from nanocascade.rollouts.rollout import MAX_DRAWS, Rollout, Sampling, Scorer, roll_out
 from nanocascade.sampler import Sample
-from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
-from nanocascade.training import make_batches
+from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.toy import tasks
 
 ALONE = Dist(0, 1, "cpu")
 ROWS = (tasks.tools(random.Random(i)) for i in range(40))  # (row, good, slip)

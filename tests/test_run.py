@@ -14,9 +14,9 @@ import torch
 from fixtures import toy_runs
 from fixtures.toy_runs import ROOT, TINY_EVAL, lasting, run, run_here, start
 
-from nanocascade import tasks
-from nanocascade.checkpoint import load_model
+from nanocascade.checkpoint.weights import load_model
 from nanocascade.stages import MOPD_SHARES, RL_STAGES, TEACHER_OF
+from nanocascade.toy import tasks
 
 FILES = {"config.json", "generation_config.json", "manifest.json", "metrics.jsonl",
          "model.safetensors", "rollouts.jsonl", "tokenizer.json", "tokenizer_config.json"}

@@ -7,11 +7,11 @@ import torch
 from fixtures import make_parity
 
 from nanocascade import sampler
-from nanocascade.checkpoint import load_model
-from nanocascade.moe import Routing
-from nanocascade.rollout import Rollout
+from nanocascade.checkpoint.weights import load_model
+from nanocascade.engine.training import make_batches, new_routing, score_tokens
+from nanocascade.model.moe import Routing
+from nanocascade.rollouts.rollout import Rollout
 from nanocascade.sampler import Decoder, draw, generate, hash_uniform, parts, sample_keys, truncate
-from nanocascade.training import make_batches, new_routing, score_tokens
 
 FAMILIES = ["nemotron_h-groups", "qwen3_moe-base"]
 LENGTHS = (1, 5, 17, 3, 9, 2, 12)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanocascade import jail, sandbox
-from nanocascade.sandbox import Limits, Sandbox
+from nanocascade.sandbox import jail, sandbox
+from nanocascade.sandbox.sandbox import Limits, Sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 ROOT = str(Path(__file__).parents[1])

@@ -11,20 +11,26 @@ from fixtures import make_parity
 from fixtures.toy_runs import environments
 from torch.distributed.tensor import DTensor
 
-from nanocascade import distributed
-from nanocascade.checkpoint import load_model, save_model
-from nanocascade.distributed import Dist
+from nanocascade.checkpoint.hf_config import load_config
+from nanocascade.checkpoint.state import load_state, save_state
+from nanocascade.checkpoint.weights import load_model, save_model
+from nanocascade.engine import distributed
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.training import (
+    make_optimizer,
+    new_routing,
+    no_load,
+    optimizer_step,
+    step_batches,
+)
+from nanocascade.engine.training import score_tokens as score
 from nanocascade.grpo import grpo_loss
-from nanocascade.hf_config import load_config
-from nanocascade.mamba2 import Mamba2
-from nanocascade.model import Model
-from nanocascade.moe import Router, update_correction_bias
-from nanocascade.rollout import Rollout
-from nanocascade.run import RunConfig
+from nanocascade.model.mamba2 import Mamba2
+from nanocascade.model.model import Model
+from nanocascade.model.moe import Router, update_correction_bias
+from nanocascade.rollouts.rollout import Rollout
+from nanocascade.run.run import RunConfig
 from nanocascade.sampler import generate
-from nanocascade.state import load_state, save_state
-from nanocascade.training import make_optimizer, new_routing, no_load, optimizer_step, step_batches
-from nanocascade.training import score_tokens as score
 
 PLAIN = {"shard": True}
 SPREAD = {"expert_parallel": 2}

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanocascade.checkpoint import load_model, save_model
-from nanocascade.data import read_rows
-from nanocascade.rollout import Rollout
+from nanocascade.checkpoint.weights import load_model, save_model
+from nanocascade.data.rows import read_rows
+from nanocascade.engine.training import make_batches, score_tokens
+from nanocascade.rollouts.rollout import Rollout
 from nanocascade.sampler import generate
-from nanocascade.tokenizer import Tokenizer
-from nanocascade.training import make_batches, score_tokens
+from nanocascade.tokenizer.tokenizer import Tokenizer
 
 SOURCE = os.environ.get("NANOCASCADE_SMOLLM2", "")
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from fixtures import make_parity
 
-from nanocascade.checkpoint import load_model
-from nanocascade.moe import Routing, update_correction_bias
-from nanocascade.state import check_out_dir, load_state, save_state, state_dirs
+from nanocascade.checkpoint.state import check_out_dir, load_state, save_state, state_dirs
+from nanocascade.checkpoint.weights import load_model
+from nanocascade.model.moe import Routing, update_correction_bias
 
 
 def train(model, optimizer, steps):

@@ -6,8 +6,14 @@ import pytest
 from fixtures import toy_runs
 from fixtures.toy_runs import run_here
 
-from nanocascade.strategies import STRATEGIES, believed, most_frequent, revision_prompt, text_of
-from nanocascade.tasks import user_row
+from nanocascade.rollouts.strategies import (
+    STRATEGIES,
+    believed,
+    most_frequent,
+    revision_prompt,
+    text_of,
+)
+from nanocascade.toy.tasks import user_row
 
 skilled, rows = toy_runs.skilled, toy_runs.rows
 BOX = "\\boxed{%s}"

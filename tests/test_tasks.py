@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from nanocascade import tasks
-from nanocascade.data import PromptStream, conversation, normalize
+from nanocascade.data.rows import PromptStream, conversation, normalize
 from nanocascade.rewards import check_row, kind_of, score
-from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.toy import tasks
 
 GRADED = [x for x in tasks.GENERATORS if x != "preference"]  # that one has no right answer
 KINDS = {x: {x} for x in tasks.GENERATORS} | {"verify": {"math"}, "revise": {"math", "code"}}

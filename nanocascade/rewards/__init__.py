@@ -10,10 +10,10 @@ hold for all of them:
 
 import re
 
-from nanocascade.chat import parse_response
 from nanocascade.rewards import choice, code, instruct, math, proof, retrieval, structured, tools
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.preference import grade, reference_of, score_group
+from nanocascade.tokenizer.chat import parse_response
 
 __all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "needs_judge", "score", "score_group"]
 

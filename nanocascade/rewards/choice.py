@@ -12,7 +12,7 @@ import re
 
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.math import last_boxed
-from nanocascade.rewards.worker import TookTooLong, worker
+from nanocascade.sandbox.worker import TookTooLong, worker
 
 MODES = ("strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon")
 TAIL = 20_000  # characters that are looked at, from the end: where a final choice stands

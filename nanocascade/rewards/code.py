@@ -23,7 +23,6 @@ import os
 import re
 import threading
 
-from nanocascade.jail import encode
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.tools import MAX_CALLS
 from nanocascade.rewards.unit_tests import (
@@ -32,7 +31,8 @@ from nanocascade.rewards.unit_tests import (
     foreign_names,
     read_calls,
 )
-from nanocascade.sandbox import Limits, Sandbox
+from nanocascade.sandbox.jail import encode
+from nanocascade.sandbox.sandbox import Limits, Sandbox
 
 MAX_PROGRAM, MAX_PATCH = 1 << 18, 1 << 16  # characters; Codeforces takes 65,536 bytes
 MAX_VERDICTS = 20_000

@@ -131,7 +131,7 @@ def tokens(text):
 # letters, then the language of that script with most evidence. What counts as evidence is a table
 # beside the chat formats, as it is in many alphabets.
 _LANGUAGES = {}  # letters of a script -> {language: pattern}
-for _row in (Path(__file__).parents[1] / "languages.txt").read_text("utf-8").split("\n")[1:-1]:
+for _row in Path(__file__).with_name("languages.txt").read_text("utf-8").split("\n")[1:-1]:
     _script, _name, _marks = _row.split("\t")
     _words = r"\b(?:%s)\b" if _script.startswith("a-z") else "%s"
     _LANGUAGES.setdefault(_script, {})[_name] = _words % _marks.replace(" ", "|")

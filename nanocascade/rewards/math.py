@@ -13,7 +13,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 
 from nanocascade.rewards.base import Reward
-from nanocascade.rewards.worker import TookTooLong, require, worker
+from nanocascade.sandbox.worker import TookTooLong, require, worker
 
 MAX_BOX = 2_000  # characters, and so digits of a number
 BOX = "\\boxed{"

@@ -26,8 +26,8 @@ from urllib import error, request
 
 import numpy as np
 
-from nanocascade.chat import parse_response
 from nanocascade.rewards.base import Reward
+from nanocascade.tokenizer.chat import parse_response
 
 LOWEST, MIDDLE, NO_DIFFERENCE = 1.0, 3.0, 3.5  # of the scores 1..5 and of the ranking 1..6
 COMPARED = (("score_1", 1, 5), ("score_2", 1, 5), ("ranking", 1, 6))  # numbers, from, to

@@ -22,10 +22,10 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nanocascade import jail
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.code import last_program
 from nanocascade.rewards.unit_tests import check_seconds
+from nanocascade.sandbox import jail
 
 CPU_SECONDS, MEMORY, FILE_BYTES = 30, 2 << 30, 16 << 20  # of a run; row["cpu_seconds"] comes first
 NAME = re.compile(r"\s*(?:Theorem|Lemma|Fact|Remark|Corollary|Proposition)\s+([A-Za-z_][\w']*)\b")

@@ -16,7 +16,7 @@ import tomllib
 from xml.etree import ElementTree
 
 from nanocascade.rewards.base import Reward
-from nanocascade.rewards.worker import TookTooLong, require, worker
+from nanocascade.sandbox.worker import TookTooLong, require, worker
 
 MAX_TEXT = 200_000  # characters of a document
 TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null",

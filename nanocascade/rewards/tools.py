@@ -11,9 +11,9 @@ be read, in any turn, is a 0.
 
 import json
 
-from nanocascade.chat import CALL
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.structured import parse_json, same
+from nanocascade.tokenizer.chat import CALL
 
 MAX_CALLS = 200  # played in an episode
 SPELLED = {"True": "true", "False": "false", "None": "null"}  # Python's spelling in JSON's

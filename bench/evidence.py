@@ -1,6 +1,6 @@
 """What nightly.sh found: the claims over seeds, ablations, the long run, strategies, experts.
 
-    python runs/evidence.py runs/out-evidence assets      writes evidence.md, its CSVs and pictures
+    python -m bench.evidence runs/out-evidence assets      writes evidence.md, its CSVs and pictures
 
 Intervals are 95 % over seeds, by Student's t: training again, not only sampling again.
 """
@@ -11,11 +11,10 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import report
-from report import domains_of, own_domains, read_run, score, table
-
-from nanocascade.config import run_main
+from nanocascade.cli import run_main
 from nanocascade.stages import TEACHER_OF
+from runs import report
+from runs.report import domains_of, own_domains, read_run, score, table
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # quantiles by number
 LONG_KEYS = ("outcome/drawn", "entropy", "response/length", "mismatch/prob_error", "moe/load_max",

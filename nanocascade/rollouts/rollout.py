@@ -15,13 +15,13 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from nanocascade.chat import parse_response
-from nanocascade.data import conversation
-from nanocascade.distributed import Dist, unsharded
-from nanocascade.environments import answer
+from nanocascade.data.rows import conversation
+from nanocascade.engine.distributed import Dist, unsharded
+from nanocascade.environments.loop import answer
 from nanocascade.rewards import Reward, kind_of, needs_judge, score, score_group
 from nanocascade.rewards.preference import rule_judge, win_rate
 from nanocascade.sampler import generate
+from nanocascade.tokenizer.chat import parse_response
 
 MAX_DRAWS = 4  # dynamic filtering tries at most this many times the prompts of a step
 NOT_SCORED = "not scored: no judge"

@@ -23,7 +23,7 @@ import re
 from typing import NamedTuple
 
 from nanocascade.rewards import code, tools
-from nanocascade.sandbox import LIMITS
+from nanocascade.sandbox.sandbox import LIMITS
 
 MAX_RESULT = 8_000  # characters of one result
 PYTHON_CALLS = 100  # the report's tool-integrated reasoning

@@ -18,8 +18,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from nanocascade.chat import MARKUP, TEMPLATE, Piece, merge, parse_response, render_pieces
-from nanocascade.state import read_json, read_text
+from nanocascade.checkpoint.state import read_json, read_text
+from nanocascade.tokenizer.chat import MARKUP, TEMPLATE, Piece, merge, parse_response, render_pieces
 
 # Style <- texts that, all together, only templates of this very behaviour contain. (Nemotron 3
 # Ultra has no newline after </think>, other descendants of Qwen3 another rule for history.)

@@ -1,6 +1,6 @@
 """The pictures of a cascade: scores along the stages, and MOPD against RL. Needs matplotlib.
 
-    python runs/plot.py runs/out            writes cascade.png and mopd.png
+    python -m bench.plot runs/out            writes cascade.png and mopd.png
 """
 
 import sys
@@ -11,7 +11,7 @@ try:
 except ImportError:
     sys.exit("no plots: pip install matplotlib")
 
-from report import MAIN, RACES, TEACHER_OF, curve, domains_of, own_domains, read_runs, score
+from runs.report import MAIN, RACES, TEACHER_OF, curve, domains_of, own_domains, read_runs, score
 
 
 def draw_cascade(runs: dict, path: Path) -> None:

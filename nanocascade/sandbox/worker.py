@@ -66,7 +66,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from nanocascade.rewards.worker import serve; serve()"],
+            [sys.executable, "-c", "from nanocascade.sandbox.worker import serve; serve()"],
             stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path.strip(os.pathsep)},
         )  # fmt: skip

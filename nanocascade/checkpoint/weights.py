@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nanocascade.hf_config import config_json, load_config
-from nanocascade.model import Model
-from nanocascade.state import read_json, unfinished_dir, write_json_atomic, write_tensors
+from nanocascade.checkpoint.hf_config import config_json, load_config
+from nanocascade.checkpoint.state import read_json, unfinished_dir, write_json_atomic, write_tensors
+from nanocascade.model.model import Model
 
 # Small, and ruinous when rounded: at least fp32 in memory and on disk.
 KEEP_FP32 = (".gate.weight", ".e_score_correction_bias", ".A_log", ".D", ".dt_bias")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanocascade.mamba2 import upcast
+from nanocascade.model.mamba2 import upcast
 
 
 class Routing:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanocascade.cache import Cache
-from nanocascade.mamba2 import Mamba2, upcast
-from nanocascade.moe import MLP, Experts, MoE, Router, Routing
+from nanocascade.model.cache import Cache
+from nanocascade.model.mamba2 import Mamba2, upcast
+from nanocascade.model.moe import MLP, Experts, MoE, Router, Routing
 
 # Packed rows attend a document at a time, or, where rows have at most MASK_MAX tokens and documents
 # fewer than MASK_DOCUMENT in the mean, under one (t, t) mask:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from nanocascade.cache import Cache
-from nanocascade.checkpoint import KEEP_FP32
-from nanocascade.config import describe
-from nanocascade.distributed import LAYOUT, Dist, find_device
-from nanocascade.hf_config import load_config
-from nanocascade.mamba2 import SPAN
-from nanocascade.meter import (
+from nanocascade.checkpoint.hf_config import load_config
+from nanocascade.checkpoint.weights import KEEP_FP32
+from nanocascade.cli import describe
+from nanocascade.engine.distributed import LAYOUT, Dist, find_device
+from nanocascade.model.cache import Cache
+from nanocascade.model.mamba2 import SPAN
+from nanocascade.model.model import Model
+from nanocascade.plan.meter import (
     BYTES_REACHED,
     FLOPS_REACHED,
     NODE,
@@ -28,7 +29,6 @@ from nanocascade.meter import (
     imaginary_node,
     trace,
 )
-from nanocascade.model import Model
 from nanocascade.sampler import PREFILL_TOKENS, parts
 from nanocascade.stages import TEACHER_OF
 

@@ -16,9 +16,8 @@ import random
 import re
 from itertools import zip_longest
 
-from nanocascade.chat import render_pieces
-from nanocascade.environments import REPOSITORY_TOOLS, make_tool
-from nanocascade.strategies import (
+from nanocascade.environments.loop import REPOSITORY_TOOLS, make_tool
+from nanocascade.rollouts.strategies import (
     CHECK,
     SCORE,
     TRIED,
@@ -26,6 +25,7 @@ from nanocascade.strategies import (
     text_of,
     verification_prompt,
 )
+from nanocascade.tokenizer.chat import render_pieces
 
 ANIMALS = ("cat", "dog", "fox", "owl")
 COLORS = ("red", "blue", "green", "gold")

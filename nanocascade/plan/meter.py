@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nanocascade import mamba2
-from nanocascade.cache import Cache
-from nanocascade.distributed import EXPERT_TOKENS, Dist, parallelize, unsharded
-from nanocascade.logprobs import token_logprobs
-from nanocascade.model import MASK_MAX, Context, Model
-from nanocascade.moe import Experts
+from nanocascade.engine.distributed import EXPERT_TOKENS, Dist, parallelize, unsharded
+from nanocascade.model import mamba2
+from nanocascade.model.cache import Cache
+from nanocascade.model.logprobs import token_logprobs
+from nanocascade.model.model import MASK_MAX, Context, Model
+from nanocascade.model.moe import Experts
 from nanocascade.sampler import draw
 
 NODE = 8  # devices of a node, all of them imagined

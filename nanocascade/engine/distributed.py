@@ -24,9 +24,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from nanocascade.checkpoint import KEEP_FP32, load_model
-from nanocascade.config import find_device
-from nanocascade.moe import Experts, group_ends
+from nanocascade.checkpoint.weights import KEEP_FP32, load_model
+from nanocascade.cli import find_device
+from nanocascade.model.moe import Experts, group_ends
 
 # A rank that dies is noticed at once: gloo sees its connection close, torchrun its process end. So
 # the limit of a collective only has to be longer than any honest wait for a slow rank.

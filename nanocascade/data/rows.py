@@ -15,16 +15,15 @@ import json
 import math
 import random
 import re
-import sys
 import zlib
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-from nanocascade.chat import split_thought
-from nanocascade.environments import equip
+from nanocascade.checkpoint.state import read_text
+from nanocascade.environments.loop import equip
 from nanocascade.rewards import check_row, kind_of
-from nanocascade.state import read_text
+from nanocascade.tokenizer.chat import split_thought
 
 BOXED = "\n\nReason step by step and put the final answer inside \\boxed{}."
 
@@ -252,20 +251,3 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
         rows[row].append(i)
         bisect.insort(room, (left - lengths[i], row))
     return list(rows.values())
-
-
-def main(paths: list[str]) -> None:
-    """Print rows by domain, prompt lengths in characters, and what cannot be used and why."""
-    lengths, problems = defaultdict(list), []
-    for row in read_rows(paths, sft=None, problems=problems):
-        lengths[row["domain"]].append(sum(len(x["content"]) for x in conversation(row)[0]))
-    for domain, sizes in sorted(lengths.items()):
-        middle, longest = sorted(sizes)[len(sizes) // 2], max(sizes)
-        print(f"{domain}: {len(sizes)} rows, prompts of {middle} characters (at most {longest})")
-    print(f"{len(problems)} rows cannot be used", *problems, sep="\n  ")
-
-
-if __name__ == "__main__":
-    from nanocascade.config import run_main  # a layer above; it reports a missing file in one line
-
-    run_main(lambda: main(sys.argv[1:]))

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from nanocascade import jail
+from nanocascade.sandbox import jail
 
 
 class Limits(NamedTuple):

@@ -1,6 +1,6 @@
 """What the models of one cascade do: strategies at test time, and which experts serve a domain.
 
-    python -m runs.probe runs/out        writes strategies.csv and experts.csv there, once
+    python -m bench.probe runs/out        writes strategies.csv and experts.csv there, once
 """
 
 import csv
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from nanocascade import tasks
-from nanocascade.checkpoint import load_model
-from nanocascade.config import run_main
-from nanocascade.rollout import Sampling, roll_out
-from nanocascade.strategies import STRATEGIES
-from nanocascade.tokenizer import Tokenizer
+from nanocascade.checkpoint.weights import load_model
+from nanocascade.cli import run_main
+from nanocascade.rollouts.rollout import Sampling, roll_out
+from nanocascade.rollouts.strategies import STRATEGIES
+from nanocascade.tokenizer.tokenizer import Tokenizer
+from nanocascade.toy import tasks
 from sample import Config, play
 
 MODELS = ("sft", "mopd", "swe_rl")  # where strategies are tried; experts: first and last
@@ -62,7 +62,7 @@ def write(path: Path, head: tuple, rows) -> None:
 
 def main():
     if len(sys.argv) != 2:
-        raise ValueError("usage: python -m runs.probe DIRECTORY")
+        raise ValueError("usage: python -m bench.probe DIRECTORY")
     out = Path(sys.argv[1])
     head = ("model", "domain", "strategy", "round", "samples", "score")
     write(out / "strategies.csv", head, try_strategies(out))

@@ -16,24 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanocascade import plan, tasks
-from nanocascade.checkpoint import save_model
-from nanocascade.data import (
-    PromptStream,
-    conversation,
-    read_references,
-    read_rows,
-    sft_conversation,
-)
-from nanocascade.distributed import LAYOUT, load, parallelize
-from nanocascade.hf_config import load_config
-from nanocascade.model import Model, ModelConfig
-from nanocascade.rewards import kind_of, needs_judge
-from nanocascade.rewards.code import shared_sandbox
-from nanocascade.rewards.preference import EndpointJudge, rule_judge
-from nanocascade.rollout import Rollout, Sampling, evaluate
-from nanocascade.sampler import widest
-from nanocascade.state import (
+from nanocascade.checkpoint.hf_config import load_config
+from nanocascade.checkpoint.state import (
     check_out_dir,
     load_state,
     read_json,
@@ -42,8 +26,16 @@ from nanocascade.state import (
     sha256_of,
     write_json_atomic,
 )
-from nanocascade.tokenizer import Tokenizer, build_toy_tokenizer
-from nanocascade.training import (
+from nanocascade.checkpoint.weights import save_model
+from nanocascade.data.rows import (
+    PromptStream,
+    conversation,
+    read_references,
+    read_rows,
+    sft_conversation,
+)
+from nanocascade.engine.distributed import LAYOUT, load, parallelize
+from nanocascade.engine.training import (
     Log,
     check_settings,
     commit,
@@ -51,6 +43,15 @@ from nanocascade.training import (
     peak_gib,
     show_rollout,
 )
+from nanocascade.model.model import Model, ModelConfig
+from nanocascade.plan import plan
+from nanocascade.rewards import kind_of, needs_judge
+from nanocascade.rewards.code import shared_sandbox
+from nanocascade.rewards.preference import EndpointJudge, rule_judge
+from nanocascade.rollouts.rollout import Rollout, Sampling, evaluate
+from nanocascade.sampler import widest
+from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.toy import tasks
 
 TOY = "toy"  # as a data source: rows of tasks.py
 

@@ -26,9 +26,10 @@ IM_START, IM_END, THINK, THINK_END, CALL, CALL_END, RESULT, RESULT_END = MARKUP
 OPENINGS = {("nemotron3", True): "<think>\n", ("nemotron3", False): "<think></think>",
             ("qwen3", False): "<think>\n\n</think>\n\n"}
 # The fixed words around declared tools stand in the formats as data; %s is where the tools go.
-TEMPLATE = Path(__file__).with_name("nemotron3.jinja").read_text("utf-8")
+TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATE = (TEMPLATES / "nemotron3.jinja").read_text("utf-8")
 NEMOTRON3_TOOLS = TEMPLATE.split("set tools_text -%}\n")[1].split("\n{%- endset")[0]
-QWEN3_TOOLS = Path(__file__).with_name("qwen3_tools.txt").read_text("utf-8").rstrip()
+QWEN3_TOOLS = (TEMPLATES / "qwen3_tools.txt").read_text("utf-8").rstrip()
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 

@@ -12,11 +12,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from nanocascade.data import pack
-from nanocascade.logprobs import token_logprobs
-from nanocascade.model import Model
-from nanocascade.moe import Router, Routing
-from nanocascade.rollout import Rollout
+from nanocascade.data.rows import pack
+from nanocascade.model.logprobs import token_logprobs
+from nanocascade.model.model import Model
+from nanocascade.model.moe import Router, Routing
+from nanocascade.rollouts.rollout import Rollout
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""From one device to many: processes, sharding, expert parallelism, the optimizer."""

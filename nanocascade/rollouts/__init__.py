@@ -1,0 +1,1 @@
+"""Episodes of the current policy: sampled, scored, grouped, filtered."""

@@ -1,0 +1,1 @@
+"""The bookkeeping of one run: settings, rows, checkpoints, evaluation, log."""

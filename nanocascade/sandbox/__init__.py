@@ -1,0 +1,1 @@
+"""Untrusted programs and parsers, in processes of their own."""

@@ -1,0 +1,1 @@
+"""The toy: generated tasks, their tokenizer and a model of a million parameters, a judge."""
