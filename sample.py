@@ -1,13 +1,13 @@
 """Talk to a checkpoint, sample from it, or evaluate it on a file of tasks.
 
-    python sample.py --model runs/out/mopd --prompt "What is 27+48?"
-    python sample.py --model runs/out/mopd                                   (chat in the terminal)
-    python sample.py --model runs/out/mopd --prompts FILE.txt                (one prompt a line)
-    python sample.py --model runs/out/mopd --tasks FILE.jsonl --num_samples 8
-    python sample.py --model HF_DIR --tasks FILE.jsonl --num_samples 16 --pass_rates RATED.jsonl
-    python sample.py --model HF_DIR --tasks FILE.jsonl --strategy refine --rounds 4 --num_samples 8
-    python sample.py --model HF_DIR --tools python --max_turns 101           (programs it calls run)
-    python sample.py --model HF_DIR --tasks FILE.jsonl --show_mask 1         (loss mask of SFT rows)
+python sample.py --model runs/out/mopd --prompt "What is 27+48?"
+python sample.py --model runs/out/mopd                                   (chat in the terminal)
+python sample.py --model runs/out/mopd --prompts FILE.txt                (one prompt a line)
+python sample.py --model runs/out/mopd --tasks FILE.jsonl --num_samples 8
+python sample.py --model HF_DIR --tasks FILE.jsonl --num_samples 16 --pass_rates RATED.jsonl
+python sample.py --model HF_DIR --tasks FILE.jsonl --strategy refine --rounds 4 --num_samples 8
+python sample.py --model HF_DIR --tools python --max_turns 101           (programs it calls run)
+python sample.py --model HF_DIR --tasks FILE.jsonl --show_mask 1         (loss mask of SFT rows)
 """
 
 import json
@@ -107,9 +107,14 @@ def with_tools(cfg: Config, row: dict) -> dict:
 def sample_rows(cfg: Config, model, tokenizer, rows: list[dict], scorer=None):
     """num_samples episodes of each row."""
     sampling = Sampling(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_turns, cfg.max_rows,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.top_p,
+        cfg.top_k,
+        cfg.max_turns,
+        cfg.max_rows,
         cfg.thinking,
-    )  # fmt: skip
+    )
     rows = [with_tools(cfg, row) for row in rows]
     return roll_out(
         model, tokenizer, rows, cfg.num_samples, sampling, cfg.seed, range(len(rows)), scorer
@@ -160,10 +165,16 @@ def chat(cfg: Config, model, tokenizer) -> None:
                 print(after[len(before.rstrip("\ufffd")) :], end="", flush=True)
 
         generate(
-            model, [ids], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-            top_p=cfg.top_p, top_k=cfg.top_k, stop_ids=tokenizer.eos_ids, seed=cfg.seed + turn,
+            model,
+            [ids],
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            top_k=cfg.top_k,
+            stop_ids=tokenizer.eos_ids,
+            seed=cfg.seed + turn,
             on_token=stream,
-        )  # fmt: skip
+        )
         print()
         history.append(parse_response(tokenizer.said(said, cfg.thinking), tools))
         calls = history[-1]["tool_calls"]
@@ -221,8 +232,13 @@ def play(cfg: Config, model, tokenizer, rows: list[dict]):
         drawn = replace(cfg, num_samples=n, seed=step_seed(cfg.seed, calls))
         groups = sample_rows(drawn, model, tokenizer, rows)
         # The answer alone goes on; a response that was cut off has none.
-        return [["" if x.truncated else parse_response(x.turns[-1]["content"])["content"]
-                 for x in group] for group in groups]  # fmt: skip
+        return [
+            [
+                "" if x.truncated else parse_response(x.turns[-1]["content"])["content"]
+                for x in group
+            ]
+            for group in groups
+        ]
 
     def grade(rows: list[dict], answers: list[str]) -> list[float]:
         return [reward.value for reward in scorer.pool.map(score, rows, answers)]

@@ -70,16 +70,28 @@ class Config(RunConfig):
 
 PRESETS = {
     "toy": {  # a rate that falls to 0: at a constant one Adam's noise costs mathematics (LOG.md)
-        "data": ("toy",), "eval_data": ("toy",), "steps": 50, "prompts": 768,
-        "rollouts": 1, "lr": 8e-4, "warmup": 8, "warmup_from": 8e-5, "schedule": "linear",
-        "max_new_tokens": 72, "max_turns": 4, "toy_rows": 4000,
+        "data": ("toy",),
+        "eval_data": ("toy",),
+        "steps": 50,
+        "prompts": 768,
+        "rollouts": 1,
+        "lr": 8e-4,
+        "warmup": 8,
+        "warmup_from": 8e-5,
+        "schedule": "linear",
+        "max_new_tokens": 72,
+        "max_turns": 4,
+        "toy_rows": 4000,
     },
     "small": {
-        "prompts": 32, "max_new_tokens": 512, "lr": 1e-6, "warmup_from": 1e-7,
+        "prompts": 32,
+        "max_new_tokens": 512,
+        "lr": 1e-6,
+        "warmup_from": 1e-7,
         "eval_max_new_tokens": 512,
     },
     "full": stages.FULL_LAYOUT | {"eval_max_new_tokens": 49152},
-}  # fmt: skip
+}
 
 
 def main():
@@ -98,9 +110,13 @@ def train(cfg: Config, dist: distributed.Dist):
     teachers.check_tokenizer(run.tokenizer)
     tokenizer = run.tokenizer
     sampling = Sampling(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_p, max_turns=cfg.max_turns,
-        max_rows=cfg.max_rows, return_experts=cfg.routing_replay,
-    )  # fmt: skip
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.top_p,
+        max_turns=cfg.max_turns,
+        max_rows=cfg.max_rows,
+        return_experts=cfg.routing_replay,
+    )
 
     # ---- Data ------------------------------------------------------------------------------------
     rows = run.train_rows(teachers.domains, per_domain=cfg.toy_rows)
@@ -114,9 +130,7 @@ def train(cfg: Config, dist: distributed.Dist):
         freeze_routers(model)
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(
-        model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer
-    )
+    optimizer = make_optimizer(model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer)
 
     # ---- Resume ----------------------------------------------------------------------------------
     # Files hold their own proportions; generated prompts come in those of the released file.
@@ -130,9 +144,18 @@ def train(cfg: Config, dist: distributed.Dist):
         began = time.perf_counter()
         # Rollouts: pi_inf is the student itself, with a cache (sampler.py).
         groups, timing = collect_groups(
-            model, tokenizer, stream, cfg.prompts, cfg.rollouts, sampling, cfg.seed, step, scorer,
-            dist, dynamic=False,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            stream,
+            cfg.prompts,
+            cfg.rollouts,
+            sampling,
+            cfg.seed,
+            step,
+            scorer,
+            dist,
+            dynamic=False,
+        )
         rollouts = [x for g in groups for x in g]
         taught = teachers.split(rollouts)  # by teacher; response_ids count in this order
         rollouts = [x for _, part in taught for x in part]
@@ -152,10 +175,17 @@ def train(cfg: Config, dist: distributed.Dist):
                 routing = new_routing(model, batch)
                 train_logprobs, entropy = score_tokens(model, batch, cfg.temperature, routing)
                 loss, values = compute_mopd_loss(
-                    train_logprobs, teacher_logprobs, batch.sampler_logprobs, batch.mask,
-                    cfg.gate_low, cfg.gate_high, response_ids=batch.response_ids + start,
-                    num_tokens=num_tokens, num_responses=num_responses, gate=cfg.gate,
-                )  # fmt: skip
+                    train_logprobs,
+                    teacher_logprobs,
+                    batch.sampler_logprobs,
+                    batch.mask,
+                    cfg.gate_low,
+                    cfg.gate_high,
+                    response_ids=batch.response_ids + start,
+                    num_tokens=num_tokens,
+                    num_responses=num_responses,
+                    gate=cfg.gate,
+                )
                 check_finite(loss, step, batch, part)
                 loss.backward()
                 values["entropy"] = masked_mean(entropy, batch.mask)
@@ -165,9 +195,14 @@ def train(cfg: Config, dist: distributed.Dist):
             start += len(part)
         teachers.load()  # out of the way, to host memory
         lr = learning_rate(
-            step, lr=cfg.lr, min_lr=cfg.min_lr, warmup=cfg.warmup, warmup_from=cfg.warmup_from,
-            total=cfg.steps, shape=cfg.schedule,
-        )  # fmt: skip
+            step,
+            lr=cfg.lr,
+            min_lr=cfg.min_lr,
+            warmup=cfg.warmup,
+            warmup_from=cfg.warmup_from,
+            total=cfg.steps,
+            shape=cfg.schedule,
+        )
         norm = optimizer_step(model, optimizer, lr, cfg.max_norm, dist)
         load = dist.sum(load)
         update_correction_bias(model, load, cfg.bias_rate)

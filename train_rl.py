@@ -85,11 +85,15 @@ class Config(RunConfig):
 PRESETS = {
     "toy": {"data": ("toy",), "eval_data": ("toy",)},
     "small": {
-        "prompts": 16, "rollouts": 8, "max_new_tokens": 512, "lr": 1e-6, "steps": 100,
+        "prompts": 16,
+        "rollouts": 8,
+        "max_new_tokens": 512,
+        "lr": 1e-6,
+        "steps": 100,
         "eval_max_new_tokens": 512,
     },
     "full": stages.FULL_LAYOUT | {"eval_max_new_tokens": 49152},
-}  # fmt: skip
+}
 
 
 def main():
@@ -108,10 +112,15 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
     run = Run(cfg, cfg.stage, dist)
     tokenizer = run.tokenizer
     sampling = Sampling(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_p, max_turns=cfg.max_turns,
-        max_rows=cfg.max_rows, return_experts=cfg.routing_replay, max_tokens=cfg.max_tokens,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.top_p,
+        max_turns=cfg.max_turns,
+        max_rows=cfg.max_rows,
+        return_experts=cfg.routing_replay,
+        max_tokens=cfg.max_tokens,
         thinking=cfg.thinking,
-    )  # fmt: skip
+    )
 
     # ---- Data ------------------------------------------------------------------------------------
     rows = run.train_rows(tuple(stage.domains), per_domain=cfg.toy_rows)
@@ -130,14 +139,20 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         freeze_routers(model)
     if (cfg.max_pass_rate < 1 or cfg.keep_unsolved < 1) and not run.resumes:
         rows = in_reach(
-            model, tokenizer, rows, sampling, scorer, cfg.seed, dist, samples=cfg.pass_samples,
-            max_pass_rate=cfg.max_pass_rate, keep_unsolved=cfg.keep_unsolved,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            rows,
+            sampling,
+            scorer,
+            cfg.seed,
+            dist,
+            samples=cfg.pass_samples,
+            max_pass_rate=cfg.max_pass_rate,
+            keep_unsolved=cfg.keep_unsolved,
+        )
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(
-        model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer
-    )
+    optimizer = make_optimizer(model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer)
 
     # ---- Resume ----------------------------------------------------------------------------------
     rows, stream, first = run.resume(model, optimizer, rows, weights=stage.domains)
@@ -151,9 +166,18 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         if reference is not None:
             reference.cpu()  # to be out of the way
         groups, timing = collect_groups(
-            model, tokenizer, stream, cfg.prompts, cfg.rollouts, sampling, cfg.seed, step, scorer,
-            dist, cfg.dynamic_filtering,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            stream,
+            cfg.prompts,
+            cfg.rollouts,
+            sampling,
+            cfg.seed,
+            step,
+            scorer,
+            dist,
+            cfg.dynamic_filtering,
+        )
         apply_overlong(groups, cfg.overlong)  # the filter; a penalty is the verdict 0 it has got
         mask_unsolved(groups, cfg.mask_unsolved)
 
@@ -179,20 +203,28 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
             routing = new_routing(model, batch)
             train_logprobs, entropy = score_tokens(model, batch, cfg.temperature, routing)
             loss, values = grpo_loss(
-                train_logprobs, batch.advantages, batch.mask,
-                num_tokens=num_tokens, sampler_logprobs=batch.sampler_logprobs,
-                ref_logprobs=ref_logprobs, kl_coef=cfg.kl_coef,
+                train_logprobs,
+                batch.advantages,
+                batch.mask,
+                num_tokens=num_tokens,
+                sampler_logprobs=batch.sampler_logprobs,
+                ref_logprobs=ref_logprobs,
+                kl_coef=cfg.kl_coef,
                 gate=(cfg.gate_low, cfg.gate_high) if cfg.gate_low else None,
-            )  # fmt: skip
+            )
             check_finite(loss, step, batch, rollouts)
             loss.backward()
             values["entropy"] = masked_mean(entropy, batch.mask)
             metrics.add(values, weight=int(batch.mask.sum()))
             load += routing.load(batch.valid, model.config.num_experts)
         lr = learning_rate(
-            step, lr=cfg.lr, min_lr=cfg.min_lr, warmup=cfg.warmup, total=cfg.steps,
+            step,
+            lr=cfg.lr,
+            min_lr=cfg.min_lr,
+            warmup=cfg.warmup,
+            total=cfg.steps,
             shape=cfg.schedule,
-        )  # fmt: skip
+        )
         norm = optimizer_step(model, optimizer, lr, cfg.max_norm, dist)
         load = dist.sum(load)
         update_correction_bias(model, load, cfg.bias_rate)
@@ -211,11 +243,17 @@ def check_outcomes(cfg: Config, rows: list[dict]) -> None:
     """Refuse what asks which rollouts are right where nobody can tell: preference rows have an
     outcome only against stored answers of the SFT model."""
     untold = [x["id"] for x in rows if kind_of(x) == "preference" and "reference" not in x]
-    asked = {"dynamic_filtering": cfg.dynamic_filtering, "mask_unsolved": cfg.mask_unsolved >= 0,
-             "max_pass_rate": cfg.max_pass_rate < 1, "keep_unsolved": cfg.keep_unsolved < 1}
+    asked = {
+        "dynamic_filtering": cfg.dynamic_filtering,
+        "mask_unsolved": cfg.mask_unsolved >= 0,
+        "max_pass_rate": cfg.max_pass_rate < 1,
+        "keep_unsolved": cfg.keep_unsolved < 1,
+    }
     for name in [name for name, x in asked.items() if x and untold]:
-        raise ValueError(f"--{name} {getattr(cfg, name)}: preference rows ({untold[0]}, ...) have"
-                         " no outcome without --references")  # fmt: skip
+        raise ValueError(
+            f"--{name} {getattr(cfg, name)}: preference rows ({untold[0]}, ...) have"
+            " no outcome without --references"
+        )
 
 
 if __name__ == "__main__":

@@ -59,17 +59,33 @@ class Config(RunConfig):
 
 PRESETS = {
     "toy": {
-        "data": ("toy",), "eval_data": ("toy",), "steps": 800, "schedule_steps": 800,
-        "batch_tokens": 4096, "row_tokens": 256, "micro_tokens": 8192, "lr": 3e-3, "min_lr": 3e-4,
-        "warmup": 20, "betas": (0.9, 0.95), "toy_rows": 8000,
+        "data": ("toy",),
+        "eval_data": ("toy",),
+        "steps": 800,
+        "schedule_steps": 800,
+        "batch_tokens": 4096,
+        "row_tokens": 256,
+        "micro_tokens": 8192,
+        "lr": 3e-3,
+        "min_lr": 3e-4,
+        "warmup": 20,
+        "betas": (0.9, 0.95),
+        "toy_rows": 8000,
         "save_every": 50,
     },
     "small": {
-        "steps": 200, "schedule_steps": 200, "batch_tokens": 16384, "row_tokens": 2048,
-        "micro_tokens": 4096, "lr": 2e-5, "min_lr": 2e-6, "warmup": 10, "eval_max_new_tokens": 512,
+        "steps": 200,
+        "schedule_steps": 200,
+        "batch_tokens": 16384,
+        "row_tokens": 2048,
+        "micro_tokens": 4096,
+        "lr": 2e-5,
+        "min_lr": 2e-6,
+        "warmup": 10,
+        "eval_max_new_tokens": 512,
     },
     "full": stages.FULL_LAYOUT | {"eval_max_new_tokens": 49152},
-}  # fmt: skip
+}
 
 
 def main():
@@ -98,9 +114,7 @@ def train(cfg: Config, dist: distributed.Dist):
     model = run.model
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(
-        model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer
-    )
+    optimizer = make_optimizer(model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.offload_optimizer)
 
     # ---- Resume ----------------------------------------------------------------------------------
     weights = tasks.SFT_SHARES if cfg.data == ("toy",) else None
@@ -140,9 +154,13 @@ def train(cfg: Config, dist: distributed.Dist):
             metrics.add(values, weight=int(batch.mask.sum()))
             load += routing.load(batch.valid, model.config.num_experts)
         lr = learning_rate(
-            step, lr=cfg.lr, min_lr=cfg.min_lr, warmup=cfg.warmup, total=cfg.schedule_steps,
+            step,
+            lr=cfg.lr,
+            min_lr=cfg.min_lr,
+            warmup=cfg.warmup,
+            total=cfg.schedule_steps,
             shape="cosine",
-        )  # fmt: skip
+        )
         norm = optimizer_step(model, optimizer, lr, cfg.max_norm, dist)
         load = dist.sum(load)
         update_correction_bias(model, load, cfg.bias_rate)

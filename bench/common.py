@@ -33,23 +33,49 @@ VOCAB = 512
 # A hybrid and an attention model of like size: width 256, 16 experts, two of them a token.
 FAMILIES = {
     "nemotron_h": {
-        "model_type": "nemotron_h", "hybrid_override_pattern": "MEMEM*EMEMEM*E",
-        "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-        "layer_norm_epsilon": 1e-5, "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 2,
-        "ssm_state_size": 64, "conv_kernel": 4, "chunk_size": 128, "n_routed_experts": 16,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_group": 1, "topk_group": 1,
-        "moe_shared_expert_intermediate_size": 256, "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5, "tie_word_embeddings": False,
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": "MEMEM*EMEMEM*E",
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "layer_norm_epsilon": 1e-5,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 64,
+        "n_groups": 2,
+        "ssm_state_size": 64,
+        "conv_kernel": 4,
+        "chunk_size": 128,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 256,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "tie_word_embeddings": False,
     },
     "qwen3_moe": {
-        "model_type": "qwen3_moe", "num_hidden_layers": 6, "hidden_size": 256, "head_dim": 64,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0, "num_experts": 16, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 256, "norm_topk_prob": True, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "tie_word_embeddings": False, "intermediate_size": 512,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 6,
+        "hidden_size": 256,
+        "head_dim": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+        "intermediate_size": 512,
         "hidden_act": "silu",
     },
-}  # fmt: skip
+}
 
 
 def options(**flags) -> argparse.Namespace:
@@ -57,8 +83,12 @@ def options(**flags) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--short", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--pairs", type=int, default=7, help="alternations of ours and the peer")
-    parser.add_argument("--seconds", type=float, default=75.0,
-                        help="a comparison ends after so long, with 3 pairs or more")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=75.0,
+        help="a comparison ends after so long, with 3 pairs or more",
+    )
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
     for name, (default, text) in flags.items():
         parser.add_argument(f"--{name}", nargs="*", default=default, help=text)
@@ -80,8 +110,13 @@ def random_prompts(count: int, low: int, high: int) -> list[list[int]]:
 @contextmanager
 def model_dir(family: str, tokenizer=None, seed=0, **changes):
     """A directory with random weights of a family, as save_model writes it."""
-    raw = {"vocab_size": VOCAB, "eos_token_id": EOS, "pad_token_id": 0, "initializer_range": 0.02,
-           "max_position_embeddings": 32768}  # fmt: skip
+    raw = {
+        "vocab_size": VOCAB,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 32768,
+    }
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(raw | FAMILIES[family] | changes))
@@ -204,9 +239,14 @@ def machine() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
         cwd=Path(__file__).parent,
-    ).stdout.strip()  # fmt: skip
+    ).stdout.strip()
     load = os.getloadavg()[0]
-    return (f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
-            f"{torch.__version__}, commit {commit or 'unknown'}, load {load:.1f}")  # fmt: skip
+    return (
+        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, commit {commit or 'unknown'}, load {load:.1f}"
+    )

@@ -17,8 +17,14 @@ from runs import report
 from runs.report import domains_of, own_domains, read_run, score, table
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # quantiles by number
-LONG_KEYS = ("outcome/drawn", "entropy", "response/length", "mismatch/prob_error", "moe/load_max",
-             "grad_norm")  # fmt: skip
+LONG_KEYS = (
+    "outcome/drawn",
+    "entropy",
+    "response/length",
+    "mismatch/prob_error",
+    "moe/load_max",
+    "grad_norm",
+)
 
 
 def over(values) -> str:
@@ -47,23 +53,35 @@ def seed_sections(seeds: list[dict], assets: Path) -> list[tuple[str, str]]:
         rows.append([domain, *(f"**{c}**" if o else c for c, o in zip(cells, own, strict=True))])
     means = [over(report.mean_score(x, name) for x in seeds) for name in report.MAIN]
     rows.append(["mean", *means])
-    scores = [[i, name, d, f"{x['after']['mean']:.4f}", f"{x['after']['interval']:.4f}"]
-              for i, runs in enumerate(seeds) for name, run in runs.items()
-              for d, x in run["manifest"]["evaluation"].items() if x.get("after")]  # fmt: skip
+    scores = [
+        [i, name, d, f"{x['after']['mean']:.4f}", f"{x['after']['interval']:.4f}"]
+        for i, runs in enumerate(seeds)
+        for name, run in runs.items()
+        for d, x in run["manifest"]["evaluation"].items()
+        if x.get("after")
+    ]
     write_csv(assets / "seeds.csv", ["seed", "run", "domain", "mean", "interval"], scores)
     found = [report.claims(x) for x in seeds]
-    held = [[name, wanted, "; ".join(x[i][2] for x in found),
-             f"{sum(x[i][3] for x in found)} of {len(found)}"]
-            for i, (name, wanted, *_) in enumerate(found[0])]  # fmt: skip
+    held = [
+        [
+            name,
+            wanted,
+            "; ".join(x[i][2] for x in found),
+            f"{sum(x[i][3] for x in found)} of {len(found)}",
+        ]
+        for i, (name, wanted, *_) in enumerate(found[0])
+    ]
     return [
         ("Scores after every stage, mean over seeds", table(["domain", *report.MAIN], rows)),
-        ("The claims, seed by seed",
-         table(["claim", "wanted", "measured, seed by seed", "holds in"], held)),
+        (
+            "The claims, seed by seed",
+            table(["claim", "wanted", "measured, seed by seed", "holds in"], held),
+        ),
         ("What each RL stage gained", gain_rows(seeds)),
         ("What was forgotten", fall_rows(seeds)),
         ("What MOPD brought back", recovery_rows(seeds)),
         ("MOPD against the RL that made the teacher", race_rows(seeds)),
-    ]  # fmt: skip
+    ]
 
 
 def gain_rows(seeds: list[dict]) -> str:
@@ -80,8 +98,10 @@ def fall_rows(seeds: list[dict]) -> str:
         for domain, drop, stage, _ in report.falls(runs):
             drops[domain].append(drop)
             stages[domain][stage] += 1
-    rows = [[d, over(x), ", ".join(f"{s} {n}" for s, n in stages[d].most_common())]
-            for d, x in drops.items()]  # fmt: skip
+    rows = [
+        [d, over(x), ", ".join(f"{s} {n}" for s, n in stages[d].most_common())]
+        for d, x in drops.items()
+    ]
     head = ["domain", "largest drop below its best score so far", "most of it in (seeds)"]
     return table(head, rows)
 
@@ -95,8 +115,15 @@ def recovery_rows(seeds: list[dict]) -> str:
     rows = []
     for domain, xs in found.items():
         parts = [x[3] for x in xs if x[3] is not None]
-        rows.append([domain, *(over(x[i] for x in xs) for i in range(3)),
-                     over(x[2] - x[0] for x in xs), over(parts), f"{len(parts)} of {len(xs)}"])
+        rows.append(
+            [
+                domain,
+                *(over(x[i] for x in xs) for i in range(3)),
+                over(x[2] - x[0] for x in xs),
+                over(parts),
+                f"{len(parts)} of {len(xs)}",
+            ]
+        )
     head = ["domain", "start", "teacher", "after MOPD", "change", "part of the gap", "gaps"]
     return table(head, rows)
 
@@ -106,11 +133,19 @@ def race_rows(seeds: list[dict]) -> str:
     for runs in seeds:
         for domain, _, a, b in report.races(runs):
             found[domain].append((a[1] / b[1], a[2] / b[2]) if a and b and b[1] else None)
-    rows = [[d, f"{sum(x is not None for x in xs)} of {len(xs)}",
-             *(over(x[i] for x in xs if x) for i in (0, 1))] for d, xs in found.items()]
+    rows = [
+        [
+            d,
+            f"{sum(x is not None for x in xs)} of {len(xs)}",
+            *(over(x[i] for x in xs if x) for i in (0, 1)),
+        ]
+        for d, xs in found.items()
+    ]
     text = table(["domain", "level reached", "fewer samples, times", "fewer seconds, times"], rows)
-    ends = {x: over(report.score(runs, x, "math")["mean"] for runs in seeds)
-            for x in ("math_rl", "mopd")}  # fmt: skip
+    ends = {
+        x: over(report.score(runs, x, "math")["mean"] for runs in seeds)
+        for x in ("math_rl", "mopd")
+    }
     return text + (
         "\n\nMathematics was never taught by RL in the cascade, so that no RL has shown what its"
         f" teacher costs. GRPO on it, from where MOPD started: {ends['math_rl']}, MOPD:"
@@ -143,9 +178,13 @@ def arm_values(stage: str, run: dict) -> dict[str, float]:
         own |= {"multi-domain": after(run, multi), "reverse KL": ending("mopd/reverse_kl")}
     others = [d for d in scored if d not in (("if",) if stage == "if_rl" else TEACHER_OF)]
     worst = max(x["grad_norm"] for x in run["metrics"])
-    return own | {"other domains": after(run, others), "entropy": ending("entropy"),
-                  "mismatch": ending("mismatch/prob_error"), "load max": ending("moe/load_max"),
-                  "largest grad norm": worst}  # fmt: skip
+    return own | {
+        "other domains": after(run, others),
+        "entropy": ending("entropy"),
+        "mismatch": ending("mismatch/prob_error"),
+        "load max": ending("moe/load_max"),
+        "largest grad norm": worst,
+    }
 
 
 def ablation_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
@@ -175,8 +214,12 @@ def ablation_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
                     cells.append(gap if gap.startswith("-") else "+" + gap)
             rows.append([arm, str(len(shared)), *cells])
         head = ["arm", "seeds", *next(iter(base.values()))]
-        sections.append((f"Ablations of {stage}: the recipe, and what each change adds to it",
-                         table(head, rows)))  # fmt: skip
+        sections.append(
+            (
+                f"Ablations of {stage}: the recipe, and what each change adds to it",
+                table(head, rows),
+            )
+        )
     return sections
 
 
@@ -211,8 +254,11 @@ def long_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
     body = "![long](long.png)\n\n" + table(["arm", "from step", *LONG_KEYS], rows)
     for name, run in runs.items():  # one that has not ended has no manifest yet
         scores = run.get("manifest", {}).get("evaluation", {})
-        found = [f"{d} {x['before']['mean']:.3f} -> {x['after']['mean']:.3f}"
-                 for d, x in scores.items() if x["before"] and x.get("after")]  # fmt: skip
+        found = [
+            f"{d} {x['before']['mean']:.3f} -> {x['after']['mean']:.3f}"
+            for d, x in scores.items()
+            if x["before"] and x.get("after")
+        ]
         body += f"\n\nHeld out, {name}: {', '.join(found) or 'not measured yet'}."
     return [("One stage for a long time (means of 20 steps)", body)]
 
@@ -248,8 +294,13 @@ def strategy_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
             rounds = sorted({r for r, _, _ in points})
             spent = [[s for q, s, _ in points if q == r] for r in rounds]
             scores = [[y for q, _, y in points if q == r] for r in rounds]
-            ax.plot([sum(x) / len(x) for x in spent], [sum(y) / len(y) for y in scores], "o-",
-                    ms=3, label=strategy)  # fmt: skip
+            ax.plot(
+                [sum(x) / len(x) for x in spent],
+                [sum(y) / len(y) for y in scores],
+                "o-",
+                ms=3,
+                label=strategy,
+            )
             cost = sum(spent[-1]) / len(spent[-1])
             rows.append([model, domain, strategy, f"{cost:.1f}", *map(over, scores)])
         ax.set(title=f"{domain}, {model}", xscale="log", xlabel="samples a problem", ylim=(0, 1.02))
@@ -280,8 +331,13 @@ def expert_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
             picture = axes[i][j].imshow(grid, vmin=0, vmax=0.4, cmap="viridis", aspect="auto")
             axes[i][j].set(title=f"{model}, block of experts {layer}", xlabel="expert")
             axes[i][j].set_yticks(range(len(domains)), domains)
-        moved = {d: sum(abs(share[models[0], d, layer, e] - share[models[-1], d, layer, e])
-                        for e in experts) / 2 for d in domains}  # fmt: skip
+        moved = {
+            d: sum(
+                abs(share[models[0], d, layer, e] - share[models[-1], d, layer, e]) for e in experts
+            )
+            / 2
+            for d in domains
+        }
         rows.append([f"block {layer}", *(f"{moved[d]:.2f}" for d in domains)])
     figure.colorbar(picture, ax=axes, label="share of the choices of a domain's tokens")
     figure.savefig(assets / "experts.png", dpi=110)

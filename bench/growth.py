@@ -101,8 +101,12 @@ def plot(measured: dict[str, dict[int, float]], path: str) -> None:
         axis = axes[panels.index(name.split(": ")[1])]
         a, b = fit(points)
         line = axis.plot(list(points), [1e3 * y for y in points.values()], "o", markersize=4)[0]
-        axis.plot(list(points), [1e3 * (a + b * x) for x in points], color=line.get_color(),
-                  label=f"{name.split(':')[0]}\n{1e3 * a:.1f} + {1e3 * b:.3g} x ms")  # fmt: skip
+        axis.plot(
+            list(points),
+            [1e3 * (a + b * x) for x in points],
+            color=line.get_color(),
+            label=f"{name.split(':')[0]}\n{1e3 * a:.1f} + {1e3 * b:.3g} x ms",
+        )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xlabel(name.split(": ")[1])
@@ -126,17 +130,21 @@ def main():
                 seconds = function()
                 if repeat or cfg.short:  # the first round warms up
                     times[name][x].append(seconds)
-    measured = {name: {x: statistics.median(y) for x, y in points.items()}
-                for name, points in times.items()}  # fmt: skip
+    measured = {
+        name: {x: statistics.median(y) for x, y in points.items()} for name, points in times.items()
+    }
     with open(out + ".csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["curve", "x", "seconds"])
-        writer.writerows([name, x, f"{y:.6f}"] for name, points in measured.items()
-                         for x, y in points.items())  # fmt: skip
+        writer.writerows(
+            [name, x, f"{y:.6f}"] for name, points in measured.items() for x, y in points.items()
+        )
     for name, points in measured.items():
         a, b = fit(points)
-        print(f"{name:<34} {1e3 * a:8.2f} + {1e3 * b:9.5f} x ms   "
-              + "  ".join(f"{x}: {1e3 * y:.1f}" for x, y in points.items()))  # fmt: skip
+        print(
+            f"{name:<34} {1e3 * a:8.2f} + {1e3 * b:9.5f} x ms   "
+            + "  ".join(f"{x}: {1e3 * y:.1f}" for x, y in points.items())
+        )
     for name, changes in (("hybrid", {}), ("attention only", ATTENTION_ONLY)):
         config = build(**changes).config
         one, two = (Cache(config, 1, n).bytes for n in (1, 2))

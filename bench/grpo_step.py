@@ -69,9 +69,15 @@ class Ours:
         model, self.step = self.model, self.step + 1
         with forced_decoder(self.lengths):
             groups, _ = roll_out(
-                model, self.tokenizer, self.rows, self.rollouts, Sampling(max(self.lengths)),
-                self.step, range(len(self.rows)), self.scorer,
-            )  # fmt: skip
+                model,
+                self.tokenizer,
+                self.rows,
+                self.rollouts,
+                Sampling(max(self.lengths)),
+                self.step,
+                range(len(self.rows)),
+                self.scorer,
+            )
         rollouts = [x for group in groups for x in group]
         rewards = torch.tensor([x.reward for x in rollouts]).view(-1, self.rollouts)  # (p, r)
         advantages = group_advantages(rewards).flatten().tolist()
@@ -87,14 +93,22 @@ class Ours:
             train_logprobs, _ = score_tokens(model, batch, 1.0, routing)
             if self.teacher is None:
                 loss, _ = grpo_loss(
-                    train_logprobs, batch.advantages, batch.mask, num_tokens=int(counts.sum()),
+                    train_logprobs,
+                    batch.advantages,
+                    batch.mask,
+                    num_tokens=int(counts.sum()),
                     sampler_logprobs=batch.sampler_logprobs,
-                )  # fmt: skip
+                )
             else:
                 loss, _ = compute_mopd_loss(
-                    train_logprobs, teacher_logprobs, batch.sampler_logprobs, batch.mask,
-                    response_ids=batch.response_ids, num_tokens=counts, num_responses=len(rollouts),
-                )  # fmt: skip
+                    train_logprobs,
+                    teacher_logprobs,
+                    batch.sampler_logprobs,
+                    batch.mask,
+                    response_ids=batch.response_ids,
+                    num_tokens=counts,
+                    num_responses=len(rollouts),
+                )
             loss.backward()
             load += routing.load(batch.valid, model.config.num_experts)
         optimizer_step(model, self.optimizer, 1e-6, 1.0, Dist())
@@ -110,8 +124,9 @@ def make_trainer(folder, teacher_folder, rows, rollouts, lengths, steps, callbac
     datasets.disable_progress_bars()
     logging.disable(logging.WARNING)
     tokenizer, reader = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
-    prompts = [reader.render_text(x["responses_create_params"]["input"], None, True, True)
-               for x in rows]  # fmt: skip
+    prompts = [
+        reader.render_text(x["responses_create_params"]["input"], None, True, True) for x in rows
+    ]
     ids = [reader.render(x["responses_create_params"]["input"], None, True, True)[0] for x in rows]
     assert tokenizer(prompts[0], add_special_tokens=False).input_ids == ids[0], "other prompts"
     model = common.peer(folder)
@@ -124,12 +139,25 @@ def make_trainer(folder, teacher_folder, rows, rollouts, lengths, steps, callbac
 
     model.generate = generate
     settings = dict(
-        output_dir=out, per_device_train_batch_size=len(lengths), max_steps=steps, use_cpu=True,
-        max_completion_length=max(lengths), temperature=1.0, top_p=1.0, top_k=0, bf16=False,
-        learning_rate=1e-6, gradient_checkpointing=False, report_to="none", save_strategy="no",
-        logging_steps=1000, disable_tqdm=True, log_level="error", optim="adamw_torch_fused",
+        output_dir=out,
+        per_device_train_batch_size=len(lengths),
+        max_steps=steps,
+        use_cpu=True,
+        max_completion_length=max(lengths),
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        bf16=False,
+        learning_rate=1e-6,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1000,
+        disable_tqdm=True,
+        log_level="error",
+        optim="adamw_torch_fused",
         max_grad_norm=1.0,
-    )  # fmt: skip
+    )
     data = datasets.Dataset.from_dict({"prompt": prompts * (2 if len(prompts) == 1 else 1)})
     shared = dict(train_dataset=data, processing_class=tokenizer, callbacks=[callback])
     if teacher_folder:
@@ -168,33 +196,47 @@ def compare(name, folder, teacher_folder, rows, rollouts, lengths, cfg):
 
     pairs = 1 if cfg.short else cfg.pairs
     with tempfile.TemporaryDirectory() as out:
-        make_trainer(folder, teacher_folder, rows, rollouts, lengths, pairs + 1, Alternate(),
-                     out).train()  # fmt: skip
+        make_trainer(
+            folder, teacher_folder, rows, rollouts, lengths, pairs + 1, Alternate(), out
+        ).train()
     assert pairs + 1 >= len(mine) > min(pairs, 3) - 1
     mine, theirs = mine[1:], theirs[1:]
     padding = row_steps([[0]] * len(rows), rollouts, lengths, len(lengths)) / sum(lengths)
     common.row(
-        name, f"{statistics.median(mine):.2f} s", f"{statistics.median(theirs):.2f} s",
-        spread(ratios(mine, theirs)), spread(cpu[1:]), str(len(mine)), f"{padding:.2f}",
-    )  # fmt: skip
+        name,
+        f"{statistics.median(mine):.2f} s",
+        f"{statistics.median(theirs):.2f} s",
+        spread(ratios(mine, theirs)),
+        spread(cpu[1:]),
+        str(len(mine)),
+        f"{padding:.2f}",
+    )
 
 
 def main():
-    cfg = common.options(losses=(["grpo", "mopd"], "grpo, mopd"),
-                         shapes=(["equal", "unequal"], "equal, unequal"),
-                         longest=(["128"], "the longest response"))  # fmt: skip
-    common.table("case", "a step", "TRL", "ratio", "of CPU time", "pairs",
-                 "padding of responses alone")  # fmt: skip
+    cfg = common.options(
+        losses=(["grpo", "mopd"], "grpo, mopd"),
+        shapes=(["equal", "unequal"], "equal, unequal"),
+        longest=(["128"], "the longest response"),
+    )
+    common.table(
+        "case", "a step", "TRL", "ratio", "of CPU time", "pairs", "padding of responses alone"
+    )
     p, r, longest = (2, 2, 8) if cfg.short else (8, 8, int(cfg.longest[0]))
     with tempfile.TemporaryDirectory() as folder:
         build_toy_tokenizer(folder, vocabulary())
         tokenizer = Tokenizer(folder)
-    config = {"vocab_size": tokenizer.vocab_size, "eos_token_id": list(tokenizer.eos_ids),
-              "pad_token_id": tokenizer.special_ids["<|endoftext|>"]}  # fmt: skip
+    config = {
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": list(tokenizer.eos_ids),
+        "pad_token_id": tokenizer.special_ids["<|endoftext|>"],
+    }
     unequal = common.lengths(p * r, longest)
     for family in cfg.families:
-        with (common.model_dir(family, tokenizer, **config) as folder,
-              common.model_dir(family, tokenizer, seed=1, **config) as teacher):  # fmt: skip
+        with (
+            common.model_dir(family, tokenizer, **config) as folder,
+            common.model_dir(family, tokenizer, seed=1, **config) as teacher,
+        ):
             for loss in cfg.losses:
                 for shape in cfg.shapes:
                     lengths = unequal
@@ -202,9 +244,15 @@ def main():
                         lengths = [round(sum(unequal) / len(unequal))] * (p * r)
                     # TRL's distillation draws one response a prompt
                     prompts, rollouts = (p, r) if loss == "grpo" else (p * r, 1)
-                    compare(f"{family} {loss} {shape} {prompts}x{rollouts}", folder,
-                            teacher if loss == "mopd" else None, make_rows("math", prompts),
-                            rollouts, lengths, cfg)  # fmt: skip
+                    compare(
+                        f"{family} {loss} {shape} {prompts}x{rollouts}",
+                        folder,
+                        teacher if loss == "mopd" else None,
+                        make_rows("math", prompts),
+                        rollouts,
+                        lengths,
+                        cfg,
+                    )
 
 
 if __name__ == "__main__":

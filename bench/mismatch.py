@@ -41,10 +41,22 @@ DOMAINS = ("math", "if", "structured", "tools")
 def small_config(tokenizer) -> ModelConfig:
     """Depth, routing (sigmoid, top 6, scale 2.5) and block order of the 30B-A3B, all else small."""
     return ModelConfig(
-        vocab_size=-(-tokenizer.vocab_size // 8) * 8, hidden_size=64, pattern=PATTERN, head_dim=16,
-        num_experts=32, num_experts_per_tok=6, moe_intermediate_size=32, mamba_head_dim=16,
-        shared_expert_intermediate_size=64, routed_scaling_factor=2.5, mamba_num_heads=8,
-        mamba_n_groups=2, ssm_state_size=16, chunk_size=32, eos_token_ids=tuple(tokenizer.eos_ids))
+        vocab_size=-(-tokenizer.vocab_size // 8) * 8,
+        hidden_size=64,
+        pattern=PATTERN,
+        head_dim=16,
+        num_experts=32,
+        num_experts_per_tok=6,
+        moe_intermediate_size=32,
+        mamba_head_dim=16,
+        shared_expert_intermediate_size=64,
+        routed_scaling_factor=2.5,
+        mamba_num_heads=8,
+        mamba_n_groups=2,
+        ssm_state_size=16,
+        chunk_size=32,
+        eos_token_ids=tuple(tokenizer.eos_ids),
+    )
 
 
 def train(model, tokenizer, steps: int, batch_tokens: int = 2048) -> None:
@@ -62,8 +74,9 @@ def train(model, tokenizer, steps: int, batch_tokens: int = 2048) -> None:
         num_tokens, total = sum(x.num_loss_tokens for x in documents), 0.0
         for batch in make_batches(documents, batch_tokens):
             routing = new_routing(model, batch)
-            loss, _ = sft_loss(score_tokens(model, batch, routing=routing)[0], batch.mask,
-                               num_tokens=num_tokens)
+            loss, _ = sft_loss(
+                score_tokens(model, batch, routing=routing)[0], batch.mask, num_tokens=num_tokens
+            )
             loss.backward()
             total += float(loss.detach())
         optimizer_step(model, optimizer, 2e-3 * min(1, (step + 1) / 20), 1.0, Dist())
@@ -113,9 +126,12 @@ def main():
                 gaps, changed = compare(read, tokenizer, args.prompts, replay)
                 outside = float(((gaps.exp() < 0.5) | (gaps.exp() > 2)).double().mean())
                 name = str(dtype).removeprefix("torch.")
-                print(f"| {name} | {'yes' if replay else 'no'} | {len(gaps):,} | "
-                      f"{gaps.abs().mean():.2e} | {gaps.abs().max():.2e} | {outside:.3%} | "
-                      f"{changed:.2%} |", flush=True)
+                print(
+                    f"| {name} | {'yes' if replay else 'no'} | {len(gaps):,} | "
+                    f"{gaps.abs().mean():.2e} | {gaps.abs().max():.2e} | {outside:.3%} | "
+                    f"{changed:.2%} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The pictures of a cascade: scores along the stages, and MOPD against RL. Needs matplotlib.
 
-    python -m bench.plot runs/out            writes cascade.png and mopd.png
+python -m bench.plot runs/out            writes cascade.png and mopd.png
 """
 
 import sys
@@ -21,9 +21,13 @@ def draw_cascade(runs: dict, path: Path) -> None:
     for ax, domain in zip(axes.flat, domains, strict=False):
         points = [score(runs, x, domain) for x in names]
         ax.errorbar(
-            range(len(names)), [p["mean"] for p in points], [p["interval"] for p in points],
-            color="0.45", lw=1.2, capsize=2,
-        )  # fmt: skip
+            range(len(names)),
+            [p["mean"] for p in points],
+            [p["interval"] for p in points],
+            color="0.45",
+            lw=1.2,
+            capsize=2,
+        )
         for i, name in enumerate(names):
             if domain in own_domains(name):
                 color = "tab:green" if name == "mopd" else "tab:red"
@@ -45,8 +49,11 @@ def draw_mopd(runs: dict, path: Path) -> None:
     kl, norm, outcome, *others = axes.flat
     metrics = runs["mopd"]["metrics"]
     for name in sorted(set(TEACHER_OF.values())):
-        points = [(m["step"], m[f"mopd/reverse_kl/{name}"]) for m in metrics
-                  if f"mopd/reverse_kl/{name}" in m]  # fmt: skip
+        points = [
+            (m["step"], m[f"mopd/reverse_kl/{name}"])
+            for m in metrics
+            if f"mopd/reverse_kl/{name}" in m
+        ]
         kl.plot(*zip(*points, strict=True), label=f"teacher {name}")
     kl.set(title="MOPD: reverse KL, nats a token", xlabel="step", ylim=(0, None))
     norm.plot([m["step"] for m in metrics], [m["grad_norm"] for m in metrics])

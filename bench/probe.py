@@ -1,6 +1,6 @@
 """What the models of one cascade do: strategies at test time, and which experts serve a domain.
 
-    python -m bench.probe runs/out        writes strategies.csv and experts.csv there, once
+python -m bench.probe runs/out        writes strategies.csv and experts.csv there, once
 """
 
 import csv

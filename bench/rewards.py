@@ -32,15 +32,31 @@ from nanocascade.rewards.structured import mismatch, mismatch_fully, strict  # n
 from nanocascade.sandbox.worker import worker  # noqa: E402
 
 HOSTILE = [  # none answers anything; each is to be refused within a second of CPU
-    "", "\0", "\ud800\0" * 900_000, "a" * 10_000_000, BOX * 250_000, "{" * 1_900_000,
-    '{"a":' * 300_000, BOX + "9" * 1_900_000 + "}", BOX + "9^{9^{9^{9^9}}}}", "Answer:" * 250_000,
-    "[" + "1," * 900_000 + "1]", " \t" * 900_000, "```\n" * 400_000,
+    "",
+    "\0",
+    "\ud800\0" * 900_000,
+    "a" * 10_000_000,
+    BOX * 250_000,
+    "{" * 1_900_000,
+    '{"a":' * 300_000,
+    BOX + "9" * 1_900_000 + "}",
+    BOX + "9^{9^{9^{9^9}}}}",
+    "Answer:" * 250_000,
+    "[" + "1," * 900_000 + "1]",
+    " \t" * 900_000,
+    "```\n" * 400_000,
     BOX + "1},\\boxed{1}" * 9999,
-    "<think></think>" + "\n " * 900_000, "<think>" * 99_999, "```python\n" * 99_999,
-    "a: &a [x]\n" + "".join(f"b{i}: &b{i} [*a,*a]\n" for i in range(50)), "a." * 90_000 + "b = 1",
-    '<!DOCTYPE p [<!ENTITY n "nn">]><p>&n;</p>', "<tool_call><function=f>" * 50_000, "a" * 60 + "!",
-    "```coq\n" + "(*" * 100_000, "<<<<<<< SEARCH\n" * 4000,
-]  # fmt: skip
+    "<think></think>" + "\n " * 900_000,
+    "<think>" * 99_999,
+    "```python\n" * 99_999,
+    "a: &a [x]\n" + "".join(f"b{i}: &b{i} [*a,*a]\n" for i in range(50)),
+    "a." * 90_000 + "b = 1",
+    '<!DOCTYPE p [<!ENTITY n "nn">]><p>&n;</p>',
+    "<tool_call><function=f>" * 50_000,
+    "a" * 60 + "!",
+    "```coq\n" + "(*" * 100_000,
+    "<<<<<<< SEARCH\n" * 4000,
+]
 
 
 class Kind:
@@ -78,8 +94,10 @@ class Kind:
         times = sorted(self.times) or [float("nan")]
         middle, late = statistics.median(times), times[int(0.99 * (len(times) - 1))]
         share = f"{self.agree:,} of {self.of:,} ({100 * self.agree / self.of:.1f} %)"
-        return (f"| {self.name} | {self.against} | {share} | {middle:.2f} | {late:.2f} "
-                f"| {self.attacks - self.survived:,} of {self.attacks:,} |")  # fmt: skip
+        return (
+            f"| {self.name} | {self.against} | {share} | {middle:.2f} | {late:.2f} "
+            f"| {self.attacks - self.survived:,} of {self.attacks:,} |"
+        )
 
 
 # ---- Mathematics ------------------------------------------------------------------------------
@@ -111,8 +129,10 @@ def recorded_cases(folder):
     class Watch:
         @pytest.hookimpl(tryfirst=True)
         def pytest_runtest_setup(self, item):
-            now.update(name=item.name, params=getattr(item, "callspec", now).params if hasattr(
-                item, "callspec") else {})  # fmt: skip
+            now.update(
+                name=item.name,
+                params=getattr(item, "callspec", now).params if hasattr(item, "callspec") else {},
+            )
 
     math_verify.parse, math_verify.verify = watched_parse, watched_verify
     folder.joinpath("__init__.py").touch()
@@ -141,8 +161,11 @@ def mathematics(folder):
         inside = found(answer) or (answer.text.strip("$") if answer else None)
         response = answer.text if BOX in answer.text or not inside else f"{BOX}{inside}}}"
         verify = verify or math_verify.verify
-        if options.get("float_rounding", 6) != 6 or options != {} and not (
-                options["strict"] and not options["allow_set_relation_comp"]):
+        if (
+            options.get("float_rounding", 6) != 6
+            or options != {}
+            and not (options["strict"] and not options["allow_set_relation_comp"])
+        ):
             math_verify.verify = partial(verify, **options)
             worker.run = lambda function, extra, *args: function(*args)
         what = f"{name} {response:.150}"
@@ -166,15 +189,27 @@ def prose():
 
 
 CHANGES = [
-    str, str, str.upper, str.lower, lambda t: f'"{t}"', lambda t: f"```json\n{json.dumps(t)}\n```",
-    lambda t: f"<<A Title>>\n\n{t}", lambda t: t.replace(",", ""), lambda t: t + "\n\nP.S. Bye.",
-    lambda t: t + " My answer is yes.", lambda t: t.replace("\n\n", "\n***\n"),
-    lambda t: t.replace("\n\n", "******", 1), lambda t: re.sub(r"\b(\w{7})\b", r"*\1*", t, count=3),
-    lambda t: re.sub(r"\b(\w{5})\b", r"[\1]", t, count=2), lambda t: t.replace(". ", ".\n* "),
+    str,
+    str,
+    str.upper,
+    str.lower,
+    lambda t: f'"{t}"',
+    lambda t: f"```json\n{json.dumps(t)}\n```",
+    lambda t: f"<<A Title>>\n\n{t}",
+    lambda t: t.replace(",", ""),
+    lambda t: t + "\n\nP.S. Bye.",
+    lambda t: t + " My answer is yes.",
+    lambda t: t.replace("\n\n", "\n***\n"),
+    lambda t: t.replace("\n\n", "******", 1),
+    lambda t: re.sub(r"\b(\w{7})\b", r"*\1*", t, count=3),
+    lambda t: re.sub(r"\b(\w{5})\b", r"[\1]", t, count=2),
+    lambda t: t.replace(". ", ".\n* "),
     lambda t: "".join(f"SECTION {i}\n{x}\n" for i, x in enumerate(t.split("\n\n"), 1)),
-    lambda t: t.replace(". ", "... ").replace("the", "Dr. J. Smith's"), lambda t: t.title(),
-    lambda t: "- " + t.replace("\n\n", "\n- "), lambda t: t.replace(". ", "! He said \"so?\" "),
-]  # fmt: skip
+    lambda t: t.replace(". ", "... ").replace("the", "Dr. J. Smith's"),
+    lambda t: t.title(),
+    lambda t: "- " + t.replace("\n\n", "\n- "),
+    lambda t: t.replace(". ", '! He said "so?" '),
+]
 
 
 def arguments(rng, text):
@@ -184,21 +219,31 @@ def arguments(rng, text):
     near = lambda n: max(1, n + rng.randint(-1, 1))  # noqa: E731
     parts, letter = text.split("\n\n"), rng.choice("etaoqz")
     return {
-        "keywords": [some(), some()], "forbidden_words": [some(), "tide"], "keyword": some(),
-        "frequency": rng.randint(1, 3), "relation": rng.choice(["less than", "at least"]),
-        "letter": letter, "let_frequency": near(text.lower().count(letter)), "language": "en",
-        "let_relation": rng.choice(["less than", "at least"]), "num_words": near(len(words)),
-        "num_sentences": near(len(instruct.sentences(text))), "num_paragraphs": near(len(parts)),
+        "keywords": [some(), some()],
+        "forbidden_words": [some(), "tide"],
+        "keyword": some(),
+        "frequency": rng.randint(1, 3),
+        "relation": rng.choice(["less than", "at least"]),
+        "letter": letter,
+        "let_frequency": near(text.lower().count(letter)),
+        "language": "en",
+        "let_relation": rng.choice(["less than", "at least"]),
+        "num_words": near(len(words)),
+        "num_sentences": near(len(instruct.sentences(text))),
+        "num_paragraphs": near(len(parts)),
         "nth_paragraph": 1,
-        "first_word": (parts[0].split() or ["a"])[0].strip("*\"<>-[").lower() or "a",
-        "num_placeholders": rng.randint(1, 3), "postscript_marker": rng.choice(["P.S.", "P.P.S"]),
+        "first_word": (parts[0].split() or ["a"])[0].strip('*"<>-[').lower() or "a",
+        "num_placeholders": rng.randint(1, 3),
+        "postscript_marker": rng.choice(["P.S.", "P.P.S"]),
         "num_bullets": near(text.count("\n- ") + text.count("\n* ") + text.startswith("- ")),
-        "num_highlights": rng.randint(1, 3), "section_spliter": "SECTION", "num_sections":
-        near(text.count("SECTION")), "prompt_to_repeat": text[:40] if rng.random() < 0.5 else "Hi",
-        "end_phrase": " ".join(words[-2:]) + rng.choice(["", "."]), "capital_frequency":
-        near(sum(x.isupper() for x in words)),
+        "num_highlights": rng.randint(1, 3),
+        "section_spliter": "SECTION",
+        "num_sections": near(text.count("SECTION")),
+        "prompt_to_repeat": text[:40] if rng.random() < 0.5 else "Hi",
+        "end_phrase": " ".join(words[-2:]) + rng.choice(["", "."]),
+        "capital_frequency": near(sum(x.isupper() for x in words)),
         "capital_relation": rng.choice(["less than", "at least"]),
-    }  # fmt: skip
+    }
 
 
 def instructions(num=200):
@@ -238,11 +283,14 @@ def instructions(num=200):
 # ---- Programs ---------------------------------------------------------------------------------
 
 CHEATS = [
-    "import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise SystemExit",
+    "import sys\nsys.exit(0)",
+    "import os\nos._exit(0)",
+    "raise SystemExit",
     "class E:\n    __eq__ = lambda *a: True\n    __hash__ = None\n%s = lambda *a, **k: E()",
     "import builtins\nbuiltins.all = builtins.any = lambda *a: True\n%s = lambda *a, **k: None",
     "import os\nfor i in range(99): os.write(5, b'{\"value\": true}\\n')\nos._exit(0)",
-    "def %s(*a, **k): raise StopIteration", "import gc\n%s = lambda *a: gc.get_objects()",
+    "def %s(*a, **k): raise StopIteration",
+    "import gc\n%s = lambda *a: gc.get_objects()",
 ]
 
 
@@ -295,8 +343,13 @@ def documents(num=2000):
     kind, rng = Kind("structured output", "jsonschema 4 on random values"), random.Random(0)
     from test_rewards import PERSON
 
-    schemas = [PERSON, {"type": "array", "items": PERSON}, {"enum": [1, [True]]},
-               {"type": ["integer", "null"]}, {"items": {"const": {"a": 1}}}]  # fmt: skip
+    schemas = [
+        PERSON,
+        {"type": "array", "items": PERSON},
+        {"enum": [1, [True]]},
+        {"type": ["integer", "null"]},
+        {"items": {"const": {"a": 1}}},
+    ]
     schemas = [strict(x) for x in schemas]
 
     def value(depth=0):
@@ -349,8 +402,12 @@ def sandbox_attacks():
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--math_tests", type=Path, help="the folder `tests` of math-verify's sdist")
-    parser.add_argument("--mbpp", type=Path, help="a line each: task_id, code, test_imports, "
-                        "test_list of google-research's sanitized-mbpp.json")  # fmt: skip
+    parser.add_argument(
+        "--mbpp",
+        type=Path,
+        help="a line each: task_id, code, test_imports, "
+        "test_list of google-research's sanitized-mbpp.json",
+    )
     args = parser.parse_args()
     parts = [documents, own_rows, partial(programs, "HumanEval", human_eval), instructions]
     parts += [partial(programs, "MBPP", partial(mbpp, args.mbpp))] if args.mbpp else []
@@ -361,8 +418,12 @@ def main():
             rows += [part()] if part is not own_rows else part()
         except ImportError as missing:
             print(f"left out: {missing}")
-    print("\n| kind | compared with | agreement | median ms | p99 ms | hostile answers paid |\n"
-          "| --- | --- | --- | --- | --- | --- |", *rows, sep="\n")  # fmt: skip
+    print(
+        "\n| kind | compared with | agreement | median ms | p99 ms | hostile answers paid |\n"
+        "| --- | --- | --- | --- | --- | --- |",
+        *rows,
+        sep="\n",
+    )
     sandbox_attacks()
 
 

@@ -80,18 +80,26 @@ def their_rollouts(model, prompts, rollouts, lengths, batch):
         ids = torch.tensor([[0] * (width - len(x)) + x for x, _ in part])
         valid = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x, _ in part])
         out = model.generate(
-            ids, attention_mask=valid, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=max(n for _, n in part), pad_token_id=0, eos_token_id=EOS,
+            ids,
+            attention_mask=valid,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max(n for _, n in part),
+            pad_token_id=0,
+            eos_token_id=EOS,
             logits_processor=forced_lengths([n for _, n in part], width),
-        )  # fmt: skip
+        )
         total += int((out[:, width:] != 0).sum())
     assert total == sum(lengths), (total, sum(lengths))
 
 
 def row_steps(prompts, rollouts, lengths, batch) -> int:
     """Row-steps that the peer decodes: every row of a batch goes on to the longest."""
-    rows = [(len(x), lengths[i * rollouts + j])
-            for i, x in enumerate(prompts) for j in range(rollouts)]  # fmt: skip
+    rows = [
+        (len(x), lengths[i * rollouts + j]) for i, x in enumerate(prompts) for j in range(rollouts)
+    ]
     rows.sort(key=lambda row: row[0])
     parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     return sum(len(part) * max(n for _, n in part) for part in parts)
@@ -114,10 +122,16 @@ def compare(name, ours, theirs, prompts, rollouts, lengths, batch, cfg):
     gflops = tokens / seconds * token_flops(ours.config, context) / 1e9
     padding = row_steps(prompts, rollouts, lengths, batch) / tokens
     common.row(
-        name, f"{tokens / seconds:,.0f}", f"{tokens / statistics.median(other):,.0f} ({batch})",
-        spread(gain), spread(cpu), str(len(gain)), f"{padding:.2f}",
-        f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}", f"{peak.gbytes:.1f}",
-    )  # fmt: skip
+        name,
+        f"{tokens / seconds:,.0f}",
+        f"{tokens / statistics.median(other):,.0f} ({batch})",
+        spread(gain),
+        spread(cpu),
+        str(len(gain)),
+        f"{padding:.2f}",
+        f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}",
+        f"{peak.gbytes:.1f}",
+    )
     return statistics.median(gain)
 
 
@@ -125,8 +139,9 @@ def best_batch(theirs, prompts, rollouts, lengths, batches) -> int:
     """The batch size at which the peer is fastest on this work."""
     # An eighth of the lengths keeps the share of padding, and takes an eighth of the time.
     lengths = [max(1, n // 8) for n in lengths]
-    times = {b: timed(lambda b=b: their_rollouts(theirs, prompts, rollouts, lengths, b))
-             for b in batches}  # fmt: skip
+    times = {
+        b: timed(lambda b=b: their_rollouts(theirs, prompts, rollouts, lengths, b)) for b in batches
+    }
     return min(times, key=times.get)
 
 
@@ -138,9 +153,18 @@ def main():
         prompts=(["64"], "prompts, of 8 responses each"),
         longest=(["128"], "the longest output of the list, the mean is a quarter"),
         batches=(["16", "64", "256", "512"], "batch sizes of which the peer takes its best"),
-    )  # fmt: skip
-    common.table("case", "tokens/s", "peer (its batch)", "ratio", "of CPU time", "pairs",
-                 "padding alone", "GFLOP/s of matmul's", "copy GB/s")  # fmt: skip
+    )
+    common.table(
+        "case",
+        "tokens/s",
+        "peer (its batch)",
+        "ratio",
+        "of CPU time",
+        "pairs",
+        "padding alone",
+        "GFLOP/s of matmul's",
+        "copy GB/s",
+    )
     p, longest = int(cfg.prompts[0]), int(cfg.longest[0])
     r, batches = 8, [int(x) for x in cfg.batches]
     if cfg.short:
@@ -168,10 +192,16 @@ def decode(name, ours, theirs, cfg):
     new, gains = (8, []) if cfg.short else (int(cfg.new[0]), [])
     for batch in (1, 4) if cfg.short else (1, 16, 64, 256):
         prompts = common.random_prompts(batch, 32, 32)
-        gains.append(compare(f"{name} decode b={batch}", ours, theirs, prompts, 1, [new] * batch,
-                             batch, cfg))  # fmt: skip
-    common.row(name + " decode: geometric mean, lowest", "", "",
-               f"{statistics.geometric_mean(gains):.2f}, {min(gains):.2f}", *[""] * 5)  # fmt: skip
+        gains.append(
+            compare(f"{name} decode b={batch}", ours, theirs, prompts, 1, [new] * batch, batch, cfg)
+        )
+    common.row(
+        name + " decode: geometric mean, lowest",
+        "",
+        "",
+        f"{statistics.geometric_mean(gains):.2f}, {min(gains):.2f}",
+        *[""] * 5,
+    )
 
 
 if __name__ == "__main__":

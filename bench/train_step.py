@@ -55,8 +55,10 @@ def their_step(model, optimizer, rollouts, rows) -> float:
         valid = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in part])
         logits = model(ids, attention_mask=valid, use_cache=False).logits  # (b, t, v)
         labels = ids[:, 1:].masked_fill(valid[:, 1:] == 0, -100)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(),
-                               reduction="sum") / total  # fmt: skip
+        loss = (
+            F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            / total
+        )
         loss.backward()
         loss_sum += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,25 +79,46 @@ def compare(name, ours, theirs, sizes, cfg):
     other = torch.optim.AdamW(theirs.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     losses = our_step(ours, mine, rollouts), their_step(theirs, other, rollouts, len(sizes))
     assert abs(losses[0] - losses[1]) < 2e-2, losses  # nemotron_h: padding moves its last states
-    choices = {b: timed(lambda b=b: their_step(theirs, other, rollouts, b))
-               for b in sorted({max(len(sizes) // 4, 1), len(sizes)})}  # fmt: skip
+    choices = {
+        b: timed(lambda b=b: their_step(theirs, other, rollouts, b))
+        for b in sorted({max(len(sizes) // 4, 1), len(sizes)})
+    }
     rows = min(choices, key=choices.get)
-    *times, cpu = alternate(lambda: our_step(ours, mine, rollouts),
-                            lambda: their_step(theirs, other, rollouts, rows), cfg, peak.measure)
+    *times, cpu = alternate(
+        lambda: our_step(ours, mine, rollouts),
+        lambda: their_step(theirs, other, rollouts, rows),
+        cfg,
+        peak.measure,
+    )
     tokens, seconds = sum(sizes) - len(sizes), [statistics.median(x) for x in times]
     gflops = 3 * tokens * token_flops(ours.config, tokens / len(sizes) / 2) / seconds[0] / 1e9
     common.row(
-        name, f"{tokens / seconds[0]:,.0f}", f"{tokens / seconds[1]:,.0f} ({rows} rows)",
-        spread(ratios(*times)), spread(cpu), str(len(cpu)), f"{padded_share(sizes, rows):.2f}",
+        name,
+        f"{tokens / seconds[0]:,.0f}",
+        f"{tokens / seconds[1]:,.0f} ({rows} rows)",
+        spread(ratios(*times)),
+        spread(cpu),
+        str(len(cpu)),
+        f"{padded_share(sizes, rows):.2f}",
         f"{100 * gflops / peak.gflops:.0f} % of {peak.gflops:.0f}",
-    )  # fmt: skip
+    )
 
 
 def main():
-    cfg = common.options(shapes=(["unequal", "sorted", "equal", "wide"], "what to run"),
-                         longest=(["256"], "the longest of the 64 documents"))  # fmt: skip
-    common.table("case", "real tokens/s", "peer (its batch)", "ratio", "of CPU time", "pairs",
-                 "padding alone", "GFLOP/s of matmul's")  # fmt: skip
+    cfg = common.options(
+        shapes=(["unequal", "sorted", "equal", "wide"], "what to run"),
+        longest=(["256"], "the longest of the 64 documents"),
+    )
+    common.table(
+        "case",
+        "real tokens/s",
+        "peer (its batch)",
+        "ratio",
+        "of CPU time",
+        "pairs",
+        "padding alone",
+        "GFLOP/s of matmul's",
+    )
     count, longest = (8, 24) if cfg.short else (64, int(cfg.longest[0]))
     unequal = [x + 8 for x in common.lengths(count, longest)]
     for family in cfg.families:
@@ -107,11 +130,23 @@ def main():
                 sizes = sorted(sizes) if shape == "sorted" else sizes
                 compare(f"{family} {shape}", ours, theirs, sizes, cfg)
         if "wide" in cfg.shapes and not cfg.short:  # where matmuls dominate
-            wide = {"hidden_size": 1024, "moe_intermediate_size": 1024, "num_attention_heads": 16,
-                    "num_key_value_heads": 4}  # fmt: skip
-            wide |= {"num_hidden_layers": 2, "num_experts": 8} if family == "qwen3_moe" else {
-                "num_hidden_layers": 4, "hybrid_override_pattern": "ME*E", "mamba_num_heads": 32,
-                "moe_shared_expert_intermediate_size": 1024, "n_routed_experts": 8}
+            wide = {
+                "hidden_size": 1024,
+                "moe_intermediate_size": 1024,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 4,
+            }
+            wide |= (
+                {"num_hidden_layers": 2, "num_experts": 8}
+                if family == "qwen3_moe"
+                else {
+                    "num_hidden_layers": 4,
+                    "hybrid_override_pattern": "ME*E",
+                    "mamba_num_heads": 32,
+                    "moe_shared_expert_intermediate_size": 1024,
+                    "n_routed_experts": 8,
+                }
+            )
             with common.model_dir(family, **wide) as folder:
                 ours, theirs = common.ours_and_peer(folder)
                 theirs.train()

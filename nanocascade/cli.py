@@ -117,6 +117,9 @@ def _comments(cls) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(base))
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         ends = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        found |= {node.target.id: ends.get(node.end_lineno, "")
-                  for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)}
+        found |= {
+            node.target.id: ends.get(node.end_lineno, "")
+            for node in ast.parse(source).body[0].body
+            if isinstance(node, ast.AnnAssign)
+        }
     return found

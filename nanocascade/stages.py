@@ -41,69 +41,127 @@ class Stage:
 # (report, toy). Toy learning rates are for a model of 1M parameters; steps are for minutes.
 RL_STAGES = {
     "if_rl": dict(  # dynamic filtering, overlong penalty, thinking mode only
-        domains={"if": 1.0}, prompts=(128, 48), rollouts=(16, 8),
-        max_new_tokens=(48 * THOUSAND, 40), lr=(3e-6, 4e-4), steps=(180, 25),
+        domains={"if": 1.0},
+        prompts=(128, 48),
+        rollouts=(16, 8),
+        max_new_tokens=(48 * THOUSAND, 40),
+        lr=(3e-6, 4e-4),
+        steps=(180, 25),
         dynamic_filtering=True,
     ),
     "multi_domain_rl": dict(  # 55 % multiple choice, 30 % tool calls, 15 % structured output
-        domains={"mcqa": 0.55, "tools": 0.30, "structured": 0.15}, prompts=(128, 48),
-        rollouts=(16, 8), max_new_tokens=(48 * THOUSAND, 72), lr=(3e-6, 4e-4), steps=(70, 40),
-        overlong="filter", max_turns=(16, 4),
+        domains={"mcqa": 0.55, "tools": 0.30, "structured": 0.15},
+        prompts=(128, 48),
+        rollouts=(16, 8),
+        max_new_tokens=(48 * THOUSAND, 72),
+        lr=(3e-6, 4e-4),
+        steps=(70, 40),
+        overlong="filter",
+        max_turns=(16, 4),
     ),
     # OURS: RLHF 25 steps (the text says about 30) and no overlong filter (the table says yes).
     "rlhf": dict(
-        domains={"preference": 1.0}, prompts=(128, 24), rollouts=(16, 8),
-        max_new_tokens=(16 * THOUSAND, 48), lr=(3e-6, 3e-4), steps=(25, 25), kl_coef=0.03,
+        domains={"preference": 1.0},
+        prompts=(128, 24),
+        rollouts=(16, 8),
+        max_new_tokens=(16 * THOUSAND, 48),
+        lr=(3e-6, 3e-4),
+        steps=(25, 25),
+        kl_coef=0.03,
     ),
     # OURS: no overlong filter in long-context RL (the table says yes). Long questions only.
     "long_context_rl": dict(
-        domains={"long_context": 1.0}, prompts=(128, 16), rollouts=(16, 8), lr=(3e-6, 2e-4),
-        max_new_tokens=(48 * THOUSAND, 24), max_tokens=(48 * THOUSAND, 0), steps=(30, 25),
+        domains={"long_context": 1.0},
+        prompts=(128, 16),
+        rollouts=(16, 8),
+        lr=(3e-6, 2e-4),
+        max_new_tokens=(48 * THOUSAND, 24),
+        max_tokens=(48 * THOUSAND, 0),
+        steps=(30, 25),
     ),
     # OURS: code problems that the stage's own start always solves are dropped.
     # The report asks a strong model. Strict binary reward.
     "code_rl": dict(
-        domains={"code": 1.0}, prompts=(128, 48), rollouts=(16, 8),
-        max_new_tokens=(116 * THOUSAND, 40), lr=(3e-6, 1.5e-4), steps=(22, 15),
-        top_p=(0.95, 1.0), overlong="filter", max_pass_rate=0.99, pass_samples=(8, 4),
+        domains={"code": 1.0},
+        prompts=(128, 48),
+        rollouts=(16, 8),
+        max_new_tokens=(116 * THOUSAND, 40),
+        lr=(3e-6, 1.5e-4),
+        steps=(22, 15),
+        top_p=(0.95, 1.0),
+        overlong="filter",
+        max_pass_rate=0.99,
+        pass_samples=(8, 4),
     ),
     "swe_rl": dict(  # agentless repair; a prompt none of whose rollouts exceeds 0.5 is masked
-        domains={"swe": 1.0}, prompts=(128, 48), rollouts=(16, 8),
-        max_new_tokens=(96 * THOUSAND, 40), max_tokens=(96 * THOUSAND, 0), lr=(3e-6, 2e-4),
-        steps=(45, 20), mask_unsolved=0.5,
+        domains={"swe": 1.0},
+        prompts=(128, 48),
+        rollouts=(16, 8),
+        max_new_tokens=(96 * THOUSAND, 40),
+        max_tokens=(96 * THOUSAND, 0),
+        lr=(3e-6, 2e-4),
+        steps=(45, 20),
+        mask_unsolved=0.5,
     ),
     # Episodes in a repository (environments.py), its tests the reward; off the toy's cascade. What
     # is solved 16 of 16 times is removed, what never is kept with probability 0.1.
     # OURS: of the report's 256K tokens of context 16K are the prompt's; 40 steps (it does not say).
     "swe_agentic_rl": dict(
-        domains={"swe_agentic": 1.0}, prompts=(16, 16), rollouts=(64, 8),
-        max_new_tokens=(240 * THOUSAND, 200), lr=(3e-6, 1e-4), steps=(40, 15), warmup=(10, 2),
-        schedule="linear", temperature=(0.8, 1.0), max_turns=(200, 4), max_pass_rate=(0.99, 1.0),
-        keep_unsolved=(0.1, 1.0), pass_samples=16,
+        domains={"swe_agentic": 1.0},
+        prompts=(16, 16),
+        rollouts=(64, 8),
+        max_new_tokens=(240 * THOUSAND, 200),
+        lr=(3e-6, 1e-4),
+        steps=(40, 15),
+        warmup=(10, 2),
+        schedule="linear",
+        temperature=(0.8, 1.0),
+        max_turns=(200, 4),
+        max_pass_rate=(0.99, 1.0),
+        keep_unsolved=(0.1, 1.0),
+        pass_samples=16,
     ),
     "math_rl": dict(  # off the cascade: the report's comparison of GRPO with MOPD on mathematics
-        domains={"math": 1.0}, prompts=(128, 48), rollouts=(16, 8),
-        max_new_tokens=(48 * THOUSAND, 40), lr=(3e-6, 4e-4), steps=(25, 30),
+        domains={"math": 1.0},
+        prompts=(128, 48),
+        rollouts=(16, 8),
+        max_new_tokens=(48 * THOUSAND, 40),
+        lr=(3e-6, 4e-4),
+        steps=(25, 30),
     ),
-}  # fmt: skip
+}
 
 # How the 30B-A3B lies on a cluster, whatever the stage; --dry_run says what it holds and takes.
 FULL_LAYOUT = dict(
-    shard=True, expert_parallel=8, dtype="bfloat16", checkpoint_blocks=True, offload_optimizer=True,
-    micro_tokens=49152, max_rows=112,
-)  # fmt: skip
+    shard=True,
+    expert_parallel=8,
+    dtype="bfloat16",
+    checkpoint_blocks=True,
+    offload_optimizer=True,
+    micro_tokens=49152,
+    max_rows=112,
+)
 
 # Which teacher scores a prompt of this domain (Nemotron-Cascade 2, MOPD).
 TEACHER_OF = {
-    "math": "math", "if": "multi_domain", "mcqa": "multi_domain", "tools": "multi_domain",
-    "structured": "multi_domain", "preference": "preference",
-}  # fmt: skip
+    "math": "math",
+    "if": "multi_domain",
+    "mcqa": "multi_domain",
+    "tools": "multi_domain",
+    "structured": "multi_domain",
+    "preference": "preference",
+}
 
 # How many prompts of each domain MOPD draws (Nemotron-Cascade 2, MOPD: the rows it released).
 # OURS: preference prompts come from a second file whose share is not said; here they are a tenth.
 MOPD_SHARES = {
-    "math": 1853, "if": 1854, "mcqa": 927, "tools": 610, "structured": 927, "preference": 686,
-}  # fmt: skip
+    "math": 1853,
+    "if": 1854,
+    "mcqa": 927,
+    "tools": 610,
+    "structured": 927,
+    "preference": 686,
+}
 
 # The order of the toy's run and of the report's pages: (directory, stage, starts from).
 CASCADE = (

@@ -29,7 +29,7 @@ NOTES = {  # how to read a section, where the table alone does not say
     " latest, where the teacher was evaluated.\n\n",
     "Each run": "First -> last step. Mismatch: mean exp abs(train - sampler log-prob) - 1.\n\n",
     "Rollouts": "The first and the last one that each run logged of one domain.\n\n",
-}  # fmt: skip
+}
 
 
 def read_run(path: Path) -> dict | None:
@@ -77,8 +77,9 @@ def own_domains(name: str) -> list[str]:
 def domains_of(runs: dict) -> list[str]:
     """The cascade's domains; what only SFT teaches (checks and revisions) has no later score."""
     names = [x for x in MAIN if x in runs]
-    return [d for d in runs["sft"]["manifest"]["evaluation"]
-            if all(score(runs, x, d) for x in names)]  # fmt: skip
+    return [
+        d for d in runs["sft"]["manifest"]["evaluation"] if all(score(runs, x, d) for x in names)
+    ]
 
 
 def score_table(runs: dict) -> str:
@@ -104,9 +105,17 @@ def gains(runs: dict):
 
 def gain_table(runs: dict) -> str:
     """Own-domain score before and after each RL stage."""
-    rows = [[name, domain, cell(a), cell(b), f"{gain:+.2f} +-{error:.2f}",
-             f"{runs[name]['manifest']['seconds'] / 60:.1f}"]
-            for name, domain, a, b, gain, error in gains(runs)]  # fmt: skip
+    rows = [
+        [
+            name,
+            domain,
+            cell(a),
+            cell(b),
+            f"{gain:+.2f} +-{error:.2f}",
+            f"{runs[name]['manifest']['seconds'] / 60:.1f}",
+        ]
+        for name, domain, a, b, gain, error in gains(runs)
+    ]
     return table(["stage", "own domain", "before", "after", "gain", "minutes"], rows)
 
 
@@ -125,8 +134,9 @@ def falls(runs: dict):
 
 
 def forgetting_table(runs: dict) -> str:
-    rows = [[domain, f"{drop:+.2f} +-{error:.2f}", stage]
-            for domain, drop, stage, error in falls(runs)]  # fmt: skip
+    rows = [
+        [domain, f"{drop:+.2f} +-{error:.2f}", stage] for domain, drop, stage, error in falls(runs)
+    ]
     return table(["domain", "largest drop", "most of it in"], rows)
 
 
@@ -147,8 +157,14 @@ def recoveries(runs: dict):
         if gap > 0 and gap >= GAP_ERRORS * error:
             part = (end["mean"] - start["mean"]) / gap
             # first-order error of the ratio, start being in both differences
-            spread = ((end["interval"] ** 2 + (part * goal["interval"]) ** 2
-                       + ((1 - part) * start["interval"]) ** 2) ** 0.5) / gap  # fmt: skip
+            spread = (
+                (
+                    end["interval"] ** 2
+                    + (part * goal["interval"]) ** 2
+                    + ((1 - part) * start["interval"]) ** 2
+                )
+                ** 0.5
+            ) / gap
         yield domain, teacher, start, goal, end, part, spread
 
 
@@ -207,8 +223,10 @@ def race_table(runs: dict) -> str:
             times = f"{a[i] / b[i]:.1f}x" if a and b and b[i] else "-"
             rows.append([domain, f"{level:.2f}", label, *cells, times])
     if "math_rl" in runs:  # its teacher was made by SFT, so that no RL has shown what it costs
-        ends = [f"{cell(score(runs, x, 'math'))} after {curve(runs[x], 'math')[-1][1]:.0f} samples"
-                for x in ("math_rl", "mopd")]  # fmt: skip
+        ends = [
+            f"{cell(score(runs, x, 'math'))} after {curve(runs[x], 'math')[-1][1]:.0f} samples"
+            for x in ("math_rl", "mopd")
+        ]
         rows.append(["math, from multi_domain_rl", "-", "(no target)", *ends, "-"])
     return table(["domain", "level", "to reach it", "RL", "MOPD", "RL / MOPD"], rows)
 
@@ -227,23 +245,35 @@ def claims(runs: dict) -> list[tuple]:
     parts = [(part, domain) for domain, *_, part, _ in found if part is not None]
     recovered = "least {:.0%} ({})".format(*min(parts)) if parts else "no gap"
     change = min([x[4]["mean"] - x[2]["mean"] for x in found if x[5] is None], default=0.0)
-    times = [(domain, *(a[i] / b[i] if a and b and b[i] else 0.0 for i in (1, 2)))
-             for domain, _, a, b in races(runs)]  # fmt: skip
+    times = [
+        (domain, *(a[i] / b[i] if a and b and b[i] else 0.0 for i in (1, 2)))
+        for domain, _, a, b in races(runs)
+    ]
     rise = mean_score(runs, MAIN[-1]) - mean_score(runs, "sft")
     return [
-        ("after SFT, domains with a right answer", "0.2 to 0.8",
-         f"{min(taught):.2f} to {max(taught):.2f}", 0.2 <= min(taught) and max(taught) <= 0.8),
-        ("each RL stage on its own domains", "+0.10, beyond the interval",
-         f"least {least[4]:+.2f} +-{least[5]:.2f} ({least[1]})",
-         all(x[4] >= 0.1 and x[4] > x[5] for x in graded)),
+        (
+            "after SFT, domains with a right answer",
+            "0.2 to 0.8",
+            f"{min(taught):.2f} to {max(taught):.2f}",
+            0.2 <= min(taught) and max(taught) <= 0.8,
+        ),
+        (
+            "each RL stage on its own domains",
+            "+0.10, beyond the interval",
+            f"least {least[4]:+.2f} +-{least[5]:.2f} ({least[1]})",
+            all(x[4] >= 0.1 and x[4] > x[5] for x in graded),
+        ),
         ("win rate after RLHF", "0.60", f"{wins:.2f}", wins >= 0.6),
         ("MOPD recovers of each gap", "90 %", recovered, bool(parts) and min(parts)[0] >= 0.9),
         ("MOPD, taught domains without a gap", "-0.02 at most", f"{change:+.3f}", change >= -0.02),
-        ("MOPD against the teacher's RL", "fewer samples and seconds",
-         ", ".join(f"{x} {a:.1f}x, {b:.1f}x" for x, a, b in times) or "not run",
-         bool(times) and all(min(x[1:]) > 1 for x in times)),
+        (
+            "MOPD against the teacher's RL",
+            "fewer samples and seconds",
+            ", ".join(f"{x} {a:.1f}x, {b:.1f}x" for x, a, b in times) or "not run",
+            bool(times) and all(min(x[1:]) > 1 for x in times),
+        ),
         ("mean over domains, last stage against SFT", "+0.20", f"{rise:+.3f}", rise >= 0.2),
-    ]  # fmt: skip
+    ]
 
 
 def claim_table(runs: dict) -> str:
@@ -256,16 +286,30 @@ def stage_table(runs: dict) -> str:
     rows = []
     for name, run in runs.items():
         metrics, cells = run["metrics"], [name]
-        for key, form in (("response/length", ".1f"), ("entropy", ".2f"), ("grad_norm", ".2f"),
-                          ("mismatch/prob_error", ".0e"), ("moe/load_max", ".1f")):  # fmt: skip
+        for key, form in (
+            ("response/length", ".1f"),
+            ("entropy", ".2f"),
+            ("grad_norm", ".2f"),
+            ("mismatch/prob_error", ".0e"),
+            ("moe/load_max", ".1f"),
+        ):
             ends = [m[key] for m in (metrics[0], metrics[-1]) if key in m]
             cells.append(" -> ".join(format(x, form) for x in ends) or "-")
         steps = len(metrics)
         times = [sum(m.get(f"time/{x}", 0) for m in metrics) for x in ("rollout", "score", "train")]
         memory = f"{run['manifest']['peak_kib'] / 2**20:.2f}"
         rows.append(cells + [str(steps), " / ".join(f"{t:.0f}" for t in times), memory])
-    head = ["run", "length", "entropy", "grad norm", "mismatch", "load max", "steps",
-            "s: rollout / score / train", "GiB a rank"]  # fmt: skip
+    head = [
+        "run",
+        "length",
+        "entropy",
+        "grad norm",
+        "mismatch",
+        "load max",
+        "steps",
+        "s: rollout / score / train",
+        "GiB a rank",
+    ]
     return table(head, rows)
 
 
@@ -274,8 +318,14 @@ def distillation_table(runs: dict) -> str:
     metrics = runs["mopd"]["metrics"]
     kinds = sorted({k for m in metrics for k in m if k.startswith("mopd/reverse_kl")})
     picked = [m for i, m in enumerate(metrics) if i % max(len(metrics) // 8, 1) == 0] + metrics[-1:]
-    rows = [[str(m["step"]), *(f"{m[k]:.4f}" if k in m else "-" for k in kinds),
-             f"{m['grad_norm']:.3f}"] for m in picked]  # fmt: skip
+    rows = [
+        [
+            str(m["step"]),
+            *(f"{m[k]:.4f}" if k in m else "-" for k in kinds),
+            f"{m['grad_norm']:.3f}",
+        ]
+        for m in picked
+    ]
     return table(["step", *[k.removeprefix("mopd/") for k in kinds], "grad norm"], rows)
 
 
@@ -285,7 +335,7 @@ def example_text(runs: dict) -> str:
     for name, run in runs.items():
         alike = [x for x in run["rollouts"] if x["domain"] == run["rollouts"][0]["domain"]]
         for when, x in (("before", alike[0]), ("after", alike[-1])) if alike else ():
-            text = ("[...] " + x["prompt"][-400:])[-len(x["prompt"]):] + x["response"]
+            text = ("[...] " + x["prompt"][-400:])[-len(x["prompt"]) :] + x["response"]
             verdict = f"reward {x['reward']:.2f} ({x['reason']}), {x['stop_reason']}"
             parts.append(f"**{name}, {when}**: {verdict}\n\n````text\n{text}\n````")
     return "\n\n".join(parts)  # four ticks: an answer may hold a fence of three
@@ -325,8 +375,9 @@ def main():
     text += ends + ".\n"
     for title, body in sections:
         text += f"\n## {title}\n\n{NOTES.get(title, '')}"
-        text += "".join(f"![{x}]({x}.png)\n\n" for x in PICTURES.get(title, ())
-                        if (out / f"{x}.png").exists())  # fmt: skip
+        text += "".join(
+            f"![{x}]({x}.png)\n\n" for x in PICTURES.get(title, ()) if (out / f"{x}.png").exists()
+        )
         text += body + "\n"
     (out / "report.md").write_text(text)
     write_scores(runs, out / "scores.csv")

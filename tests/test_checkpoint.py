@@ -85,7 +85,8 @@ def test_parity_round_trip_transformers(source, tmp_path):
     model = load_model(source)
     save_model(model, tmp_path / "ours", max_shard_bytes=20_000)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True)
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not any(report.values()) and theirs.dtype == torch.float32
     theirs.save_pretrained(tmp_path / "theirs")
     again = load_model(tmp_path / "theirs")
@@ -101,7 +102,8 @@ def test_parity_fresh_transformers(tmp_path):
     save_model(Model(config).reset_parameters(0), tmp_path)
     assert load_config(tmp_path) == config
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True)
+        tmp_path, output_loading_info=True
+    )
     assert not any(report.values())
     assert theirs.generation_config.top_p == 0.95
     assert theirs.generation_config.eos_token_id == [3, 4]
@@ -113,14 +115,16 @@ def test_parity_train_script(sft, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, tokenizer = load_model(sft), Tokenizer(sft)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        sft, output_loading_info=True)
+        sft, output_loading_info=True
+    )
     assert not any(report.values())
     for module in theirs.modules():
         if hasattr(module, "time_step_limit"):  # 5.23 clamps by time_step_min, see README
             module.time_step_limit = (0.0, float("inf"))
     turns = [{"role": "user", "content": "What is 27+48?"}]
     ids = transformers.AutoTokenizer.from_pretrained(sft).apply_chat_template(
-        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
     assert ids[0].tolist() == tokenizer.render(turns, None, True, True)[0]
     assert (theirs(ids).logits - model.logits(model(ids))).abs().max() < 1e-4
     theirs.save_pretrained(tmp_path / "theirs")
@@ -141,8 +145,10 @@ def test_parity_stacked_experts(source, tmp_path):
         for name in [x for x in tensors if ".experts." in x]:
             head, tail = name.split(".experts.")
             parts.setdefault((head, tail.split(".")[1]), []).append((int(tail.split(".")[0]), name))
-        stacked = {key: torch.stack([tensors.pop(name) for _, name in sorted(names)])
-                   for key, names in parts.items()}
+        stacked = {
+            key: torch.stack([tensors.pop(name) for _, name in sorted(names)])
+            for key, names in parts.items()
+        }
         for (head, proj), x in stacked.items():
             if proj == "up_proj" and (head, "gate_proj") in stacked:
                 x, proj = torch.cat([stacked[head, "gate_proj"], x], 1), "gate_up_proj"
@@ -172,14 +178,28 @@ def test_parity_dtypes(source, stored, tmp_path):
 
 SPELLINGS = {
     "nemotron_h-base": {
-        "hybrid_override_pattern": None, "layer_norm_epsilon": None, "norm_eps": 1e-5,
+        "hybrid_override_pattern": None,
+        "layer_norm_epsilon": None,
+        "norm_eps": 1e-5,
         "layers_block_type": ["mamba", "moe", "attention", "linear_attention", "mlp", "moe"],
-        "time_step_limit": [0.0, {"__float__": "Infinity"}], "num_hidden_layers": 6},
-    "qwen3_moe-step": {"num_experts": None, "num_local_experts": 8, "rope_theta": None,
-                       "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-                       "decoder_sparse_step": 1, "mlp_only_layers": [0, 2]},
-    "llama-scaled": {"rope_theta": None, "rope_scaling": None, "num_key_value_heads": 2,
-                     "rope_parameters": make_parity.LLAMA3 | {"rope_theta": 50}, "head_dim": None},
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+        "num_hidden_layers": 6,
+    },
+    "qwen3_moe-step": {
+        "num_experts": None,
+        "num_local_experts": 8,
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0, 2],
+    },
+    "llama-scaled": {
+        "rope_theta": None,
+        "rope_scaling": None,
+        "num_key_value_heads": 2,
+        "rope_parameters": make_parity.LLAMA3 | {"rope_theta": 50},
+        "head_dim": None,
+    },
 }
 
 
@@ -196,28 +216,36 @@ def test_parity_spellings(source, request):
     assert after == before
 
 
-@pytest.mark.parametrize("source, changes, words", [
-    ("nemotron_h-base", {"model_type": "gpt2"}, "model_type 'gpt2'"),
-    ("nemotron_h-base", {"attention_bias": True}, "attention_bias True"),
-    ("nemotron_h-base", {"mlp_hidden_act": "gelu"}, "mlp_hidden_act 'gelu'"),
-    ("nemotron_h-base", {"n_routed_experts": None}, "lacks n_routed_experts or num_local_experts"),
-    ("nemotron_h-base", {"hidden_size": "32"}, "hidden_size is '32'"),
-    ("nemotron_h-base", {"hybrid_override_pattern": "MXE"}, "block pattern 'MXE'"),
-    ("nemotron_h-base", {"layers_block_type": ["lstm"]}, "lstm"),
-    ("nemotron_h-base", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 of num_experts 8"),
-    ("nemotron_h-base", {"n_group": 3}, "8 with n_group 3"),
-    ("nemotron_h-base", {"n_group": 0}, "8 with n_group 0"),
-    ("nemotron_h-base", {"n_group": 8, "topk_group": 4}, "n_group 8 and topk_group 4"),
-    ("nemotron_h-groups", {"topk_group": 5}, "n_group 4 and topk_group 5"),
-    ("nemotron_h-groups", {"topk_group": 1}, "num_experts_per_tok 4 .* topk_group 1"),
-    ("nemotron_h-base", {"time_step_limit": [0.1]}, r"time_step_limit is \[0.1\]"),
-    ("nemotron_h-base", {"time_step_limit": 0.1}, "time_step_limit is 0.1"),
-    ("qwen3_moe-base", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
-    ("qwen3-base", {"sliding_window": 128, "use_sliding_window": True}, "use_sliding_window"),
-    ("qwen3-base", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-    ("llama-base", {"mlp_bias": True}, "mlp_bias True"),
-    ("llama-base", {"quantization_config": {"bits": 4}}, "quantization_config"),
-], indirect=["source"])
+@pytest.mark.parametrize(
+    "source, changes, words",
+    [
+        ("nemotron_h-base", {"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ("nemotron_h-base", {"attention_bias": True}, "attention_bias True"),
+        ("nemotron_h-base", {"mlp_hidden_act": "gelu"}, "mlp_hidden_act 'gelu'"),
+        (
+            "nemotron_h-base",
+            {"n_routed_experts": None},
+            "lacks n_routed_experts or num_local_experts",
+        ),
+        ("nemotron_h-base", {"hidden_size": "32"}, "hidden_size is '32'"),
+        ("nemotron_h-base", {"hybrid_override_pattern": "MXE"}, "block pattern 'MXE'"),
+        ("nemotron_h-base", {"layers_block_type": ["lstm"]}, "lstm"),
+        ("nemotron_h-base", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 of num_experts 8"),
+        ("nemotron_h-base", {"n_group": 3}, "8 with n_group 3"),
+        ("nemotron_h-base", {"n_group": 0}, "8 with n_group 0"),
+        ("nemotron_h-base", {"n_group": 8, "topk_group": 4}, "n_group 8 and topk_group 4"),
+        ("nemotron_h-groups", {"topk_group": 5}, "n_group 4 and topk_group 5"),
+        ("nemotron_h-groups", {"topk_group": 1}, "num_experts_per_tok 4 .* topk_group 1"),
+        ("nemotron_h-base", {"time_step_limit": [0.1]}, r"time_step_limit is \[0.1\]"),
+        ("nemotron_h-base", {"time_step_limit": 0.1}, "time_step_limit is 0.1"),
+        ("qwen3_moe-base", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("qwen3-base", {"sliding_window": 128, "use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3-base", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ("llama-base", {"mlp_bias": True}, "mlp_bias True"),
+        ("llama-base", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+    indirect=["source"],
+)
 def test_numbers_unsupported(source, changes, words):
     """What the model does not compute is refused by name, with the file."""
     edit_config(source, **changes)
@@ -252,8 +280,10 @@ DAMAGE = {
     "expert": (lambda x: edit_weights(x, lambda y: y.pop(EXPERT)), f"1 missing: {EXPERT}"),
     "extra": (lambda x: edit_weights(x, lambda y: y.update(extra=torch.ones(1))), "extra"),
     "shape": (lambda x: edit_weights(x, lambda y: y.update({EXPERT: torch.ones(16, 31)})), EXPERT),
-    "integer": (lambda x: edit_weights(x, lambda y: y.update({EXPERT: y[EXPERT].to(torch.int8)})),
-                f"{EXPERT} is I8"),
+    "integer": (
+        lambda x: edit_weights(x, lambda y: y.update({EXPERT: y[EXPERT].to(torch.int8)})),
+        f"{EXPERT} is I8",
+    ),
     "other": (lambda x: edit_config(x, hybrid_override_pattern="ME*M-M"), "layers.5.mixer.A_log"),
     "nan": (lambda x: edit_weights(x, lambda y: y[EXPERT].view(-1)[7:8].fill_(torch.nan)), EXPERT),
     "inf": (lambda x: edit_weights(x, lambda y: y[EXPERT].view(-1)[7:8].fill_(-torch.inf)), EXPERT),

@@ -19,8 +19,13 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym" / "code_gen.js
 RIGHT = "all tests pass"
 ADD = {"inputs": [[1, 2], [-3, 3]], "outputs": [3, 0], "fn_name": "add"}
 SUM = {"inputs": ["1 2\n", "-3 3\n"], "outputs": ["3\n", "0\n"]}
-CHECK = {"asserts": ["def check(f):\n    for x in range(9): assert f(x, 1) == x + 1", "check(add)",
-                     "assert all(map(lambda x: add(x, x) == 2 * x, range(9)))"]}  # fmt: skip
+CHECK = {
+    "asserts": [
+        "def check(f):\n    for x in range(9): assert f(x, 1) == x + 1",
+        "check(add)",
+        "assert all(map(lambda x: add(x, x) == 2 * x, range(9)))",
+    ]
+}
 PATCH = "a/ops.py\n<<<<<<< SEARCH\n%s\n=======\n%s\n>>>>>>> REPLACE\n"
 DIFF = """--- a/a/ops.py
 +++ b/a/ops.py
@@ -43,14 +48,20 @@ def grade(tests, program):
     return code.verify_program(row, {"content": block(program)})
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("```python\na\n```\n```python\nb\nc\n```", ("b\nc", None)), ("```py\n  a\n```", ("  a", None)),
-    ("```Python \na\n  ```\n```text\n```python\nb\n```", ("a", None)),
-    ("```python\na\n```\n```python\nb", (None, "unfinished code block")),
-    ("a", (None, "no code block")), ("```\na\n```", (None, "no code block")),
-    ("```python a ```", (None, "no code block")),
-    (block("#" * (1 << 19)), (None, "program too long")),
-], ids=range(8))  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("```python\na\n```\n```python\nb\nc\n```", ("b\nc", None)),
+        ("```py\n  a\n```", ("  a", None)),
+        ("```Python \na\n  ```\n```text\n```python\nb\n```", ("a", None)),
+        ("```python\na\n```\n```python\nb", (None, "unfinished code block")),
+        ("a", (None, "no code block")),
+        ("```\na\n```", (None, "no code block")),
+        ("```python a ```", (None, "no code block")),
+        (block("#" * (1 << 19)), (None, "program too long")),
+    ],
+    ids=range(8),
+)
 def test_last_program(text, expected):
     """The last closed ```python block counts; a last block that is not closed leaves no answer."""
     assert code.last_program(text) == expected
@@ -60,58 +71,92 @@ def test_outputs_compared():
     """Tokens agree exactly, but for decimals on both sides, which may differ by 1e-6."""
     for pair in [("1 2\n", " 1\n2"), ("0.5", ".5000004"), ("1e9", "1000000000.0"), ("", "\n")]:
         assert code.same_output(*pair), pair
-    for pair in [("2", "2.0"), ("2.0", "2"), ("1.0", "1.00001"), ("1 2", "12"), ("YES", "Yes"),
-                 ("1", "1 1"), ("1.5", "nan"), ("1.5", "1_5e-1"), ("1" + "0" * 20, "1e20")]:
-        assert not code.same_output(*pair), pair  # fmt: skip
+    for pair in [
+        ("2", "2.0"),
+        ("2.0", "2"),
+        ("1.0", "1.00001"),
+        ("1 2", "12"),
+        ("YES", "Yes"),
+        ("1", "1 1"),
+        ("1.5", "nan"),
+        ("1.5", "1_5e-1"),
+        ("1" + "0" * 20, "1e20"),
+    ]:
+        assert not code.same_output(*pair), pair
 
 
 def test_values_compared():
     """Tuples are lists and whole keys text; nothing else changes its type."""
     for pair in [([1, [2.0]], (1, [2.0000001])), ({"1": [0]}, {1: (0,)}), (2.0, 2)]:
         assert code.same_value(pair[0], encode(pair[1])), pair
-    for pair in [(1, 1.0000001), ([1], 1), ("1", 1), ([1], {1}), ({"a": 1}, {"a": 1, 2: 3}),
-                 (0.5, float("nan")), (None, 0), ([], None), ({"1": 1}, {1 << 9999: 1})]:
-        assert not code.same_value(pair[0], encode(pair[1])), pair  # fmt: skip
+    for pair in [
+        (1, 1.0000001),
+        ([1], 1),
+        ("1", 1),
+        ([1], {1}),
+        ({"a": 1}, {"a": 1, 2: 3}),
+        (0.5, float("nan")),
+        (None, 0),
+        ([], None),
+        ({"1": 1}, {1 << 9999: 1}),
+    ]:
+        assert not code.same_value(pair[0], encode(pair[1])), pair
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "program"), [
-    (["[1, 2]\n3"], ["5"], "def f(x, y): return sum(x) - 1 + y"),  # an argument a line
-    (["[1, 2]", "[3]"], ["3", "3"], "def f(x): return sum(x)"),
-    (["[1, 2]", "[3, 0]"], ["3", "3"], "def f(x): return sum(x)"),  # or a list of arguments
-    (["[1, 2]", "[3, 0]"], ["3", "3"], "def f(x, y): return x + y"),
-    ([[[1, 2]], [[3]]], [[3], [3]], "def f(x): return sum(x)"),  # APPS: a result in a list
-    ([[[1, 2]], [[3]]], [[3], [3]], "def f(x): return [sum(x)]"),
-    ([[1]], ["1"], "class Solution:\n    def f(self, x): return str(x)"),
-    ([[{"a": [None]}]], [{"a": [None]}], "f = dict"), ([[0]], [10**30], "f = lambda x: 10**30"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "program"),
+    [
+        (["[1, 2]\n3"], ["5"], "def f(x, y): return sum(x) - 1 + y"),  # an argument a line
+        (["[1, 2]", "[3]"], ["3", "3"], "def f(x): return sum(x)"),
+        (["[1, 2]", "[3, 0]"], ["3", "3"], "def f(x): return sum(x)"),  # or a list of arguments
+        (["[1, 2]", "[3, 0]"], ["3", "3"], "def f(x, y): return x + y"),
+        ([[[1, 2]], [[3]]], [[3], [3]], "def f(x): return sum(x)"),  # APPS: a result in a list
+        ([[[1, 2]], [[3]]], [[3], [3]], "def f(x): return [sum(x)]"),
+        ([[1]], ["1"], "class Solution:\n    def f(self, x): return str(x)"),
+        ([[{"a": [None]}]], [{"a": [None]}], "f = dict"),
+        ([[0]], [10**30], "f = lambda x: 10**30"),
+    ],
+)
 def test_forms_of_function_tests(inputs, outputs, program):
     """Every way in which the data sets write arguments and results."""
     assert grade({"inputs": inputs, "outputs": outputs, "fn_name": "f"}, program).reason == RIGHT
 
 
-@pytest.mark.parametrize(("program", "reason"), [
-    ("def add(x, y): return x + y", RIGHT), ("def add(x, y): return 3", "wrong output on test 2"),
-    ("def add(x, y) return 3", "syntax error"), ("add = z", "crashed: NameError on test 1"),
-    ("def add(x): return x", "crashed: TypeError on test 1"),
-    ("def add(x, y): return [0] * 10**12", "memory on test 1"),
-    ("def add(x, y): return 1 << 10**5", "wrong output on test 1"),  # giant integers
-    ("def add(x, y): return 1 << 10**8", "crashed: NoReply on test 1"),
-    ("def add(x, y): return 10 ** 10 ** 10", "time limit on test 1"),
-    ("def add(x, y):\n    while x < 0: pass\n    return x + y", "time limit on test 2"),
-    # what must not help: objects that equal all, leaving early, patches, forged replies
-    (EQUAL % "int", "wrong output on test 1"), (EQUAL % "", "wrong output on test 1"),
-    ("exit(0)", "crashed: SystemExit on test 1"), (FORGE % ("", 0), "ended early on test 1"),
-    ("import builtins, json\nbuiltins.all = json.dumps = lambda *a: 'true'\nadd = print",
-     "crashed: NoReply on test 1"),
-    ("print('x' * 10**6)\nadd = lambda x, y: x + y", RIGHT),  # what a function prints is nothing
-    (FORGE % (["true"], 0), "crashed: NoReply on test 1"),
-    (FORGE % (['{"value": true}'], 0), "wrong output on test 1"),
-    (FORGE % (['{"value": {"int": 3}}'], 0), "wrong output on test 1"),
-    (FORGE % (["[" * 9999], 0), "crashed: NoReply on test 1"),
-    (FORGE % (['{"value": 3}'], 0), "ended early on test 2"),
-    (FORGE % (['{"value": 3}', '{"value": 0}'], 3), "exit status 3 on test 2"),
-    ("import os\nos.closerange(0, 99)\nwhile 1: pass", "crashed: SIGKILL on test 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("def add(x, y): return x + y", RIGHT),
+        ("def add(x, y): return 3", "wrong output on test 2"),
+        ("def add(x, y) return 3", "syntax error"),
+        ("add = z", "crashed: NameError on test 1"),
+        ("def add(x): return x", "crashed: TypeError on test 1"),
+        ("def add(x, y): return [0] * 10**12", "memory on test 1"),
+        ("def add(x, y): return 1 << 10**5", "wrong output on test 1"),  # giant integers
+        ("def add(x, y): return 1 << 10**8", "crashed: NoReply on test 1"),
+        ("def add(x, y): return 10 ** 10 ** 10", "time limit on test 1"),
+        ("def add(x, y):\n    while x < 0: pass\n    return x + y", "time limit on test 2"),
+        # what must not help: objects that equal all, leaving early, patches, forged replies
+        (EQUAL % "int", "wrong output on test 1"),
+        (EQUAL % "", "wrong output on test 1"),
+        ("exit(0)", "crashed: SystemExit on test 1"),
+        (FORGE % ("", 0), "ended early on test 1"),
+        (
+            "import builtins, json\nbuiltins.all = json.dumps = lambda *a: 'true'\nadd = print",
+            "crashed: NoReply on test 1",
+        ),
+        (
+            "print('x' * 10**6)\nadd = lambda x, y: x + y",
+            RIGHT,
+        ),  # what a function prints is nothing
+        (FORGE % (["true"], 0), "crashed: NoReply on test 1"),
+        (FORGE % (['{"value": true}'], 0), "wrong output on test 1"),
+        (FORGE % (['{"value": {"int": 3}}'], 0), "wrong output on test 1"),
+        (FORGE % (["[" * 9999], 0), "crashed: NoReply on test 1"),
+        (FORGE % (['{"value": 3}'], 0), "ended early on test 2"),
+        (FORGE % (['{"value": 3}', '{"value": 0}'], 3), "exit status 3 on test 2"),
+        ("import os\nos.closerange(0, 99)\nwhile 1: pass", "crashed: SIGKILL on test 1"),
+    ],
+)
 def test_function_verdicts(program, reason):
     """Each way to pass or fail, and each trick, with the reason given for it."""
     assert grade(ADD, program).reason == reason
@@ -121,12 +166,15 @@ def test_script_verdicts():
     """Programs are judged by what they print, test by test; leaving early earns nothing."""
     read = "x, y = map(int, input().split())\n"
     for program, reason in [
-        (read + "print(x + y)\nexit()", RIGHT), (read + "print(3)", "wrong output on test 2"),
-        ("exit()", "wrong output on test 1"), ("while 1: pass", "time limit on test 1"),
+        (read + "print(x + y)\nexit()", RIGHT),
+        (read + "print(3)", "wrong output on test 2"),
+        ("exit()", "wrong output on test 1"),
+        ("while 1: pass", "time limit on test 1"),
         (read + "if x < 0: exit(1)\nprint(3)", "crashed: SystemExit on test 2"),
-        ("import os\nos._exit(4)", "exit status 4 on test 1"), ("print(3", "syntax error"),
+        ("import os\nos._exit(4)", "exit status 4 on test 1"),
+        ("print(3", "syntax error"),
         ("while 1: print(1)", "output limit on test 1"),
-    ]:  # fmt: skip
+    ]:
         assert grade(SUM, program).reason == reason, program
 
 
@@ -145,24 +193,30 @@ def test_expected_answers_are_out_of_reach():
         ({"inputs": ["1"], "outputs": ["qx7-answer"]}, "print(*hits)"),
         ({"inputs": [[1]], "outputs": ["qx7-answer"], "fn_name": "f"}, f),
         ({"asserts": ["assert f(1) == 'qx7-answer'"]}, f),
-    ]:  # fmt: skip
+    ]:
         assert grade(tests, search + use).reason == "wrong output on test 1"
 
 
 def test_assert_verdicts():
     """Test code runs beside the program, not in it: no exception, object or patch passes it."""
     for program, reason in [
-        ("def add(x, y): return x + y", RIGHT), ("def add(", "syntax error"),
+        ("def add(x, y): return x + y", RIGHT),
+        ("def add(", "syntax error"),
         ("def add(x, y): return min(x + y, 9)", "wrong output on test 3"),
         ("def add(x, y): raise StopIteration", "crashed: RuntimeError on test 2"),
-        ("exit()", "crashed: RuntimeError on test 2"), (FORGE % ("", 0), "ended early on test 2"),
-        (EQUAL % "", "wrong output on test 2"), (EQUAL % "int", "wrong output on test 2"),
+        ("exit()", "crashed: RuntimeError on test 2"),
+        (FORGE % ("", 0), "ended early on test 2"),
+        (EQUAL % "", "wrong output on test 2"),
+        (EQUAL % "int", "wrong output on test 2"),
         ("__builtins__['all'] = abs\nadd = lambda x, y: x + 1", "wrong output on test 3"),
         ("while 1: pass", "time limit on test 2"),
-    ]:  # fmt: skip
+    ]:
         assert grade(CHECK, program).reason == reason, program
-    types = ["assert f((1, {2}), b=[None]) == ((1, {2, 3}), {(1, 2): 0.5})", "assert f",
-             "try:\n    f()\n    assert 0\nexcept TypeError:\n    pass"]  # fmt: skip
+    types = [
+        "assert f((1, {2}), b=[None]) == ((1, {2, 3}), {(1, 2): 0.5})",
+        "assert f",
+        "try:\n    f()\n    assert 0\nexcept TypeError:\n    pass",
+    ]
     program = "def f(a, b):\n    a[1].add(3)\n    return a, {(1, 2): 0.5}"
     assert grade({"asserts": types}, program).reason == RIGHT
 
@@ -198,20 +252,27 @@ def test_repair():
     good = PATCH % ("    return x - 1", "    return x + 1")
     absent, wrong = "patch of a file that is not there", "wrong output on test 1"
     for answer, reason in [
-        (good, RIGHT), (f"```\n{good}```", RIGHT), (block("def f(x): return x + 1"), RIGHT),
+        (good, RIGHT),
+        (f"```\n{good}```", RIGHT),
+        (block("def f(x): return x + 1"), RIGHT),
         (PATCH % ("    return x", "    return x + 2"), RIGHT),
         (PATCH % ("    return x - 1", "    return x + 2"), "wrong output on test 1"),
         (PATCH % ("return x - 1", "return x + 1"), "lines to replace found 0 times"),
         (PATCH % ("", "    return x + 1"), "lines to replace found 2 times"),
         (good.replace("    return x - 1\n", ""), "lines to replace found 0 times"),
-        (good + good, "lines to replace found 0 times"), (good[:60], "unfinished patch"),
-        (DIFF, RIGHT), (f"```diff\n{DIFF}```\n", RIGHT),
+        (good + good, "lines to replace found 0 times"),
+        (good[:60], "unfinished patch"),
+        (DIFF, RIGHT),
+        (f"```diff\n{DIFF}```\n", RIGHT),
         (DIFF.replace("+ 1", "+ 2"), wrong),
         (DIFF.replace("4,2", "4,9") + "end", "unfinished patch"),
         (DIFF.replace(" def op(x):", " def up(x):"), "lines to replace found 0 times"),
-        (DIFF.replace("b/a/", "b/"), absent), (DIFF.replace("@@", "@"), "no code block"),
-        ("x + 1", "no code block"), (good.replace("a/", "b/"), absent), (good[9:], absent),
-    ]:  # fmt: skip
+        (DIFF.replace("b/a/", "b/"), absent),
+        (DIFF.replace("@@", "@"), "no code block"),
+        ("x + 1", "no code block"),
+        (good.replace("a/", "b/"), absent),
+        (good[9:], absent),
+    ]:
         assert code.verify_repair(row, {"content": answer}).reason == reason, answer
     assert code.verify_repair(asserted, {"content": good}).reason == RIGHT
 
@@ -226,26 +287,47 @@ def test_verdicts_are_remembered(monkeypatch):
     assert grade(ADD, program).value == 1
 
 
-UNITTEST = ("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
-            "        self.assertEqual(add(1, 2), 3)\n")  # fmt: skip
+UNITTEST = (
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n"
+    "        self.assertEqual(add(1, 2), 3)\n"
+)
 
 
 def test_rows_checked():
     """Tests that cannot be run, or that every program or none would pass, are errors of the row."""
     one, check = {"inputs": ["1"], "outputs": ["1"]}, "def check(f):\n    assert f(1, 2) == 3"
     for change, words in [
-        ({"outputs": []}, "1 inputs and 0"), ({"inputs": [], "outputs": []}, "lists"),
-        ({"inputs": ["{"], "fn_name": "f"}, "Expecting"), ({"outputs": [3]}, "got 3"),
-        ({"inputs": [["1", "2"]]}, "got .'1', '2'"), ({"inputs": "1"}, "got '1'"),
-        ({"inputs": [7], "fn_name": "f"}, "got 7"), ({"fn_name": 7}, "got 7"),
-        *(({"asserts": x}, "no assertion") for x in (
-            [], [check], ["# soon"], ["add(1, 2) == 3"], ["def test_a():\n    assert add(1, 2)"],
-            [UNITTEST], [UNITTEST + "unittest.main(exit=False)"])),
-        *(({"asserts": [f"{x}\nassert add(1, 2)"]}, words) for x, words in (
-            ("(", "no Python"), ("import numpy as np", "numpy"), ("from a.b import add", "a.b"),
-            ("from .solution import add", "import .solution"))),
+        ({"outputs": []}, "1 inputs and 0"),
+        ({"inputs": [], "outputs": []}, "lists"),
+        ({"inputs": ["{"], "fn_name": "f"}, "Expecting"),
+        ({"outputs": [3]}, "got 3"),
+        ({"inputs": [["1", "2"]]}, "got .'1', '2'"),
+        ({"inputs": "1"}, "got '1'"),
+        ({"inputs": [7], "fn_name": "f"}, "got 7"),
+        ({"fn_name": 7}, "got 7"),
+        *(
+            ({"asserts": x}, "no assertion")
+            for x in (
+                [],
+                [check],
+                ["# soon"],
+                ["add(1, 2) == 3"],
+                ["def test_a():\n    assert add(1, 2)"],
+                [UNITTEST],
+                [UNITTEST + "unittest.main(exit=False)"],
+            )
+        ),
+        *(
+            ({"asserts": [f"{x}\nassert add(1, 2)"]}, words)
+            for x, words in (
+                ("(", "no Python"),
+                ("import numpy as np", "numpy"),
+                ("from a.b import add", "a.b"),
+                ("from .solution import add", "import .solution"),
+            )
+        ),
         ({"asserts": "assert add(1, 2)"}, "list of texts"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ValueError, match=words):
             code.check_tests({"verifier_metadata": {"unit_tests": one | change}})
     for seconds in (None, "4", 0, float("inf")):
@@ -253,17 +335,26 @@ def test_rows_checked():
             code.check_tests({"verifier_metadata": {"unit_tests": ADD, "cpu_seconds": seconds}})
 
 
-@pytest.mark.parametrize("tests", [
-    ["def check(f):\n    assert f(1, 2) == 3", "check(add)"], [UNITTEST + "unittest.main()"],
-    ["from solution import *\nfrom solution import add as plus", "assert plus(1, 2) == 3"],
-    ["import solution\nif solution.add(1, 2) != 3: raise ValueError"],
-    ["def test_a():\n    assert add(1, 2) == 3\nfor x in [*globals()]:\n"
-     "    if x.startswith('test'): globals()[x]()"],
-    ["def test_a():\n    assert add(1, 2) == 3\nfor x, f in [*locals().items()]:\n"
-     "    if x.startswith('test'): f()"], [UNITTEST + "unittest.main(exit=True)"],
-    ["import sys\nif add(1, 2) != 3: sys.exit(1)"],
-    ["try:\n    import numpy\nexcept ImportError:\n    pass\nassert add(1, 2) == 3"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["def check(f):\n    assert f(1, 2) == 3", "check(add)"],
+        [UNITTEST + "unittest.main()"],
+        ["from solution import *\nfrom solution import add as plus", "assert plus(1, 2) == 3"],
+        ["import solution\nif solution.add(1, 2) != 3: raise ValueError"],
+        [
+            "def test_a():\n    assert add(1, 2) == 3\nfor x in [*globals()]:\n"
+            "    if x.startswith('test'): globals()[x]()"
+        ],
+        [
+            "def test_a():\n    assert add(1, 2) == 3\nfor x, f in [*locals().items()]:\n"
+            "    if x.startswith('test'): f()"
+        ],
+        [UNITTEST + "unittest.main(exit=True)"],
+        ["import sys\nif add(1, 2) != 3: sys.exit(1)"],
+        ["try:\n    import numpy\nexcept ImportError:\n    pass\nassert add(1, 2) == 3"],
+    ],
+)
 def test_forms_of_test_code(tests):
     """Test code may call its functions, hand them to unittest, and import the program."""
     assert grade({"asserts": tests}, "def add(x, y): return x + y").reason == RIGHT
@@ -273,8 +364,23 @@ def test_forms_of_test_code(tests):
 @pytest.mark.parametrize("num", [2000, pytest.param(100_000, marks=pytest.mark.nightly)])
 def test_any_text(num):
     """2,000 (nightly: 100,000) random answers and replies, and a long one, are read in peace."""
-    pieces = ["```", "```python", "\n", " ", "x = 1", "<<<<<<< SEARCH", "=======", "a.py",
-              ">>>>>>> REPLACE", "\0", "\ud800", "`", "@@ -1 +1 @@", "-", "+++ a.py"]  # fmt: skip
+    pieces = [
+        "```",
+        "```python",
+        "\n",
+        " ",
+        "x = 1",
+        "<<<<<<< SEARCH",
+        "=======",
+        "a.py",
+        ">>>>>>> REPLACE",
+        "\0",
+        "\ud800",
+        "`",
+        "@@ -1 +1 @@",
+        "-",
+        "+++ a.py",
+    ]
     rng, begin = random.Random(0), time.process_time()
     for length in [30] * num + [300_000]:
         text = "".join(rng.choices(pieces, k=length))

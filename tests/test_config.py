@@ -18,8 +18,7 @@ class Base:
 class Config(Base):
     init: str | None = None  # model directory to start from
     data: tuple[str, ...] = ()  # JSONL files, joined by commas
-    lr: float = (
-        1e-3)  # peak learning rate, # as in Table 2
+    lr: float = 1e-3  # peak learning rate, # as in Table 2
     steps: int = 3  # optimizer steps
     dry_run: bool = False  # print and exit
 
@@ -27,14 +26,21 @@ class Config(Base):
 PRESETS = {"toy": {"out": "x"}, "full": {"lr": 3e-6, "steps": 180}}
 
 
-@pytest.mark.parametrize("argv, expected", [
-    ([], {}), (["--lr", "2e-4", "--steps=7"], {"lr": 2e-4, "steps": 7}),
-    (["--dry_run", "--init", "m"], {"dry_run": True, "init": "m"}),
-    (["--dry_run", "false", "--init", "none"], {}), (["--steps", "1", "--steps=2"], {"steps": 2}),
-    (["--data", "a.jsonl,b.jsonl", "--lr", "-1"], {"data": ("a.jsonl", "b.jsonl"), "lr": -1.0}),
-    (["--config", "full", "--steps", "9", "--out", "y"],
-     {"config": "full", "lr": 3e-6, "steps": 9, "out": "y"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], {}),
+        (["--lr", "2e-4", "--steps=7"], {"lr": 2e-4, "steps": 7}),
+        (["--dry_run", "--init", "m"], {"dry_run": True, "init": "m"}),
+        (["--dry_run", "false", "--init", "none"], {}),
+        (["--steps", "1", "--steps=2"], {"steps": 2}),
+        (["--data", "a.jsonl,b.jsonl", "--lr", "-1"], {"data": ("a.jsonl", "b.jsonl"), "lr": -1.0}),
+        (
+            ["--config", "full", "--steps", "9", "--out", "y"],
+            {"config": "full", "lr": 3e-6, "steps": 9, "out": "y"},
+        ),
+    ],
+)
 def test_flags_and_presets(argv, expected):
     """Default < preset < flag, and every type is read as itself."""
     assert asdict(parse_args(Config, argv, PRESETS)) == asdict(Config("x")) | expected
@@ -51,12 +57,19 @@ def test_device_is_found(monkeypatch):
         find_device("mps")
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--stepz", "3"], ["unknown flag --stepz", "--steps"]), (["steps"], ["unknown flag steps"]),
-    (["--zzzzzz"], ["unknown flag --zzzzzz", "--help"]), (["--steps", "1.5"], ["1.5", "int"]),
-    (["--steps"], ["--steps needs", "int"]), (["--lr", "--dry_run"], ["--lr needs", "float"]),
-    (["--dry_run", "maybe"], ["maybe", "true or false"]), (["--config", "huge"], ["toy, full"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--stepz", "3"], ["unknown flag --stepz", "--steps"]),
+        (["steps"], ["unknown flag steps"]),
+        (["--zzzzzz"], ["unknown flag --zzzzzz", "--help"]),
+        (["--steps", "1.5"], ["1.5", "int"]),
+        (["--steps"], ["--steps needs", "int"]),
+        (["--lr", "--dry_run"], ["--lr needs", "float"]),
+        (["--dry_run", "maybe"], ["maybe", "true or false"]),
+        (["--config", "huge"], ["toy, full"]),
+    ],
+)
 def test_bad_flags_are_one_line(argv, words, capsys):
     """A wrong flag ends with code 2 and one line that says what would be right."""
     with pytest.raises(SystemExit) as stop:

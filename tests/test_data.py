@@ -33,26 +33,39 @@ def test_three_forms_become_one(tmp_path):
     assert (gsm["id"], gsm["expected_answer"], gsm["domain"]) == ("a.jsonl:3", "7", "math")
     assert sft_conversation(gsm, True)[1:] == [BOX | {"reasoning_content": "It is 3+4=7."}]
     assert sft_conversation(gsm, False)[1]["content"] == "It is 3+4=7.\n\\boxed{7}"
-    both = [data.from_question({"question": "2+2?", "answer": answer, "expected_answer": 4})
-            for answer in ("Two and two.", "4", None)]
+    both = [
+        data.from_question({"question": "2+2?", "answer": answer, "expected_answer": 4})
+        for answer in ("Two and two.", "4", None)
+    ]
     assert [x["solutions"]["off"][0]["content"] for x in both] == [
-        "Two and two.\n\\boxed{4}", "\\boxed{4}", "\\boxed{4}"]
+        "Two and two.\n\\boxed{4}",
+        "\\boxed{4}",
+        "\\boxed{4}",
+    ]
     assert sft["domain"] == "sft" and sft_conversation(sft, True)[1]["content"] == parts[0]["text"]
     assert sft_conversation(sft, False) == [USER, {"role": "assistant", "content": "Ho"}]
 
 
-@pytest.mark.parametrize("row, sft, words", [
-    ("{not", False, "not JSON"), ("[1]", False, "not an object"), ({"a": 1}, False, "messages"),
-    ({"responses_create_params": {}}, False, "missing field: 'input'"), (GYM, True, "no solution"),
-    ({"responses_create_params": {"input": "Hi"}}, False, "fits no verifier"),
-    (GYM | {"responses_create_params": {"input": [BOX]}}, False, "must end with a user"),
-    ({"messages": [USER]}, True, "answer"), ({"messages": [USER, BOX]}, False, "fits no verifier"),
-    (GYM | {"pass_rate": 2}, False, "pass_rate 2 is not"),
-    (GYM | {"environment": {"name": "chess"}}, False, "environment 'chess' is unknown"),
-    ({"messages": [{"role": "robot", "content": "x"}, BOX]}, True, "robot"),
-    ({"messages": [USER, BOX | {"content": [{"image": "x"}]}]}, True, "missing field: 'text'"),
-    ('{"question": "\\ud800", "answer": "1"}', True, "surrogates"), ("[" * 100_000, True, "Recurs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, sft, words",
+    [
+        ("{not", False, "not JSON"),
+        ("[1]", False, "not an object"),
+        ({"a": 1}, False, "messages"),
+        ({"responses_create_params": {}}, False, "missing field: 'input'"),
+        (GYM, True, "no solution"),
+        ({"responses_create_params": {"input": "Hi"}}, False, "fits no verifier"),
+        (GYM | {"responses_create_params": {"input": [BOX]}}, False, "must end with a user"),
+        ({"messages": [USER]}, True, "answer"),
+        ({"messages": [USER, BOX]}, False, "fits no verifier"),
+        (GYM | {"pass_rate": 2}, False, "pass_rate 2 is not"),
+        (GYM | {"environment": {"name": "chess"}}, False, "environment 'chess' is unknown"),
+        ({"messages": [{"role": "robot", "content": "x"}, BOX]}, True, "robot"),
+        ({"messages": [USER, BOX | {"content": [{"image": "x"}]}]}, True, "missing field: 'text'"),
+        ('{"question": "\\ud800", "answer": "1"}', True, "surrogates"),
+        ("[" * 100_000, True, "Recurs"),
+    ],
+)
 def test_errors_carry_file_and_line(row, sft, words, tmp_path, capsys):
     """A row that cannot be used is a ValueError with its place and reason; main lists it."""
     path = write(tmp_path / "rows.jsonl", GSM, row)

@@ -15,12 +15,35 @@ from nanocascade.run.run import RunConfig
 
 rows, sft, skilled = toy_runs.rows, toy_runs.sft, toy_runs.skilled  # fixtures
 RL = ("train_rl.py", "--init", "SKILLED", "--data", "ROWS", "--rollouts", 4, "--stage")
-MOPD = ("train_mopd.py", "--init", "SKILLED", "--rollouts", 2, "--toy_rows", 20,
-        "--teachers", "multi_domain=SFT,preference=SFT",
-        "--domains", "mcqa,preference")
+MOPD = (
+    "train_mopd.py",
+    "--init",
+    "SKILLED",
+    "--rollouts",
+    2,
+    "--toy_rows",
+    20,
+    "--teachers",
+    "multi_domain=SFT,preference=SFT",
+    "--domains",
+    "mcqa,preference",
+)
 CASES = {
-    "sft": ("train_sft.py", "--data", "ROWS", "--batch_tokens", 700, "--warmup", 1, "--lr", 3e-4,
-            "--eval_data", "ROWS", "--eval_samples", 3),
+    "sft": (
+        "train_sft.py",
+        "--data",
+        "ROWS",
+        "--batch_tokens",
+        700,
+        "--warmup",
+        1,
+        "--lr",
+        3e-4,
+        "--eval_data",
+        "ROWS",
+        "--eval_samples",
+        3,
+    ),
     "if_rl": (*RL, "if_rl", "--prompts", 5),
     "mopd": (*MOPD, "--prompts", 5),
     "idle": (*RL, "multi_domain_rl", "--prompts", 1),  # the second process has no group at all
@@ -28,7 +51,7 @@ CASES = {
     "idle_mopd": (*MOPD, "--prompts", 1),
     "tools": (*RL, "multi_domain_rl", "--data", "toy", "--toy_rows", 20, "--prompts", 9),
     "rlhf": (*RL, "rlhf", "--data", "toy", "--toy_rows", 20, "--prompts", 5),
-}  # fmt: skip
+}
 
 
 def collectives(rank: int, variables: list[dict]) -> None:
@@ -67,13 +90,28 @@ def test_invariance_collectives():
 
 SPREAD = ("--expert_parallel", 2)
 RUNS = [("sft", 2, ()), ("if_rl", 2, SPREAD), ("mopd", 2, ("--shard",))]
-RUNS += [pytest.param(case, ranks, flags, marks=pytest.mark.nightly) for case, ranks, flags in (
-    ("if_rl", 2, ()), ("mopd", 2, ()), ("idle", 2, ()), ("idle_sft", 2, ()), ("idle_mopd", 2, ()),
-    ("sft", 2, ("--shard",)), ("if_rl", 2, ("--shard",)), ("sft", 2, SPREAD), ("mopd", 2, SPREAD),
-    ("sft", 4, SPREAD), ("if_rl", 4, SPREAD), ("mopd", 4, SPREAD), ("idle", 4, SPREAD),
-    ("idle_sft", 2, SPREAD), ("idle_mopd", 2, SPREAD), ("tools", 2, SPREAD),
-    ("rlhf", 4, (*SPREAD, "--replicas", 2, "--checkpoint_blocks", "--offload_optimizer")),
-)]  # fmt: skip
+RUNS += [
+    pytest.param(case, ranks, flags, marks=pytest.mark.nightly)
+    for case, ranks, flags in (
+        ("if_rl", 2, ()),
+        ("mopd", 2, ()),
+        ("idle", 2, ()),
+        ("idle_sft", 2, ()),
+        ("idle_mopd", 2, ()),
+        ("sft", 2, ("--shard",)),
+        ("if_rl", 2, ("--shard",)),
+        ("sft", 2, SPREAD),
+        ("mopd", 2, SPREAD),
+        ("sft", 4, SPREAD),
+        ("if_rl", 4, SPREAD),
+        ("mopd", 4, SPREAD),
+        ("idle", 4, SPREAD),
+        ("idle_sft", 2, SPREAD),
+        ("idle_mopd", 2, SPREAD),
+        ("tools", 2, SPREAD),
+        ("rlhf", 4, (*SPREAD, "--replicas", 2, "--checkpoint_blocks", "--offload_optimizer")),
+    )
+]
 
 
 def ended(running) -> None:
@@ -142,14 +180,18 @@ def resumed_equal(args, out, whole, ranks: int) -> None:
     assert lines[0] == lines[1] and len(lines[0]) == 4
 
 
-@pytest.mark.parametrize("phase, ranks", [("training", 2)] + [
-    pytest.param(x, 4, marks=pytest.mark.nightly) for x in dying.PHASES])  # fmt: skip
+@pytest.mark.parametrize(
+    "phase, ranks",
+    [("training", 2)] + [pytest.param(x, 4, marks=pytest.mark.nightly) for x in dying.PHASES],
+)
 def test_run_killed_rank(phase, ranks, long_run, tmp_path):
     """One rank dies in its second step: the others end within 60 s in one line, nothing that
     is half written counts, and the resumed run has the bits of one left alone."""
     args, whole = long_run(ranks)
-    running = [start("tests/fixtures/dying.py", phase, *args, "--out", tmp_path, env=x)
-               for x in environments(ranks)]  # fmt: skip
+    running = [
+        start("tests/fixtures/dying.py", phase, *args, "--out", tmp_path, env=x)
+        for x in environments(ranks)
+    ]
     assert running[1].wait() == -signal.SIGKILL
     died = time.monotonic()
     for process in running[:1] + running[2:]:

@@ -37,8 +37,12 @@ class T(unittest.TestCase):
     def test_g(self):
         self.assertEqual(f(2), 3)
 """
-FILES = {"a/ops.py": "def op(x):\n    return x - 1\n", "a/main.py": MAIN, "tests/test_f.py": TESTS,
-         "b.txt": "x - 1"}  # fmt: skip
+FILES = {
+    "a/ops.py": "def op(x):\n    return x - 1\n",
+    "a/main.py": MAIN,
+    "tests/test_f.py": TESTS,
+    "b.txt": "x - 1",
+}
 HIDDEN = {"fn_name": "f", "inputs": [[1], [5]], "outputs": [2, 6]}
 METADATA = {"files": FILES, "entry": "a/main.py", "unit_tests": HIDDEN, "cpu_seconds": 0.5}
 ASKED = {"responses_create_params": {"input": "Mend it."}}
@@ -59,16 +63,22 @@ def play(row, *calls):
     return results
 
 
-@pytest.mark.parametrize(("program", "result"), [
-    ("print(3 + 4)", "7"), ("exit()", "no output"),
-    ("import os; os._exit(3)", "error: exit status 3"),
-    ("x =", "SyntaxError: invalid syntax (program.py, line 1)"),
-    ("print('a')\n1 / 0", "a\nZeroDivisionError: division by zero (__main__, line 2)"),
-    ("if __name__ == '__main__':\n    print(open('/etc/passwd'))",
-     "PermissionError: [Errno 13] Permission denied: '/etc/passwd' (__main__, line 2)"),
-    ("import torch", "ModuleNotFoundError: No module named 'torch' (__main__, line 1)"),
-    (None, "error: code must be a text of at most 262144 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("program", "result"),
+    [
+        ("print(3 + 4)", "7"),
+        ("exit()", "no output"),
+        ("import os; os._exit(3)", "error: exit status 3"),
+        ("x =", "SyntaxError: invalid syntax (program.py, line 1)"),
+        ("print('a')\n1 / 0", "a\nZeroDivisionError: division by zero (__main__, line 2)"),
+        (
+            "if __name__ == '__main__':\n    print(open('/etc/passwd'))",
+            "PermissionError: [Errno 13] Permission denied: '/etc/passwd' (__main__, line 2)",
+        ),
+        ("import torch", "ModuleNotFoundError: No module named 'torch' (__main__, line 1)"),
+        (None, "error: code must be a text of at most 262144 characters"),
+    ],
+)
 def test_python_tool(program, result):
     """A program's output comes back, its exception with the line; nothing outside is reached."""
     assert play(TIR, ("python", {"code": program})) == [result]
@@ -91,33 +101,52 @@ def test_python_tool_is_bounded(monkeypatch):
         assert one.run_script(source, "p").stdout == other.run_script(source, "p").stdout
 
 
-@pytest.mark.parametrize(("calls", "result"), [
-    ([("list", {})],
-     "a/main.py (6 lines)\na/ops.py (3 lines)\nb.txt (1 lines)\ntests/test_f.py (8 lines)"),
-    ([("list", {"folder": "c"})], "no such files"), ([("read", {"path": "b.txt"})], "x - 1"),
-    ([("read", {"path": "a/main.py", "first": 4, "last": "5"})], "def f(x):\n    return op(x)"),
-    ([("read", {"path": "b.txt", "first": "-1"})],
-     "error: first and last are line numbers from 1 to 1"),
-    ([("read", {"path": "/etc/passwd"})], "error: no file /etc/passwd"),
-    ([("search", {"text": "x - 1"})], "a/ops.py:2:     return x - 1\nb.txt:1: x - 1"),
-    ([("search", {"text": "(a+)+$"})], "not found"), ([("delete", {})], "error: no such tool"),
-    ([("test", {})],
-     "FAILED tests.test_f: test_f: AssertionError: one (tests.test_f, line 4)\n"
-     "FAILED tests.test_f: tests.test_f.T.test_g: AssertionError: 1 != 3 (tests.test_f, line 7)\n"
-     "0 passed, 2 failed"),
-    ([MEND, ("test", {"path": "tests/test_f.py"})], "2 passed, 0 failed"),
-    ([("test", {"path": "b.txt"})], "error: no Python file b.txt"), ([MEND], "edited a/ops.py"),
-    ([MEND, ("read", {"path": "a/ops.py"})], "def op(x):\n    return x + 1\n"),
-    ([MEND, MEND], "error: old was found 0 times in a/ops.py, not once"),
-    ([("edit", {"path": "a/main.py", "old": "op", "new": ""})],
-     "error: old was found 3 times in a/main.py, not once"),
-    ([("edit", {"path": "n/x.py", "new": "import pytest"}), ("test", {"path": "n/x.py"})],
-     "FAILED n.x: n.x: ModuleNotFoundError: No module named 'pytest' (n.x, line 1)\n"
-     "0 passed, 1 failed"),
-    ([("edit", {"path": "../x", "new": "a"})], "error: no file ../x"),
-    ([("edit", {"path": "b.txt", "old": "x", "new": 1})],
-     "error: path, old and new are texts of at most 65536 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("calls", "result"),
+    [
+        (
+            [("list", {})],
+            "a/main.py (6 lines)\na/ops.py (3 lines)\nb.txt (1 lines)\ntests/test_f.py (8 lines)",
+        ),
+        ([("list", {"folder": "c"})], "no such files"),
+        ([("read", {"path": "b.txt"})], "x - 1"),
+        ([("read", {"path": "a/main.py", "first": 4, "last": "5"})], "def f(x):\n    return op(x)"),
+        (
+            [("read", {"path": "b.txt", "first": "-1"})],
+            "error: first and last are line numbers from 1 to 1",
+        ),
+        ([("read", {"path": "/etc/passwd"})], "error: no file /etc/passwd"),
+        ([("search", {"text": "x - 1"})], "a/ops.py:2:     return x - 1\nb.txt:1: x - 1"),
+        ([("search", {"text": "(a+)+$"})], "not found"),
+        ([("delete", {})], "error: no such tool"),
+        (
+            [("test", {})],
+            "FAILED tests.test_f: test_f: AssertionError: one (tests.test_f, line 4)\n"
+            "FAILED tests.test_f: tests.test_f.T.test_g: AssertionError: 1 != 3 "
+            "(tests.test_f, line 7)\n"
+            "0 passed, 2 failed",
+        ),
+        ([MEND, ("test", {"path": "tests/test_f.py"})], "2 passed, 0 failed"),
+        ([("test", {"path": "b.txt"})], "error: no Python file b.txt"),
+        ([MEND], "edited a/ops.py"),
+        ([MEND, ("read", {"path": "a/ops.py"})], "def op(x):\n    return x + 1\n"),
+        ([MEND, MEND], "error: old was found 0 times in a/ops.py, not once"),
+        (
+            [("edit", {"path": "a/main.py", "old": "op", "new": ""})],
+            "error: old was found 3 times in a/main.py, not once",
+        ),
+        (
+            [("edit", {"path": "n/x.py", "new": "import pytest"}), ("test", {"path": "n/x.py"})],
+            "FAILED n.x: n.x: ModuleNotFoundError: No module named 'pytest' (n.x, line 1)\n"
+            "0 passed, 1 failed",
+        ),
+        ([("edit", {"path": "../x", "new": "a"})], "error: no file ../x"),
+        (
+            [("edit", {"path": "b.txt", "old": "x", "new": 1})],
+            "error: path, old and new are texts of at most 65536 characters",
+        ),
+    ],
+)
 def test_repository_tools(calls, result):
     """List, read, search, edit and test answer to the point; only the repository's paths exist."""
     assert play(REPAIR, *calls)[-1] == result
@@ -141,14 +170,20 @@ def test_rewards_of_episodes():
     for turns, reason in [
         ([said(MEND), told, said(text="Done.")], "all tests pass"),
         ([said(("list", {}), MEND), told, said(("test", {}))], "all tests pass"),
-        ([said(other), told, said(("edit", {"path": "a/ops.py", "old": "x * 2", "new": "x + 1"}))],
-         "all tests pass"),
+        (
+            [
+                said(other),
+                told,
+                said(("edit", {"path": "a/ops.py", "old": "x * 2", "new": "x + 1"})),
+            ],
+            "all tests pass",
+        ),
         ([said(other), told, said(text="Done.")], "wrong output on test 2"),
         ([said(tests), told, said(text="Done.")], "wrong output on test 1"),
         ([said(hide), told, said(text="Done.")], "ended early on test 1"),
         ([said(("test", {})), told, said(text="2 passed, 0 failed")], "nothing was edited"),
         ([said(*[("list", {})] * 200, MEND), told], "nothing was edited"),
-    ]:  # fmt: skip
+    ]:
         assert score(REPAIR, turns).reason == reason
         assert score(REPAIR, turns, finished=False).reason == "cut off"
     assert METADATA["files"] == FILES and "x - 1" in FILES["a/ops.py"]
@@ -186,8 +221,28 @@ def test_any_call():
     and the row is as it was. Half a character, deep lists and giant texts are among the values."""
     rng, began = random.Random(0), time.process_time()
     deep = json.loads("[" * 900 + "]" * 900)
-    values = ["a/ops.py", "x", "", "\ud800", "\0", "1", "-1", "9" * 30, 3, -1, 10**40, 0.5, None,
-              True, [], {}, deep, "x" * 70_000, "b.txt", "\ud83d\ude00"]  # fmt: skip
+    values = [
+        "a/ops.py",
+        "x",
+        "",
+        "\ud800",
+        "\0",
+        "1",
+        "-1",
+        "9" * 30,
+        3,
+        -1,
+        10**40,
+        0.5,
+        None,
+        True,
+        [],
+        {},
+        deep,
+        "x" * 70_000,
+        "b.txt",
+        "\ud83d\ude00",
+    ]
     keys = ["path", "old", "new", "text", "folder", "first", "last", "item", "count", "files"]
     for row in (TIR, REPAIR, SHOP):
         before, played = deepcopy(row), None
@@ -202,11 +257,17 @@ def test_any_call():
     assert time.process_time() - began < 20
 
 
-@pytest.mark.parametrize(("row", "words"), [
-    (TIR | {"environment": {"name": "chess"}}, "'chess' is unknown; there are shop, python, repos"),
-    (REPAIR | {"verifier_metadata": METADATA | {"entry": "c.py"}}, "entry 'c.py' is no Python"),
-    (REPAIR | {"verifier_metadata": METADATA | {"files": {"a/main.py": 1}}}, "path: text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            TIR | {"environment": {"name": "chess"}},
+            "'chess' is unknown; there are shop, python, repos",
+        ),
+        (REPAIR | {"verifier_metadata": METADATA | {"entry": "c.py"}}, "entry 'c.py' is no Python"),
+        (REPAIR | {"verifier_metadata": METADATA | {"files": {"a/main.py": 1}}}, "path: text"),
+    ],
+)
 def test_rows_are_checked(row, words):
     """An unknown environment and a repository that cannot be tested are errors when data is read;
     a row gets its environment's tools unless it declares its own."""
@@ -273,8 +334,24 @@ def test_run_rl_with_python(sft, refused, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows").write_text(json.dumps(row))
     args = ("train_rl.py", "--stage", "math_rl", "--init", sft, "--data", tmp_path / "rows")
     refused(r"--max_turns 1: rows with tools \({'python'}\) need 2", *args)
-    run_here(monkeypatch, *args, "--out", tmp_path / "out", "--max_turns", 2, "--steps", 1,
-             "--prompts", 1, "--rollouts", 2, "--max_new_tokens", 8, "--eval_data", "")  # fmt: skip
+    run_here(
+        monkeypatch,
+        *args,
+        "--out",
+        tmp_path / "out",
+        "--max_turns",
+        2,
+        "--steps",
+        1,
+        "--prompts",
+        1,
+        "--rollouts",
+        2,
+        "--max_new_tokens",
+        8,
+        "--eval_data",
+        "",
+    )
     assert "Sandbox: seccomp" in capsys.readouterr().out
     (rollout, _) = (json.loads(x) for x in (tmp_path / "out" / "rollouts.jsonl").open())
     assert "<name>python</name>" in rollout["prompt"] and rollout["domain"] == "math"
@@ -310,9 +387,15 @@ def descendants(process):
 def test_nothing_stays():
     """120 episodes with hostile programs leave no process but the sandbox's servers, no open file,
     and no memory growth."""
-    hostile = ["import os\nos.dup(1)\nos.pipe()", "import threading\nfor i in range(9):\n    "
-               "threading.Thread(target=print, daemon=True).start()", "x = ['y'] * 10**7", "1 / 0",
-               "print('x' * 10**6)", "import os; os.abort()"]  # fmt: skip
+    hostile = [
+        "import os\nos.dup(1)\nos.pipe()",
+        "import threading\nfor i in range(9):\n    "
+        "threading.Thread(target=print, daemon=True).start()",
+        "x = ['y'] * 10**7",
+        "1 / 0",
+        "print('x' * 10**6)",
+        "import os; os.abort()",
+    ]
 
     def episodes(number):
         for i in range(number):
@@ -346,15 +429,36 @@ def worker(tmp_path_factory):
     for stage, part in rows.items():
         (out / stage).write_text("".join(json.dumps(row) + "\n" for row in part))
     data = ",".join(str(out / x) for x in rows)
-    toy_runs.run("train_sft.py", "--out", out / "sft", "--data", data, "--eval_data", "",
-        "--row_tokens", 512, "--steps", 120, "--batch_tokens", 2048, "--lr", 3e-3, "--warmup", 5,
-        "--schedule_steps", 120)  # fmt: skip
+    toy_runs.run(
+        "train_sft.py",
+        "--out",
+        out / "sft",
+        "--data",
+        data,
+        "--eval_data",
+        "",
+        "--row_tokens",
+        512,
+        "--steps",
+        120,
+        "--batch_tokens",
+        2048,
+        "--lr",
+        3e-3,
+        "--warmup",
+        5,
+        "--schedule_steps",
+        120,
+    )
     return out
 
 
 # What malloc keeps for later moves by tens of MiB; so told, it gives back what is not in use.
-GIVEN_BACK = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536",
-              "MALLOC_ARENA_MAX": "1"}  # fmt: skip
+GIVEN_BACK = {
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 @pytest.mark.nightly
@@ -365,11 +469,30 @@ def test_run_leaves_nothing(stage, worker, tmp_path):
     left but the run's own."""
     (tmp_path / "tmp").mkdir()
     process = start(
-        "train_rl.py", "--stage", stage, "--init", worker / "sft", "--data", worker / stage,
-        "--out", tmp_path / "out", "--steps", 200, "--prompts", 2, "--rollouts", 4, "--eval_data",
-        "", "--show_every", 0, "--lr", 1e-5, *STAGES[stage][1:],
+        "train_rl.py",
+        "--stage",
+        stage,
+        "--init",
+        worker / "sft",
+        "--data",
+        worker / stage,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        200,
+        "--prompts",
+        2,
+        "--rollouts",
+        4,
+        "--eval_data",
+        "",
+        "--show_every",
+        0,
+        "--lr",
+        1e-5,
+        *STAGES[stage][1:],
         env={"TMPDIR": tmp_path / "tmp", **GIVEN_BACK},
-    )  # fmt: skip
+    )
     seen, metrics = {}, tmp_path / "out" / "metrics.jsonl"
     while process.poll() is None:
         step = metrics.read_text().count("\n") if metrics.exists() else 0

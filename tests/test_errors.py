@@ -24,8 +24,13 @@ WEIGHTS = "model.safetensors"
 
 def math_row(text="What is 1+2?", **fields) -> dict:
     prompt = {"input": [{"role": "user", "content": text}]}
-    return {"id": "sum", "responses_create_params": prompt, "expected_answer": "3",
-            "solutions": {"off": [{"role": "assistant", "content": "3"}]}, **fields}  # fmt: skip
+    return {
+        "id": "sum",
+        "responses_create_params": prompt,
+        "expected_answer": "3",
+        "solutions": {"off": [{"role": "assistant", "content": "3"}]},
+        **fields,
+    }
 
 
 def test_errors_of_flags(refused, sft):
@@ -45,8 +50,16 @@ def test_errors_of_flags(refused, sft):
     refused("--temperature 0: .* of logits / temperature", *stage, "--temperature", 0)
     refused("--top_p 1.5: expected more than 0 and at most 1", *stage, "--top_p", 1.5)
     refused("--betas .0.9,.: expected two numbers", *stage, "--betas", 0.9)
-    refused("--gate hard: expected zero or clamp or none", "train_mopd.py", "--init", sft,
-            "--gate", "hard", "--teachers", f"math={sft}")  # fmt: skip
+    refused(
+        "--gate hard: expected zero or clamp or none",
+        "train_mopd.py",
+        "--init",
+        sft,
+        "--gate",
+        "hard",
+        "--teachers",
+        f"math={sft}",
+    )
 
 
 def test_errors_of_init(refused, sft, tmp_path):
@@ -94,8 +107,10 @@ def test_errors_of_data(script, refused, sft, tmp_path):
     short = ("--eval_data", "toy", "--eval_max_new_tokens", 1020)  # which its own prompts exceed
     refused(r"row .*: \d+ tokens \+ 1020 new ones; the model's context is 1024$", *args, *short)
     if script == "train_sft.py":  # half of the draws are without the thought
-        worked = {k: [{"role": "assistant", "content": x, "reasoning_content": ""}]
-                  for k, x in (("on", "3"), ("off", "and " * 300 + "3"))}  # fmt: skip
+        worked = {
+            k: [{"role": "assistant", "content": x, "reasoning_content": ""}]
+            for k, x in (("on", "3"), ("off", "and " * 300 + "3"))
+        }
         path.write_text(json.dumps(math_row(id="long", solutions=worked)))
         refused(r"row long: \d+ tokens .* --row_tokens is 256$", *args, "--data", path)
         refused("--stop_score 0.5: --eval_data has no rows to score", *args, "--stop_score", 0.5)
@@ -152,22 +167,26 @@ def test_errors_of_references(refused, sft, tmp_path, monkeypatch):
     refused(words, *args, "rlhf", "--references", answers)
 
 
-@pytest.mark.parametrize("words, args", [
-    ("--model DIR is needed", ()), ("unknown flag --modle: did you mean --model", ("--modle", "x")),
-    ("nowhere has no tokenizer.json", ("--model", "nowhere")),
-    ("expected 1 or more", ("--model", "SFT", "--prompt", "hi", "--num_samples", 0)),
-    ("--dtype fp8: expected", ("--model", "SFT", "--prompt", "hi", "--dtype", "fp8")),
-    ("must fit the context of 1024", ("--model", "SFT", "--prompt", "word " * 2000)),
-    ("FILE: no prompts", ("--model", "SFT", "--prompts", "FILE")),
-    ("FILE: no rows", ("--model", "SFT", "--tasks", "FILE")),
-    ("--show_mask needs --tasks", ("--model", "SFT", "--show_mask", 1)),
-    ("expected single, majority", ("--model", "SFT", "--strategy", "x", "--tasks", "toy:math")),
-    ("and --tasks", ("--model", "SFT", "--strategy", "refine", "--prompt", "hi")),
-    ("one answer", ("--model", "SFT", "--strategy", "submit", "--tasks", "toy:tools")),
-    ("needs a judge", ("--model", "SFT", "--tasks", "JUDGED")),
-    ("needs a judge", ("--model", "SFT", "--strategy", "single", "--tasks", "JUDGED")),
-    ("--rounds 0", ("--model", "SFT", "--strategy", "refine", "--rounds", 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, args",
+    [
+        ("--model DIR is needed", ()),
+        ("unknown flag --modle: did you mean --model", ("--modle", "x")),
+        ("nowhere has no tokenizer.json", ("--model", "nowhere")),
+        ("expected 1 or more", ("--model", "SFT", "--prompt", "hi", "--num_samples", 0)),
+        ("--dtype fp8: expected", ("--model", "SFT", "--prompt", "hi", "--dtype", "fp8")),
+        ("must fit the context of 1024", ("--model", "SFT", "--prompt", "word " * 2000)),
+        ("FILE: no prompts", ("--model", "SFT", "--prompts", "FILE")),
+        ("FILE: no rows", ("--model", "SFT", "--tasks", "FILE")),
+        ("--show_mask needs --tasks", ("--model", "SFT", "--show_mask", 1)),
+        ("expected single, majority", ("--model", "SFT", "--strategy", "x", "--tasks", "toy:math")),
+        ("and --tasks", ("--model", "SFT", "--strategy", "refine", "--prompt", "hi")),
+        ("one answer", ("--model", "SFT", "--strategy", "submit", "--tasks", "toy:tools")),
+        ("needs a judge", ("--model", "SFT", "--tasks", "JUDGED")),
+        ("needs a judge", ("--model", "SFT", "--strategy", "single", "--tasks", "JUDGED")),
+        ("--rounds 0", ("--model", "SFT", "--strategy", "refine", "--rounds", 0)),
+    ],
+)
 def test_errors_of_sampling(words, args, sft, tmp_path, monkeypatch, capsys):
     """sample.py refuses in one line what it cannot sample from or grade, before it samples."""
     names = {"SFT": sft, "FILE": tmp_path / "empty.jsonl", "JUDGED": tmp_path / "judged.jsonl"}
@@ -192,7 +211,8 @@ def test_errors_of_one_rank(tmp_path):
         "        if dist.rank:\n"
         "            raise ValueError('loss is nan at step 2')\n"
         "        dist.sum(1)\n"
-        "config.run_main(main)\n")  # fmt: skip
+        "config.run_main(main)\n"
+    )
     running = [start(script, env=x) for x in environments(2)]
     lines = [process.communicate()[1].splitlines()[-1:] for process in running]
     assert [process.returncode for process in running] == [2, 2], lines
@@ -215,8 +235,24 @@ def test_errors_of_a_nan(refused, skilled, rows, tmp_path, monkeypatch, capsys):
     """A loss that is NaN stops the run with its step and rows before the weights see it; the last
     checkpoint is good, and resumed it leaves the bits of a run without the mishap. Meanwhile the
     directory is refused to other runs."""
-    args = ("train_rl.py", "--stage", "multi_domain_rl", "--init", skilled, "--data", rows,
-            *toy_runs.UNREFUSED, "--steps", 6, "--prompts", 2, "--rollouts", 2, "--save_every", 1)
+    args = (
+        "train_rl.py",
+        "--stage",
+        "multi_domain_rl",
+        "--init",
+        skilled,
+        "--data",
+        rows,
+        *toy_runs.UNREFUSED,
+        "--steps",
+        6,
+        "--prompts",
+        2,
+        "--rollouts",
+        2,
+        "--save_every",
+        1,
+    )
     out, real, calls = tmp_path / "out", nanocascade.grpo.grpo_loss, []
     run_here(monkeypatch, *args, "--out", tmp_path / "whole")
 
@@ -252,8 +288,22 @@ def test_errors_of_a_full_disk(rows, tmp_path):
     """A disk that fills up while a checkpoint, or the finished model, is written costs what came
     after the last checkpoint, which is still whole: with room again the run goes on and ends."""
     out, room = tmp_path / "out", (2_000_000, 2_000_000)  # bytes; the weights have 3.5 million
-    args = ("train_sft.py", "--data", rows, "--batch_tokens", 256, "--steps", 12, "--warmup", 1,
-            "--eval_data", "", "--out", out, "--resume")  # fmt: skip
+    args = (
+        "train_sft.py",
+        "--data",
+        rows,
+        "--batch_tokens",
+        256,
+        "--steps",
+        12,
+        "--warmup",
+        1,
+        "--eval_data",
+        "",
+        "--out",
+        out,
+        "--resume",
+    )
 
     def stops(process) -> list[str]:
         line = process.communicate()[1].splitlines()[-1]

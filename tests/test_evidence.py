@@ -23,10 +23,19 @@ def write_run(path, scores, metrics=(), **config):
     path.mkdir(parents=True)
     after = {d: {"after": {"mean": x, "interval": 0.01, "n": 100}} for d, x in scores.items()}
     config |= {"out": str(path), "prompts": 4, "rollouts": 2}
-    teachers = {d: {"path": str(path.parent / name)} for d, name in
-                (dict.fromkeys(MOPD_SHARES, "if_rl") | {"math": "sft"}).items()}  # fmt: skip
-    manifest = {"evaluation": after, "config": config, "seconds": 60.0, "peak_kib": 1 << 20,
-                "seed": 0, "commit": "0123456789abcdef", "teachers": teachers}  # fmt: skip
+    teachers = {
+        d: {"path": str(path.parent / name)}
+        for d, name in (dict.fromkeys(MOPD_SHARES, "if_rl") | {"math": "sft"}).items()
+    }
+    manifest = {
+        "evaluation": after,
+        "config": config,
+        "seconds": 60.0,
+        "peak_kib": 1 << 20,
+        "seed": 0,
+        "commit": "0123456789abcdef",
+        "teachers": teachers,
+    }
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
     (path / "rollouts.jsonl").write_text("")
@@ -40,9 +49,18 @@ def write_cascade(out, mathematics):
     """SFT has .8 in mathematics, the start of MOPD .4 and its end `mathematics`; the rest is .5.
     Instructions are at .8 from step 6 of RL and step 3 of MOPD on, .2 before."""
     rise = [step(i, **{"outcome/drawn": 0.2 + 0.6 * (i >= 6)}) for i in range(9)]
-    faster = [step(i, **{"outcome/if": 0.2 + 0.6 * (i >= 3), "mopd/prompt_share/if": 0.5,
-                         "outcome/preference": 0.9, "mopd/prompt_share/preference": 0.5})
-              for i in range(9)]  # fmt: skip
+    faster = [
+        step(
+            i,
+            **{
+                "outcome/if": 0.2 + 0.6 * (i >= 3),
+                "mopd/prompt_share/if": 0.5,
+                "outcome/preference": 0.9,
+                "mopd/prompt_share/preference": 0.5,
+            },
+        )
+        for i in range(9)
+    ]
     for name in (*(x for x, _, _ in CASCADE), "mopd_from_sft", "math_rl"):
         scores = dict.fromkeys(DOMAINS, 0.5)
         scores["math"] = {"sft": 0.8, "if_rl": 0.8, "multi_domain_rl": 0.4}.get(name, mathematics)

@@ -11,15 +11,70 @@ from fixtures.toy_runs import lasting, run_here
 from nanocascade.toy import tasks
 
 rows, sft, skilled, refused = toy_runs.rows, toy_runs.sft, toy_runs.skilled, toy_runs.refused
-RL = ("train_rl.py", "--stage", "if_rl", "--init", "SKILLED", "--data", "ROWS", "--prompts", 4,
-      "--rollouts", 4, "--steps", 2, "--show_every", 0)  # fmt: skip
-RLHF = ("train_rl.py", "--stage", "rlhf", "--init", "SKILLED", "--prompts", 3, "--rollouts", 4,
-        "--steps", 2, "--toy_rows", 12, "--show_every", 0)  # fmt: skip
-MOPD = ("train_mopd.py", "--init", "SKILLED", "--teachers", "multi_domain=SFT", "--data", "UNEVEN",
-        "--prompts", 6, "--rollouts", 2, "--steps", 2, "--show_every", 0)  # fmt: skip
+RL = (
+    "train_rl.py",
+    "--stage",
+    "if_rl",
+    "--init",
+    "SKILLED",
+    "--data",
+    "ROWS",
+    "--prompts",
+    4,
+    "--rollouts",
+    4,
+    "--steps",
+    2,
+    "--show_every",
+    0,
+)
+RLHF = (
+    "train_rl.py",
+    "--stage",
+    "rlhf",
+    "--init",
+    "SKILLED",
+    "--prompts",
+    3,
+    "--rollouts",
+    4,
+    "--steps",
+    2,
+    "--toy_rows",
+    12,
+    "--show_every",
+    0,
+)
+MOPD = (
+    "train_mopd.py",
+    "--init",
+    "SKILLED",
+    "--teachers",
+    "multi_domain=SFT",
+    "--data",
+    "UNEVEN",
+    "--prompts",
+    6,
+    "--rollouts",
+    2,
+    "--steps",
+    2,
+    "--show_every",
+    0,
+)
 SFT = ("train_sft.py", "--data", "ROWS", "--batch_tokens", 400, "--steps", 2, "--warmup", 1)
-EVAL = ("--eval_data", "toy", "--eval_samples", 2, "--own_eval_samples", 3,
-        "--eval_max_new_tokens", 8, "--reference_samples", 2)  # fmt: skip
+EVAL = (
+    "--eval_data",
+    "toy",
+    "--eval_samples",
+    2,
+    "--own_eval_samples",
+    3,
+    "--eval_max_new_tokens",
+    8,
+    "--reference_samples",
+    2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,37 +103,47 @@ def outcome_of(tmp_path_factory, sft, skilled, rows):
                 "rollouts": (out / "rollouts.jsonl").read_text(),
                 "manifest": json.loads((out / "manifest.json").read_text()),
                 "printed": capsys.readouterr().out,
-            }  # fmt: skip
+            }
         return known[args]
 
     return outcome
 
 
 CHANGES = [  # command line, flag and value, what must differ
-    (RL, ("--betas", "0.1,0.1"), "weights"), (RL, ("--bias_rate", 0), "weights"),
-    (RL, ("--weight_decay", 5), "weights"), (RL, ("--max_norm", 1e-6), "weights"),
-    (RL, ("--normalize_std", "false"), "weights"), (RL, ("--train_router",), "weights"),
+    (RL, ("--betas", "0.1,0.1"), "weights"),
+    (RL, ("--bias_rate", 0), "weights"),
+    (RL, ("--weight_decay", 5), "weights"),
+    (RL, ("--max_norm", 1e-6), "weights"),
+    (RL, ("--normalize_std", "false"), "weights"),
+    (RL, ("--train_router",), "weights"),
     ((*RL, "--rollouts", 2), ("--dynamic_filtering", "false"), "metrics"),
     (RL, ("--top_p", 0.3), "rollouts"),
-    (RL, ("--schedule", "linear", "--min_lr", 1e-2), "weights"), (RL, ("--seed", 3), "rollouts"),
-    (RL, ("--max_tokens", 30), "rollouts"), (RL, ("--thinking", "false"), "rollouts"),
+    (RL, ("--schedule", "linear", "--min_lr", 1e-2), "weights"),
+    (RL, ("--seed", 3), "rollouts"),
+    (RL, ("--max_tokens", 30), "rollouts"),
+    (RL, ("--thinking", "false"), "rollouts"),
     ((*RL, "--eval_data", "ROWS", "--own_eval_samples", 8), ("--thinking", "false"), "manifest"),
     (MOPD, ("--denominator", "token"), "weights"),
-    (RL, ("--mask_unsolved", 1), "weights"), (RL, ("--log_groups", 0), "rollouts"),
-    (RL, ("--show_every", 1), "printed"), (RL, ("--warmup", 2), "weights"),
+    (RL, ("--mask_unsolved", 1), "weights"),
+    (RL, ("--log_groups", 0), "rollouts"),
+    (RL, ("--show_every", 1), "printed"),
+    (RL, ("--warmup", 2), "weights"),
     (RL, ("--curriculum", "1,0,0.1", "--data", "RATED"), "rollouts"),
     (RL, ("--keep_unsolved", 0, "--data", "RATED"), "rollouts"),
     ((*RL, "--max_pass_rate", 0.3), ("--pass_samples", 1), "rollouts"),
-    (RLHF, ("--kl_coef", 0), "weights"), (RLHF, ("--pairing", "circle"), "weights"),
-    (MOPD, ("--balance",), "metrics"), (MOPD, ("--warmup_from", 1e-2), "weights"),
+    (RLHF, ("--kl_coef", 0), "weights"),
+    (RLHF, ("--pairing", "circle"), "weights"),
+    (MOPD, ("--balance",), "metrics"),
+    (MOPD, ("--warmup_from", 1e-2), "weights"),
     ((*MOPD, "--warmup", 0), ("--schedule", "constant"), "weights"),
     ((*MOPD, "--warmup", 0), ("--min_lr", 1e-2), "weights"),
     (MOPD, ("--gate", "none", "--gate_low", 0.9999999, "--gate_high", 1.0), "metrics"),
-    (SFT, ("--strip_thinking", 1), "weights"), (SFT, ("--micro_tokens", 64), "weights"),
+    (SFT, ("--strip_thinking", 1), "weights"),
+    (SFT, ("--micro_tokens", 64), "weights"),
     ((*SFT, *EVAL), ("--eval_max_new_tokens", 1), "manifest"),
     ((*SFT, *EVAL), ("--own_eval_samples", 2), "manifest"),
     ((*SFT, *EVAL), ("--stop_score", 1e-9, "--stop_every", 1), "metrics"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("args, flag, kind", CHANGES, ids=lambda x: x[0] if "--" in x[0] else "")
@@ -113,16 +178,33 @@ def test_flags_of_judges(refused, sft, skilled, tmp_path, outcome_of, capsys):
     args = ("train_rl.py", "--stage", "rlhf", "--init", skilled, "--data", tmp_path / "rows")
     refused("preference rows need --judge_url and --judge_model", *args)
     refused("expected an address like http", *args, "--judge_url", "here", "--judge_model", "x")
-    refused("preference rows need --judge_url", "train_sft.py", "--init", sft, "--eval_data",
-            tmp_path / "rows")  # fmt: skip
-    judged = {"expected_answer": "five", "agent_ref": {"name": "equivalence_llm_judge"},
-              "responses_create_params": {"input": "How many?"}}  # fmt: skip
+    refused(
+        "preference rows need --judge_url",
+        "train_sft.py",
+        "--init",
+        sft,
+        "--eval_data",
+        tmp_path / "rows",
+    )
+    judged = {
+        "expected_answer": "five",
+        "agent_ref": {"name": "equivalence_llm_judge"},
+        "responses_create_params": {"input": "How many?"},
+    }
     (tmp_path / "rows").write_text(json.dumps(judged))
     refused("so do judged", *args[:2], "long_context_rl", *args[3:])
     judged = outcome_of(RLHF, capsys)["metrics"]  # by pairs: rewards, but nothing that is right
     assert all("outcome/preference" not in x and x["reward/mean"] > 0 for x in judged)
-    refused(r"--mask_unsolved 0.5: preference rows \(.*\) have no outcome", "train_rl.py",
-            "--stage", "rlhf", "--init", skilled, "--mask_unsolved", 0.5)  # fmt: skip
+    refused(
+        r"--mask_unsolved 0.5: preference rows \(.*\) have no outcome",
+        "train_rl.py",
+        "--stage",
+        "rlhf",
+        "--init",
+        skilled,
+        "--mask_unsolved",
+        0.5,
+    )
     stored = [{"question": f"Tell me about the {x}.", "answer": "<think>\nno"} for x in tasks.NOUNS]
     (tmp_path / "stored").write_text("".join(json.dumps(x) + "\n" for x in stored))
     compared = outcome_of((*RLHF, "--references", tmp_path / "stored"), capsys)["metrics"]
@@ -133,17 +215,40 @@ def test_flags_of_no_judge(refused, sft, tmp_path, monkeypatch):
     """MOPD trains on rows that need a judge without one: they have no outcome and leave those of
     other domains alone. An evaluation on them is refused."""
     unjudged, easy = tasks.make_rows("preference", 1), tasks.make_rows("math", 1)
-    judged = {"agent_ref": {"name": "equivalence_llm_judge"}, "expected_answer": "five",
-              "responses_create_params": {"input": "How many?"}, "domain": "math"}  # fmt: skip
+    judged = {
+        "agent_ref": {"name": "equivalence_llm_judge"},
+        "expected_answer": "five",
+        "responses_create_params": {"input": "How many?"},
+        "domain": "math",
+    }
     (tmp_path / "rows").write_text("".join(json.dumps(x) + "\n" for x in [*unjudged, *easy]))
-    args = ("train_mopd.py", "--init", sft, "--teachers", f"preference={sft},math={sft}",
-            "--data", tmp_path / "rows")  # fmt: skip
+    args = (
+        "train_mopd.py",
+        "--init",
+        sft,
+        "--teachers",
+        f"preference={sft},math={sft}",
+        "--data",
+        tmp_path / "rows",
+    )
     refused("preference rows need --judge_url", *args, "--eval_data", tmp_path / "rows")
     found = []
     for name, rows in (("some", [*unjudged, *easy]), ("none", [*unjudged, judged])):
         (tmp_path / "rows").write_text("".join(json.dumps(x) + "\n" for x in rows))
-        run_here(monkeypatch, *args, "--out", tmp_path / name, "--steps", 1, "--eval_data", "",
-                 "--prompts", 4, "--max_new_tokens", 8)  # fmt: skip
+        run_here(
+            monkeypatch,
+            *args,
+            "--out",
+            tmp_path / name,
+            "--steps",
+            1,
+            "--eval_data",
+            "",
+            "--prompts",
+            4,
+            "--max_new_tokens",
+            8,
+        )
         found.append(json.loads((tmp_path / name / "metrics.jsonl").read_text()))
         logged = map(json.loads, (tmp_path / name / "rollouts.jsonl").open())
         assert "not scored: no judge" in {x["reason"] for x in logged}

@@ -14,36 +14,65 @@ from nanocascade.rewards import check_row, instruct
 DATA = Path(__file__).parents[2] / "shared" / "data"
 REAL_ROWS = DATA / "nemo_gym" / "instruction_following.jsonl"
 
-TALK = "Dr. Low met J. Smith at 3.15 p.m. today. He said \"I can't stay.\" Why? Rain (again)! Go on"
+TALK = 'Dr. Low met J. Smith at 3.15 p.m. today. He said "I can\'t stay." Why? Rain (again)! Go on'
 
 # id: (kwargs, an answer that obeys, an answer that does not)
 CASES = {
     "keywords:existence": ({"keywords": ["tide", "moon"]}, "Tides and moonlight.", "Tides only."),
     "keywords:frequency": (
-        {"keyword": "tide", "frequency": 2, "relation": "at least"}, "Tide on tide.", "One tide."),
+        {"keyword": "tide", "frequency": 2, "relation": "at least"},
+        "Tide on tide.",
+        "One tide.",
+    ),
     "keywords:forbidden_words": ({"forbidden_words": ["sea", "C++"]}, "A seal in C.", "Sea, sea!"),
     "keywords:letter_frequency": (
-        {"letter": "Q", "let_frequency": 2, "let_relation": "less than"}, "Quit.", "Quit, quit."),
+        {"letter": "Q", "let_frequency": 2, "let_relation": "less than"},
+        "Quit.",
+        "Quit, quit.",
+    ),
     "language:response_language": (
-        {"language": "de"}, "Das ist nicht der Hund, den ich sah.", "This is not the dog."),
+        {"language": "de"},
+        "Das ist nicht der Hund, den ich sah.",
+        "This is not the dog.",
+    ),
     "length_constraints:number_sentences": (
-        {"num_sentences": 6, "relation": "less than"}, TALK, TALK + ". And on."),
+        {"num_sentences": 6, "relation": "less than"},
+        TALK,
+        TALK + ". And on.",
+    ),
     "length_constraints:number_paragraphs": (
-        {"num_paragraphs": 2}, "One\n***\nTwo\n***", "One *** *** Two"),
+        {"num_paragraphs": 2},
+        "One\n***\nTwo\n***",
+        "One *** *** Two",
+    ),
     "length_constraints:number_words": (
-        {"num_words": 3, "relation": "at least"}, "well-kept garden", "two words"),
+        {"num_words": 3, "relation": "at least"},
+        "well-kept garden",
+        "two words",
+    ),
     "length_constraints:nth_paragraph_first_word": (
         {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "crash"},
-        "One\n\n\"Crash,\" it went.", "One\n\nA crash.\n\n"),
+        'One\n\n"Crash," it went.',
+        "One\n\nA crash.\n\n",
+    ),
     "detectable_content:number_placeholders": ({"num_placeholders": 2}, "[a] to [[b]", "[a] ] ["),
     "detectable_content:postscript": ({"postscript_marker": "P.S."}, "Bye.\nP. S. Hi", "Bye. PS"),
     "detectable_format:number_bullet_lists": (
-        {"num_bullets": 2}, "List:\n* one\n  - two", "* one\n**two**"),
+        {"num_bullets": 2},
+        "List:\n* one\n  - two",
+        "* one\n**two**",
+    ),
     "detectable_format:constrained_response": ({}, "My answer is maybe.", "My answer: no."),
     "detectable_format:number_highlighted_sections": (
-        {"num_highlights": 2}, "*one* and **two**", "*one* and ** **"),
+        {"num_highlights": 2},
+        "*one* and **two**",
+        "*one* and ** **",
+    ),
     "detectable_format:multiple_sections": (
-        {"section_spliter": "Section", "num_sections": 2}, "Section 1\nx\nSection 2", "Section I"),
+        {"section_spliter": "Section", "num_sections": 2},
+        "Section 1\nx\nSection 2",
+        "Section I",
+    ),
     "detectable_format:json_format": ({}, '```json\n{"a": [1]}\n```', '{"a": [1]'),
     "detectable_format:title": ({}, "<<Tide>>\ntext", "<< >>\n<<Tide\n>>"),
     "combination:two_responses": ({}, "one ****** two", "one ****** one"),
@@ -51,29 +80,50 @@ CASES = {
     "startend:end_checker": ({"end_phrase": "The end."}, 'Well. "the end."', "The end. Bye"),
     "startend:quotation": ({}, '"All of it"', '"All" of it'),
     "change_case:capital_word_frequency": (
-        {"capital_frequency": 2, "capital_relation": "at least"}, "I saw UNESCO.", "I saw Unesco."),
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        "I saw UNESCO.",
+        "I saw Unesco.",
+    ),
     "change_case:english_capital": (
-        {}, "THE MOON PULLS THE SEA AND IT RISES", "DAS IST DER HUND UND ICH"),
+        {},
+        "THE MOON PULLS THE SEA AND IT RISES",
+        "DAS IST DER HUND UND ICH",
+    ),
     "change_case:english_lowercase": ({}, "the tide is high", "the Tide is high"),
     "punctuation:no_comma": ({}, "No pause; none.", "A pause, one."),
     "keywords:word_once": ({"keyword": "tide"}, "A tide.", "Tide, tides."),
     "keywords:word_count_different_numbers": (
-        {"keyword": "tide", "frequency": 2, "relation": "less than"}, "A tide.", "Tide, tides."),
+        {"keyword": "tide", "frequency": 2, "relation": "less than"},
+        "A tide.",
+        "Tide, tides.",
+    ),
     "keywords:exclude_word_harder": ({"keyword": "tide"}, "The tides.", "The tide rose."),
     "keywords:keyword_specific_position": (
-        {"keyword": "know", "n": 2, "m": 4}, "Ask me. I don't know.", "Ask me. I know."),
+        {"keyword": "know", "n": 2, "m": 4},
+        "Ask me. I don't know.",
+        "Ask me. I know.",
+    ),
     "keywords:no_adjacent_consecutive": ({}, "a cat", "a Bee"),
     "keywords:palindrome": ({}, "My kayak", "My Kayak"),
     "keywords:start_end": ({}, "Rise and rise", "Rise and rise."),
     "letters:letter_counting": ({"N": 4, "relation": "at least"}, "abc d", "abc 123"),
     "letters:letter_counting2": (
-        {"letter": "a", "let_frequency": 2, "let_relation": "at least"}, "Aha", "ah"),
+        {"letter": "a", "let_frequency": 2, "let_relation": "at least"},
+        "Aha",
+        "ah",
+    ),
     "count:lowercase_counting": ({"N": 1}, "ONE word HERE", "one word HERE"),
     "count:counting_composition": (
-        {"n_sent": 2, "n_words": 3}, "***".join(["I go. You stay."] * 3), "I go. You stay. *** x"),
+        {"n_sent": 2, "n_words": 3},
+        "***".join(["I go. You stay."] * 3),
+        "I go. You stay. *** x",
+    ),
     "count:count_unique": ({}, "The tide took the pier", "The tide took the tide"),
     "count:count_increment_word": (
-        {"keyword1": "sea", "keyword2": "tide"}, "Sea tide tide", "Sea sea tide tide"),
+        {"keyword1": "sea", "keyword2": "tide"},
+        "Sea tide tide",
+        "Sea sea tide tide",
+    ),
     "paragraphs:paragraphs": ({}, "one *** two", "one"),
     "paragraphs:paragraphs2": ({}, "one\n\ntwo\n\n", "one\n\n\n\ntwo"),
     "first_word:first_word_sent": ({"first_word": "so"}, "So it is. So be it.", "So it is. Be it."),
@@ -85,15 +135,20 @@ CASES = {
     "detectable_format:sentence_hyphens": ({}, "One here.-Two here.", "One here. - Two here."),
     "copy:repeat_phrase": (
         {"phrase": "Time flies when having fun", "small_n": 2},
-        "Time flies when having fun. Time runs when having fun", "Time runs when having fun"),
+        "Time flies when having fun. Time runs when having fun",
+        "Time runs when having fun",
+    ),
     "copy:copy": ({"prompt_to_repeat": "Say hi."}, " say hi.\n", "Say hi. Hi"),
     "copy:copying_simple": ({"prompt_to_repeat": "Say hi."}, "Say hi.", "Hi"),
     "copy:copying_multiple": ({"prompt_to_repeat": "Hi", "N": 2}, "hi\n******\nHi", "Hi Hi"),
     "new:copy_span_idx": (
-        {"prompt_to_repeat": " The tide.", "n_start": 0, "n_end": 4}, "the", "The tide"),
+        {"prompt_to_repeat": " The tide.", "n_start": 0, "n_end": 4},
+        "the",
+        "The tide",
+    ),
     "punctuation:punctuation_dot": ({}, "Well!", "v1.2"),
     "punctuation:punctuation_exclamation": ({}, "Well.", "Well!"),
-}  # fmt: skip
+}
 
 
 def grade(name, kwargs, text):
@@ -119,24 +174,46 @@ def test_numbers_segments():
     assert len(instruct.punkt_sentences(TALK)) == 5
     assert len(instruct.punkt_sentences("Wait... what? The U.S. They left, e.g. now.")) == 4
     assert instruct.tokens('"I can\'t," he said: 1,000 (or so).') == [
-        "``", "I", "ca", "n't", ",", "''", "he", "said", ":", "1,000", "(", "or", "so", ")", "."
-    ]  # fmt: skip
+        "``",
+        "I",
+        "ca",
+        "n't",
+        ",",
+        "''",
+        "he",
+        "said",
+        ":",
+        "1,000",
+        "(",
+        "or",
+        "so",
+        ")",
+        ".",
+    ]
     assert instruct.sentences("Mr. A. Low of Acme Inc. paid 3.50. He left... See x.com!") == [
-        "Mr. A. Low of Acme Inc. paid 3.50.", "He left...", "See x.com!"
-    ]  # fmt: skip
+        "Mr. A. Low of Acme Inc. paid 3.50.",
+        "He left...",
+        "See x.com!",
+    ]
 
 
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("en", "The tide is in the bay"), ("fr", "Il est dans la maison avec les enfants"),
-        ("es", "La marea es alta por la luna"), ("pt", "A mar\u00e9 n\u00e3o \u00e9 alta"),
-        ("ru", "\u042d\u0442\u043e \u043c\u044b"), ("uk", "\u0426\u0435 \u0456 \u0457\u0457"),
-        ("ja", "\u6f6e\u306f\u9ad8\u3044"), ("zh", "\u8fd9\u662f\u6211\u7684"),
-        ("ar", "\u0627\u0644\u0645\u062f \u0639\u0627\u0644\u064a"), ("ko", "\ubc14\ub2e4"),
-        ("hi", "\u092f\u0939 \u0939\u0948"), ("el", "123 ..."),
+        ("en", "The tide is in the bay"),
+        ("fr", "Il est dans la maison avec les enfants"),
+        ("es", "La marea es alta por la luna"),
+        ("pt", "A mar\u00e9 n\u00e3o \u00e9 alta"),
+        ("ru", "\u042d\u0442\u043e \u043c\u044b"),
+        ("uk", "\u0426\u0435 \u0456 \u0457\u0457"),
+        ("ja", "\u6f6e\u306f\u9ad8\u3044"),
+        ("zh", "\u8fd9\u662f\u6211\u7684"),
+        ("ar", "\u0627\u0644\u0645\u062f \u0639\u0627\u0644\u064a"),
+        ("ko", "\ubc14\ub2e4"),
+        ("hi", "\u092f\u0939 \u0939\u0948"),
+        ("el", "123 ..."),
     ],
-)  # fmt: skip
+)
 def test_numbers_language(code, text, monkeypatch):
     """Script, letters and frequent words tell languages apart; figures alone are in none."""
     monkeypatch.setattr(instruct, "langdetect", None)
@@ -156,8 +233,10 @@ def test_parity_language():
 def test_run_languages_in_threads():
     """The first texts may be judged by several threads at once: each finds the profiles loaded."""
     pytest.importorskip("langdetect")
-    program = ("from nanocascade.rewards import instruct; import langdetect.detector_factory as d; "
-               "print(len(d._factory.langlist))")  # fmt: skip
+    program = (
+        "from nanocascade.rewards import instruct; import langdetect.detector_factory as d; "
+        "print(len(d._factory.langlist))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert int(done.stdout) > 40, done.stderr
 
@@ -186,14 +265,15 @@ def test_numbers_all_must_hold():
 @pytest.mark.parametrize(
     ("names", "kwargs", "said"),
     [
-        (["keywords:exist"], [{}], "keywords:exist"), ([], [], "one kwargs each"),
+        (["keywords:exist"], [{}], "keywords:exist"),
+        ([], [], "one kwargs each"),
         (["keywords:existence"], [], "one kwargs each"),
         (["keywords:existence"], [{}], "'keywords' is None"),
         (["letters:letter_counting"], [{"N": 2.5, "relation": "at least"}], "'N' is 2.5"),
         (["letters:letter_counting"], [{"N": 2, "relation": "most"}], "'relation' is 'most'"),
         (["language:response_language"], [{"language": "tlh"}], "'tlh'"),
     ],
-)  # fmt: skip
+)
 def test_bad_rows_raise(names, kwargs, said):
     """A row that cannot be graded raises with its id and the offending value, never scores 0."""
     with pytest.raises(ValueError, match=f"row 'r7'.*{said}"):

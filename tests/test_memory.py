@@ -17,10 +17,20 @@ from nanocascade.model.model import Model
 STATUS, MIB = Path("/proc/self/status"), 1 << 20
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's account of a process")
 FULL = make_parity.nemotron(  # Nemotron-3-Nano-30B-A3B
-    vocab_size=131072, hidden_size=2688, num_attention_heads=32, head_dim=128, mamba_num_heads=64,
+    vocab_size=131072,
+    hidden_size=2688,
+    num_attention_heads=32,
+    head_dim=128,
+    mamba_num_heads=64,
     hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    mamba_head_dim=64, n_groups=8, ssm_state_size=128, n_routed_experts=128, num_experts_per_tok=6,
-    moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712)
+    mamba_head_dim=64,
+    n_groups=8,
+    ssm_state_size=128,
+    n_routed_experts=128,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+)
 
 
 class Peak:
@@ -70,9 +80,13 @@ def write_sparse(path, config, without=()):
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-@pytest.mark.parametrize("last, words", [
-    ("E", "1 missing: backbone.layers.51.mixer.experts.77.up_proj.weight$"),
-    ("M", r"8 missing: .*; 259 not of this model: backbone.layers.51.mixer.experts.0.down_pr")])
+@pytest.mark.parametrize(
+    "last, words",
+    [
+        ("E", "1 missing: backbone.layers.51.mixer.experts.77.up_proj.weight$"),
+        ("M", r"8 missing: .*; 259 not of this model: backbone.layers.51.mixer.experts.0.down_pr"),
+    ],
+)
 def test_numbers_full_size_refused(last, words, tmp_path):
     """63 GB without an expert, or with a config that calls for another block, are refused in under
     a second and 64 MiB."""
@@ -87,9 +101,16 @@ def test_numbers_full_size_refused(last, words, tmp_path):
 
 def test_invariance_load_memory(tmp_path):
     """An fp32 file becomes a bf16 model with no more memory than that and one tensor."""
-    config = parse_config(make_parity.layered(
-        "qwen3_moe", vocab_size=16384, hidden_size=512, head_dim=64, num_hidden_layers=4,
-        moe_intermediate_size=512))  # fmt: skip
+    config = parse_config(
+        make_parity.layered(
+            "qwen3_moe",
+            vocab_size=16384,
+            hidden_size=512,
+            head_dim=64,
+            num_hidden_layers=4,
+            moe_intermediate_size=512,
+        )
+    )
     save_model(Model(config).reset_parameters(0), tmp_path)
     with Peak() as peak:
         model = load_model(tmp_path, torch.bfloat16)

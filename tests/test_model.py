@@ -36,8 +36,9 @@ def our_numbers(network):
             parts = experts_of(name, parameters[name].grad)
             gradients |= dict(zip(published, parts, strict=True))
     with torch.no_grad():
-        samples = generate(network, make_parity.PROMPTS, temperature=0,
-                           max_new_tokens=make_parity.NEW_TOKENS)
+        samples = generate(
+            network, make_parity.PROMPTS, temperature=0, max_new_tokens=make_parity.NEW_TOKENS
+        )
     greedy = torch.tensor([group[0].tokens for group in samples])  # (p, t)
     return {"logits": network.logits(hidden), "loss": loss, "greedy": greedy}, gradients
 
@@ -93,8 +94,10 @@ def test_invariance_packing(case, mask_max, tmp_path, monkeypatch):
     network, parts = build(case, tmp_path), documents()
     alone = torch.cat([network(x[None])[0] for x in parts])  # (t, d)
     ids = torch.stack([torch.cat(parts), torch.cat(parts[::-1])])  # two rows, other boundaries
-    segments = [torch.repeat_interleave(torch.arange(5), torch.tensor([len(x) for x in row]))
-                for row in (parts, parts[::-1])]
+    segments = [
+        torch.repeat_interleave(torch.arange(5), torch.tensor([len(x) for x in row]))
+        for row in (parts, parts[::-1])
+    ]
     packed = network(ids, segments=torch.stack(segments))  # (b, t, d)
     assert (packed[0] - alone).abs().max() < 1e-9
     ends = packed[1].split([len(x) for x in parts[::-1]])
@@ -130,7 +133,7 @@ def test_invariance_cache(case, side, tmp_path):
         chunk, mask = torch.full((3, t), 7), torch.zeros(3, t, dtype=torch.bool)
         for i, n in enumerate(sizes):
             span = slice(0, n) if side == "right" else slice(t - n, t)
-            chunk[i, span], mask[i, span] = ids[i, starts[i]:starts[i] + n], True
+            chunk[i, span], mask[i, span] = ids[i, starts[i] : starts[i] + n], True
         hidden = network(chunk, cache=cache, mask=None if mask.all() else mask)  # (b, t, d)
         for i, n in enumerate(sizes):
             pieces[i].append(hidden[i][mask[i]])
@@ -170,8 +173,11 @@ def test_invariance_checkpointed_blocks(case, tmp_path):
     """Blocks that are recomputed in backward, their inputs in host memory or not, give the bits of
     kept ones and count a token's experts once."""
     ids, found = make_parity.training_ids(), []
-    for options in ({}, {"checkpoint_blocks": True},
-                    {"checkpoint_blocks": True, "offload_blocks": True}):  # fmt: skip
+    for options in (
+        {},
+        {"checkpoint_blocks": True},
+        {"checkpoint_blocks": True, "offload_blocks": True},
+    ):
         network = parallelize(build(case, tmp_path), Dist(**options))
         routing = Routing(network.config.num_moe_layers)
         network.logits(network(ids, routing=routing)).square().mean().backward()
@@ -211,8 +217,9 @@ def test_parity_logprobs(dtype, tolerance, monkeypatch):
         ours, entropy = token_logprobs(hidden, weight, targets, 0.7)
         assert (ours - expected).abs().max() < tolerance
         assert (entropy - entropies).abs().max() < tolerance and not entropy.requires_grad
-        for x, y in zip(torch.autograd.grad((ours * slope).sum(), (hidden, weight)), gradients,
-                        strict=True):
+        for x, y in zip(
+            torch.autograd.grad((ours * slope).sum(), (hidden, weight)), gradients, strict=True
+        ):
             assert (x - y).abs().max() < 10 * tolerance
 
 

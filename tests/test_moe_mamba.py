@@ -13,8 +13,10 @@ from nanocascade.model.moe import Experts, Router, load_imbalance, update_correc
 def scan_inputs(t, dtype=torch.float64):
     """x (1, t, h, c), dt (1, t, h), A (h,), B and C (1, t, g, s) for h = 4, c = 3, g = 2, s = 2."""
     generator = torch.Generator().manual_seed(t)
-    x, B, C = (torch.randn(1, t, n, m, generator=generator, dtype=dtype)
-               for n, m in ((4, 3), (2, 2), (2, 2)))
+    x, B, C = (
+        torch.randn(1, t, n, m, generator=generator, dtype=dtype)
+        for n, m in ((4, 3), (2, 2), (2, 2))
+    )
     dt = torch.rand(1, t, 4, generator=generator, dtype=dtype)
     return x, dt, -torch.tensor([1e-4, 0.01, 1.0, 8.0], dtype=dtype), B, C
 
@@ -60,8 +62,10 @@ def one_by_one(experts, x, chosen, weights):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("n, top, d, f", [
-    (40, 8, 16, 8), (40, 3, 16, 8), (40, 2, 16, 8), (1, 8, 16, 8), (40, 8, 16, 6), (40, 8, 18, 8)])
+@pytest.mark.parametrize(
+    "n, top, d, f",
+    [(40, 8, 16, 8), (40, 3, 16, 8), (40, 2, 16, 8), (1, 8, 16, 8), (40, 8, 16, 6), (40, 8, 18, 8)],
+)
 def test_parity_experts(gated, n, top, d, f, monkeypatch):
     """grouped_mm, the loop and an expert-parallel rank that has them all are every expert on its
     own, in value and gradient, also in widths that grouped_mm does not take.
@@ -77,8 +81,12 @@ def test_parity_experts(gated, n, top, d, f, monkeypatch):
     x, weights = torch.randn(n, d, requires_grad=True), torch.rand(n, 2, requires_grad=True)
     inputs = [x, weights, *experts.parameters()]
     results, grouped, looped = [], Experts.grouped, Experts.looped
-    for form, product in ((one_by_one, grouped), (Experts.__call__, grouped),
-                          (own_experts, grouped), (Experts.__call__, looped)):
+    for form, product in (
+        (one_by_one, grouped),
+        (Experts.__call__, grouped),
+        (own_experts, grouped),
+        (Experts.__call__, looped),
+    ):
         monkeypatch.setattr(Experts, "grouped", product)
         y = form(experts, x, chosen, weights)  # (n, d)
         slope = torch.linspace(-1, 1, y.numel()).view_as(y)
@@ -90,8 +98,9 @@ def test_parity_experts(gated, n, top, d, f, monkeypatch):
 
 def test_numbers_group_limit():
     """Only experts of the best groups are chosen, even if every choice score is negative."""
-    router = Router(ModelConfig(hidden_size=2, num_experts=6, n_group=3, topk_group=1,
-                                num_experts_per_tok=2))
+    router = Router(
+        ModelConfig(hidden_size=2, num_experts=6, n_group=3, topk_group=1, num_experts_per_tok=2)
+    )
     with torch.no_grad():
         router.weight.zero_()  # all scores 0.5, so the bias decides
         # sums of two: -2.1, -1.1 and -1.9; the best single expert is in the last group
@@ -105,8 +114,15 @@ def test_numbers_group_limit():
 def test_numbers_replay(router):
     """Recorded experts are weighted by the current scores, normalised over them, and learn so."""
     torch.manual_seed(0)
-    gate = Router(ModelConfig(hidden_size=4, num_experts=5, router=router, num_experts_per_tok=2,
-                              routed_scaling_factor=2.5))
+    gate = Router(
+        ModelConfig(
+            hidden_size=4,
+            num_experts=5,
+            router=router,
+            num_experts_per_tok=2,
+            routed_scaling_factor=2.5,
+        )
+    )
     torch.nn.init.normal_(gate.weight)
     x, recorded = torch.randn(3, 4), torch.tensor([[0, 4], [2, 1], [3, 0]])  # (n, d), (n, a)
     _, weights = gate(x, recorded)

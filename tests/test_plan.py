@@ -20,10 +20,19 @@ from nanocascade.model.model import Model, ModelConfig
 from nanocascade.plan import meter, plan
 
 SMALL = ModelConfig(
-    vocab_size=256, hidden_size=64, pattern="MEM*E", head_dim=16, num_experts=16,
-    num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
-    mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, rope_theta=1e4,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    pattern="MEM*E",
+    head_dim=16,
+    num_experts=16,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    shared_expert_intermediate_size=64,
+    mamba_num_heads=8,
+    mamba_head_dim=16,
+    ssm_state_size=16,
+    rope_theta=1e4,
+)
 PLAIN = {name: False for name in LAYOUT} | {"expert_parallel": 1, "replicas": 1, "dtype": "float32"}
 SHARDED = PLAIN | {"shard": True, "dtype": "bfloat16", "checkpoint_blocks": True}
 FULL = load_config(plan.FULL)
@@ -180,8 +189,16 @@ def test_numbers_settings():
     """The full settings are the report's (our choice where it prints two), stage by stage."""
     for name, row in REPORT.items():
         x = stages.settings(name, toy=False)
-        assert row == (x.prompts, x.rollouts, x.max_new_tokens, x.max_tokens, x.steps, x.top_p,
-                       x.overlong, x.kl_coef), name  # fmt: skip
+        assert row == (
+            x.prompts,
+            x.rollouts,
+            x.max_new_tokens,
+            x.max_tokens,
+            x.steps,
+            x.top_p,
+            x.overlong,
+            x.kl_coef,
+        ), name
         assert (x.lr, x.schedule, x.temperature) == (3e-6, "constant", 1.0)
         assert x.dynamic_filtering == (name == "if_rl")
     agentic = stages.settings("swe_agentic_rl", toy=False)
@@ -202,16 +219,31 @@ def test_numbers_settings():
 def test_numbers_rows(max_rows, prompts, rows):
     """Of 16 rollouts a prompt, on 8 ranks: whole groups, equal parts of one, or all that there are,
     as the sampler decodes them."""
-    cfg = SimpleNamespace(max_rows=max_rows, prompts=prompts, rollouts=16, max_new_tokens=64,
-                          micro_tokens=256, routing_replay=False)  # fmt: skip
+    cfg = SimpleNamespace(
+        max_rows=max_rows,
+        prompts=prompts,
+        rollouts=16,
+        max_new_tokens=64,
+        micro_tokens=256,
+        routing_replay=False,
+    )
     assert plan.work_of(cfg, FULL, 8, plan.PROMPT).rows == rows
 
 
 def test_run_dry_full(short_spans, monkeypatch, capsys):
     """The 30B-A3B on 8 H200: 31,577,937,344 parameters, 3.58 B active, with neither checkpoint nor
     data; the plan's parts add up to its sums, and a stage of 49K tokens fits."""
-    run_here(monkeypatch, "train_rl.py", "--stage", "if_rl", "--config", "full", "--dry_run",
-             "--cluster", "8xH200")  # fmt: skip
+    run_here(
+        monkeypatch,
+        "train_rl.py",
+        "--stage",
+        "if_rl",
+        "--config",
+        "full",
+        "--dry_run",
+        "--cluster",
+        "8xH200",
+    )
     out = capsys.readouterr().out
     assert "parameters: 31,577,937,344 in all, 3,580,073,408 active a token" in out
     for phase in ("training", "rollout", "host"):
@@ -226,8 +258,9 @@ def test_run_dry_refused(short_spans, monkeypatch, capsys):
     short = ("--row_tokens", 1024, "--micro_tokens", 1024)
     script = ("train_sft.py", "--config", "full", "--dry_run", *short, "--cluster")
     with pytest.raises(SystemExit):
-        run_here(monkeypatch, *script, "4xH100", "--offload_optimizer", "false",
-                 "--expert_parallel", 4)
+        run_here(
+            monkeypatch, *script, "4xH100", "--offload_optimizer", "false", "--expert_parallel", 4
+        )
     line = capsys.readouterr().err
     named = re.search(r"more than the 80 GB of H100; (\d+) x H100 with (.*) hold it", line)
     ranks, flags = named.groups()

@@ -82,12 +82,19 @@ def test_cut_off_responses_are_not_judged_and_come_last():
     assert given[1] == min(given) < 1.0 and values(texts[1:2], by_digit) == [1.0]
 
 
-@pytest.mark.parametrize("better, worse", [
-    (CAT, CAT.replace("cat", "dog")), (CAT, CAT.replace("It can swim. ", "")),
-    ("The cat is old. It can swim.", "The cat is old. It is old."),  # no repetition
-    ("The cat is old.", "The cat is is old."), ("The cat is old.", "The cat is old"),
-    (CAT, "The cat is old. It can swim."), ("The cat.", "cat cat cat"), ("The cat.", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "better, worse",
+    [
+        (CAT, CAT.replace("cat", "dog")),
+        (CAT, CAT.replace("It can swim. ", "")),
+        ("The cat is old. It can swim.", "The cat is old. It is old."),  # no repetition
+        ("The cat is old.", "The cat is is old."),
+        ("The cat is old.", "The cat is old"),
+        (CAT, "The cat is old. It can swim."),
+        ("The cat.", "cat cat cat"),
+        ("The cat.", ""),
+    ],
+)
 def test_rule_judge_prefers_each_virtue(better, worse):
     """Each virtue counts, whichever response stands first; win rates 1, 0, and 1/2 of equals."""
     assert win_rate(ROW, better, worse, rule_judge) == 1
@@ -97,10 +104,16 @@ def test_rule_judge_prefers_each_virtue(better, worse):
     assert 5 >= found["score_1"] >= found["score_2"] >= 1 and 1 <= found["ranking"] < 3.5
 
 
-@pytest.mark.parametrize("text", [
-    '{"score_1": 9, "score_2": 3, "ranking": 2}', '{"score_1": NaN, "score_2": 3, "ranking": 2}',
-    '{"score_1": 4, "ranking": 2}', "Fine.", '{"a":' * 5000,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"score_1": 9, "score_2": 3, "ranking": 2}',
+        '{"score_1": NaN, "score_2": 3, "ranking": 2}',
+        '{"score_1": 4, "ranking": 2}',
+        "Fine.",
+        '{"a":' * 5000,
+    ],
+)
 def test_parse_verdict(text):
     """The last JSON object with three numbers in range counts, after the judge's own thought."""
     found = '{"why": {"a": "}"}, "score_1": 4, "score_2": "3", "ranking": 2} {"score_1": 2}'
@@ -171,10 +184,15 @@ def test_a_judge_that_is_away_is_an_error_and_no_reward(server, capsys):
         values(["1", "2"], judge)
 
 
-QUESTION = {"agent_ref": {"name": "equivalence_llm_judge_simple_agent"}, "expected_answer": "5 men",
-            "responses_create_params": {"input": "A long text. How many men?"}}
-REPAIR = {"responses_create_params": {"input": "Mend f."}, "verifier_metadata": {
-    "files": {"a.py": "x = 1"}, "patch": "+x = 5\n-x = 1"}}
+QUESTION = {
+    "agent_ref": {"name": "equivalence_llm_judge_simple_agent"},
+    "expected_answer": "5 men",
+    "responses_create_params": {"input": "A long text. How many men?"},
+}
+REPAIR = {
+    "responses_create_params": {"input": "Mend f."},
+    "verifier_metadata": {"files": {"a.py": "x = 1"}, "patch": "+x = 5\n-x = 1"},
+}
 MENDED = "Now 5:\na.py\n<<<<<<< SEARCH\nx = 1\n=======\nx = 5\n>>>>>>> REPLACE"
 
 
@@ -185,9 +203,12 @@ def test_answers_are_graded_beside_a_reference(server):
     judge = preference.EndpointJudge(server.url, "m", timeout=0.2, pause=0.01)
     assert (kind_of(QUESTION), kind_of(REPAIR)) == ("long_context", "swe")
     for row, answer, reward in [
-        (QUESTION, "<think>\n4\n</think>\nThere are 5.", 1), (QUESTION, "There are 4.", 0),
-        (QUESTION, "6 or more", 0), (REPAIR, MENDED, 1), (REPAIR, MENDED.replace("5", "7"), 0),
-    ]:  # fmt: skip
+        (QUESTION, "<think>\n4\n</think>\nThere are 5.", 1),
+        (QUESTION, "There are 4.", 0),
+        (QUESTION, "6 or more", 0),
+        (REPAIR, MENDED, 1),
+        (REPAIR, MENDED.replace("5", "7"), 0),
+    ]:
         assert score(row, answer, judge=judge).value == reward, answer
     asked = len(server.bodies)
     for row, answer in [(QUESTION, " "), (REPAIR, "5"), (REPAIR, MENDED.replace("x = 1", "x = 2"))]:

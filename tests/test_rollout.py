@@ -226,10 +226,19 @@ def test_numbers_metrics(calls):
     domains = {"math": [RIGHT, (0.0, 0.5)], "mcqa": [WRONG]}
     groups = [group({"domain": d}, *x) for d, xs in domains.items() for x in xs]
     vars(groups[1][0]).update(stop_reason="length", reward=-1.0, mask=[False, True, True, True])
-    assert rollout.rollout_metrics(groups, ALONE) == pytest.approx({
-        "reward/mean": 1.5 / 6, "reward/mean/math": 0.375, "reward/mean/mcqa": 0.0,
-        "reward/std/math": (2.6875 / 4) ** 0.5, "reward/std/mcqa": 0.0, "outcome/math": 0.625,
-        "outcome/mcqa": 0.0, "response/length": 8 / 6, "response/truncated": 1 / 6})  # fmt: skip
+    assert rollout.rollout_metrics(groups, ALONE) == pytest.approx(
+        {
+            "reward/mean": 1.5 / 6,
+            "reward/mean/math": 0.375,
+            "reward/mean/mcqa": 0.0,
+            "reward/std/math": (2.6875 / 4) ** 0.5,
+            "reward/std/mcqa": 0.0,
+            "outcome/math": 0.625,
+            "outcome/mcqa": 0.0,
+            "response/length": 8 / 6,
+            "response/truncated": 1 / 6,
+        }
+    )
     for x in groups[2]:
         x.outcome, x.reason = None, rollout.NOT_SCORED
     assert "reward/mean/mcqa" not in rollout.rollout_metrics(groups, ALONE)
@@ -252,5 +261,8 @@ def test_numbers_teachers(monkeypatch):
     sizes = [("math", 3), ("math", 1), ("math", 2), ("if", 6)]
     rollouts = [Rollout({"domain": d}, [], 0, [True] * n) for d, n in sizes]
     assert teachers.token_shares(rollouts, ALONE) == {
-        "mopd/token_share/math": 0.5, "mopd/token_share/if": 0.5,
-        "mopd/prompt_share/math": 0.75, "mopd/prompt_share/if": 0.25}  # fmt: skip
+        "mopd/token_share/math": 0.5,
+        "mopd/token_share/if": 0.5,
+        "mopd/prompt_share/math": 0.75,
+        "mopd/prompt_share/if": 0.25,
+    }

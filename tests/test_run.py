@@ -18,29 +18,78 @@ from nanocascade.checkpoint.weights import load_model
 from nanocascade.stages import MOPD_SHARES, RL_STAGES, TEACHER_OF
 from nanocascade.toy import tasks
 
-FILES = {"config.json", "generation_config.json", "manifest.json", "metrics.jsonl",
-         "model.safetensors", "rollouts.jsonl", "tokenizer.json", "tokenizer_config.json"}
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "manifest.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "rollouts.jsonl",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 rows, sft, skilled = toy_runs.rows, toy_runs.sft, toy_runs.skilled  # fixtures
-MANIFEST = {"stage", "parent", "teachers", "data", "seed", "config", "evaluation", "references",
-            "seconds", "peak_kib", "commit", "versions"}  # fmt: skip
+MANIFEST = {
+    "stage",
+    "parent",
+    "teachers",
+    "data",
+    "seed",
+    "config",
+    "evaluation",
+    "references",
+    "seconds",
+    "peak_kib",
+    "commit",
+    "versions",
+}
 
 # The README's table: what each script logs at every step.
-ALWAYS = {"step", "entropy", "grad_norm", "lr", "moe/load_max", "tokens_per_s", "time/train",
-          "time/elapsed", "memory/peak_gib"}  # fmt: skip
+ALWAYS = {
+    "step",
+    "entropy",
+    "grad_norm",
+    "lr",
+    "moe/load_max",
+    "tokens_per_s",
+    "time/train",
+    "time/elapsed",
+    "memory/peak_gib",
+}
 ROLLOUT = {
-    "reward/mean", "reward/mean/DOMAIN", "reward/std/DOMAIN", "outcome/DOMAIN", "outcome/drawn",
-    "group/all_right", "group/all_wrong", "group/tried", "response/length", "response/truncated",
-    "mismatch/prob_error", "mismatch/k3", "ratio/mean", "ratio/max", "time/rollout", "time/score",
-}  # fmt: skip
+    "reward/mean",
+    "reward/mean/DOMAIN",
+    "reward/std/DOMAIN",
+    "outcome/DOMAIN",
+    "outcome/drawn",
+    "group/all_right",
+    "group/all_wrong",
+    "group/tried",
+    "response/length",
+    "response/truncated",
+    "mismatch/prob_error",
+    "mismatch/k3",
+    "ratio/mean",
+    "ratio/max",
+    "time/rollout",
+    "time/score",
+}
 METRICS = {
     "sft": ALWAYS | {"loss/token", "batch/tokens"},
     "rl": ALWAYS | ROLLOUT,
     # The fixture's few stored answers are to other questions: nothing is right or wrong here.
     "rlhf": ALWAYS | ROLLOUT - {"outcome/drawn", "outcome/DOMAIN"} | {"kl/reference"},
     "gated": ALWAYS | ROLLOUT | {"gate/out_of_band"},  # RL has no gate unless asked for one
-    "mopd": ALWAYS | ROLLOUT | {"gate/out_of_band", "mopd/reverse_kl", "mopd/reverse_kl/TEACHER",
-                                "mopd/token_share/DOMAIN", "mopd/prompt_share/DOMAIN"},
-}  # fmt: skip
+    "mopd": ALWAYS
+    | ROLLOUT
+    | {
+        "gate/out_of_band",
+        "mopd/reverse_kl",
+        "mopd/reverse_kl/TEACHER",
+        "mopd/token_share/DOMAIN",
+        "mopd/prompt_share/DOMAIN",
+    },
+}
 LIMITS = {"max_new_tokens": 72, "max_tokens": 0, "max_turns": 4}  # of an evaluation
 TINY_RL = ("--steps", 2, "--prompts", 2, "--rollouts", 2, "--toy_rows", 12, "--eval_data", "")
 
@@ -94,8 +143,18 @@ def test_run_rl(stage, sft, tmp_path, monkeypatch):
     kind = {"math_rl": "gated", "rlhf": "rlhf"}.get(stage, "rl")
     evaluated = ("--eval_data", "toy", "--gate_low", 0.5, "--max_turns", 6, *TINY_EVAL)
     evaluated = evaluated if kind == "gated" else ()
-    run_here(monkeypatch, "train_rl.py", "--stage", stage, "--init", sft, "--out", tmp_path / "o",
-             *TINY_RL, *evaluated)  # fmt: skip
+    run_here(
+        monkeypatch,
+        "train_rl.py",
+        "--stage",
+        stage,
+        "--init",
+        sft,
+        "--out",
+        tmp_path / "o",
+        *TINY_RL,
+        *evaluated,
+    )
     manifest = check_left(tmp_path / "o", kind)
     assert manifest["parent"] == {"path": str(sft), "sha256": manifest["parent"]["sha256"]}
     evaluation = manifest["evaluation"]
@@ -104,8 +163,23 @@ def test_run_rl(stage, sft, tmp_path, monkeypatch):
     assert all(y.items() >= limits.items() for x in evaluation.values() for y in x.values())
     rollouts = [json.loads(x) for x in (tmp_path / "o" / "rollouts.jsonl").open()]
     assert {x["domain"] for x in rollouts} <= RL_STAGES[stage]["domains"].keys()
-    assert all(x.keys() == {"step", "domain", "prompt", "response", "reward", "reason", "advantage",
-                            "stop_reason"} for x in rollouts) and rollouts  # fmt: skip
+    assert (
+        all(
+            x.keys()
+            == {
+                "step",
+                "domain",
+                "prompt",
+                "response",
+                "reward",
+                "reason",
+                "advantage",
+                "stop_reason",
+            }
+            for x in rollouts
+        )
+        and rollouts
+    )
 
 
 def test_run_mopd(sft, skilled, tmp_path):
@@ -117,8 +191,18 @@ def test_run_mopd(sft, skilled, tmp_path):
             x["after"]["mean"] = mean if domain != "code" else 0.9 - mean  # code is not taught
         (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
     teachers = f"math={sft},preference={skilled},multi_domain={tmp_path / 'a'}+{tmp_path / 'b'}"
-    run("train_mopd.py", "--init", sft, "--teachers", teachers, "--out", tmp_path / "out",
-        *TINY_RL, "--prompts", 24)  # fmt: skip
+    run(
+        "train_mopd.py",
+        "--init",
+        sft,
+        "--teachers",
+        teachers,
+        "--out",
+        tmp_path / "out",
+        *TINY_RL,
+        "--prompts",
+        24,
+    )
     manifest = check_left(tmp_path / "out", "mopd")
     paths = {"math": str(sft), "preference": str(skilled)}
     found = {domain: x["path"] for domain, x in manifest["teachers"].items()}
@@ -133,9 +217,12 @@ def test_run_mopd(sft, skilled, tmp_path):
 
 @pytest.mark.parametrize(
     "script, args",
-    [("train_sft.py", ()), ("train_rl.py", ("--stage", "if_rl", "--init", "SFT")),
-     ("train_mopd.py", ("--teachers", "math=SFT", "--init", "SFT"))],
-)  # fmt: skip
+    [
+        ("train_sft.py", ()),
+        ("train_rl.py", ("--stage", "if_rl", "--init", "SFT")),
+        ("train_mopd.py", ("--teachers", "math=SFT", "--init", "SFT")),
+    ],
+)
 def test_run_dry(script, args, sft, tmp_path, monkeypatch, capsys):
     """--dry_run prints every setting and the sizes, trains nothing and writes nothing."""
     args = [x.replace("SFT", str(sft)) for x in args]
@@ -155,8 +242,17 @@ def test_run_sample(skilled, rows, tmp_path, monkeypatch, capsys):
     question = "Which is an animal?\nA: cat\nB: red\nC: corn\nD: boat"
     assert question in said("--prompt", question, "--temperature", 0)
     (tmp_path / "prompts").write_text("What is 27+48?\n\nTell me about the fox.\n")
-    both = run("sample.py", "--model", skilled, "--prompts", tmp_path / "prompts",
-               "--num_samples", 2, "--max_new_tokens", 4)  # fmt: skip
+    both = run(
+        "sample.py",
+        "--model",
+        skilled,
+        "--prompts",
+        tmp_path / "prompts",
+        "--num_samples",
+        2,
+        "--max_new_tokens",
+        4,
+    )
     assert both.count("> What is 27+48?\n<think>") == both.count("> Tell me about the fox.") == 2
     table = said("--tasks", "toy:math", "--num_samples", 4, "--limit", 3, "--show", 0)
     assert re.search(r"domain +prompts +avg@4 +pass@4\nmath +3 +0\.\d+ \+- .* 0\.\d+ \+-", table)
@@ -192,13 +288,29 @@ def test_parity_transformers(skilled):
 RL = ("--prompts", 4, "--rollouts", 4, "--init", "SKILLED")
 KILLED = {
     "if_rl": ("train_rl.py", "--stage", "if_rl", *RL, "--data", "ROWS"),
-    "mopd": ("train_mopd.py", *RL, "--teachers", "multi_domain=SFT,preference=SFT",
-             "--domains", "mcqa,preference", "--toy_rows", 20),
+    "mopd": (
+        "train_mopd.py",
+        *RL,
+        "--teachers",
+        "multi_domain=SFT,preference=SFT",
+        "--domains",
+        "mcqa,preference",
+        "--toy_rows",
+        20,
+    ),
     "sft": ("train_sft.py", "--data", "ROWS", "--batch_tokens", 512, "--warmup", 1),
     "rlhf": ("train_rl.py", "--stage", "rlhf", *RL, "--toy_rows", 20),
-    "dropped": ("train_rl.py", "--stage", "multi_domain_rl", "--max_pass_rate", 0.5, *RL,
-                "--data", "ROWS"),
-}  # fmt: skip
+    "dropped": (
+        "train_rl.py",
+        "--stage",
+        "multi_domain_rl",
+        "--max_pass_rate",
+        0.5,
+        *RL,
+        "--data",
+        "ROWS",
+    ),
+}
 
 
 @pytest.mark.parametrize(

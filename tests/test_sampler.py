@@ -65,8 +65,17 @@ def test_parity_training_logprobs(case, dtype, temperature, top_p, tmp_path):
     """The sampler's log-probs are the trainer's, with unequal prompts, shared prefills, early stops
     and refilled places; those of top-p differ by the log of the mass it keeps."""
     model, prompts = build(case, tmp_path, dtype), prompts_of()
-    samples = generate(model, prompts, num_samples=3, max_new_tokens=15, temperature=temperature,
-                       top_p=top_p, stop_ids=STOPS, seed=1, max_rows=7)  # fmt: skip
+    samples = generate(
+        model,
+        prompts,
+        num_samples=3,
+        max_new_tokens=15,
+        temperature=temperature,
+        top_p=top_p,
+        stop_ids=STOPS,
+        seed=1,
+        max_rows=7,
+    )
     sizes = {len(x.tokens) for group in samples for x in group}
     assert len(sizes) > 5 and {x.stop_reason for g in samples for x in g} == {"stop", "length"}
     gap = gaps(model, prompts, samples, temperature)
@@ -134,8 +143,9 @@ def test_numbers_uniform():
         assert correlation.abs() < 5 / a.numel() ** 0.5, dim
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k",
-                         [(1, 1, 0), (0.6, 1, 0), (1, 0.9, 0), (2, 1, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1, 1, 0), (0.6, 1, 0), (1, 0.9, 0), (2, 1, 4)]
+)
 def test_numbers_draw_frequencies(temperature, top_p, top_k):
     """20,000 draws have the frequencies of the (truncated) softmax, by chi-square."""
     logits = torch.tensor([0.3, 1.5, -0.7, 2.0, 0.0, 1.1, -3.0])
@@ -158,9 +168,17 @@ def test_numbers_truncate():
     """p = 1/2, 1/4, 1/8, 1/8: the smallest set that reaches top_p, ties by id; top-k comes first,
     and of 2 kept tokens the better one has 2/3 of the mass."""
     p = torch.tensor([[0.125, 0.5, 0.125, 0.25]])
-    for top_p, top_k, kept in ((1.0, 0, "1111"), (0.75, 0, "0101"), (0.76, 0, "1101"),
-                               (0.5, 0, "0100"), (1e-9, 0, "0100"), (1.0, 3, "1101"),
-                               (1.0, 1, "0100"), (0.66, 2, "0100"), (0.67, 2, "0101")):  # fmt: skip
+    for top_p, top_k, kept in (
+        (1.0, 0, "1111"),
+        (0.75, 0, "0101"),
+        (0.76, 0, "1101"),
+        (0.5, 0, "0100"),
+        (1e-9, 0, "0100"),
+        (1.0, 3, "1101"),
+        (1.0, 1, "0100"),
+        (0.66, 2, "0100"),
+        (0.67, 2, "0101"),
+    ):
         mask = torch.tensor([[float(x) for x in kept]])
         assert truncate(p, top_p, top_k).equal(p * mask), (top_p, top_k)
 

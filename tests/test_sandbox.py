@@ -81,21 +81,27 @@ def test_without_landlock():
     assert set(output.decode().split()) == set(jail.ATTACKS)
 
 
-@pytest.mark.parametrize("attacks", [
-    """socket.socket() | socket.socket(socket.AF_UNIX) | socket.socketpair() | libc.socket(2, 1, 0)
+@pytest.mark.parametrize(
+    "attacks",
+    [
+        """socket.socket() | socket.socket(socket.AF_UNIX) | socket.socketpair()
+    libc.socket(2, 1, 0)
     socket.create_connection(('127.0.0.1', 80)) | libc.syscall(425, 8, bytes(120))""",
-    """os.fork() | libc.vfork() | libc.syscall(57) | libc.syscall(56, 17, 0, 0, 0, 0) | os.setsid()
+        """os.fork() | libc.vfork() | libc.syscall(57) | libc.syscall(56, 17, 0, 0, 0, 0)
+    os.setsid()
     os.posix_spawn('/bin/true', ['a'], {}) | os.execv('/bin/true', ['a']) | subprocess.run('true')
     libc.daemon(0, 0) | libc.unshare(1 << 28) | libc.setns(0, 0)""",
-    """os.kill(os.getppid(), 9) | os.kill(-1, 9) | os.killpg(0, 9) | libc.prctl(1, 0)
+        """os.kill(os.getppid(), 9) | os.kill(-1, 9) | os.killpg(0, 9) | libc.prctl(1, 0)
     fcntl.fcntl(1, 8, os.getppid()) | fcntl.fcntl(1, 10, 9) | libc.ptrace(16, os.getppid(), 0, 0)
     libc.syscall(234, os.getppid(), os.getppid(), 9) | libc.syscall(434, os.getppid(), 0)
     libc.process_vm_readv(os.getppid(), 0, 0, 0, 0, 0)""",
-    """os.setuid(0) | os.setpriority(0, 0, -5) | os.sched_setscheduler(0, 1, os.sched_param(1))
+        """os.setuid(0) | os.setpriority(0, 0, -5) | os.sched_setscheduler(0, 1, os.sched_param(1))
     resource.setrlimit(resource.RLIMIT_CPU, (-1, -1)) | os.chroot('/') | libc.sethostname(b'a', 1)
     libc.mount(b'a', b'/mnt', b'tmpfs', 0, 0) | libc.shmget(1, 4096, 0o1600) | libc.reboot(0)
     os.memfd_create('a') | os.sched_setaffinity(0, [0]) | libc.syscall(321, 0, 0, 0)""",
-], ids=["network", "processes", "signals", "privileges"])  # fmt: skip
+    ],
+    ids=["network", "processes", "signals", "privileges"],
+)
 def test_calls_refused(box, attacks):
     """No socket; no fork, exec or namespace; nobody else signalled or traced; no powers of root."""
     refuse(box, [attack.strip() for line in attacks.split("\n") for attack in line.split(" | ")])
@@ -113,14 +119,34 @@ def test_files(box, tmp_path):
     file = tmp_path / "file"
     file.write_text("before")
     before, folder = file.stat(), repr(str(tmp_path))
-    change = ["open(F)", "open(F, 'a')", "os.remove(F)", "os.chmod(F, 0)", "os.truncate(F, 0)",
-              "os.rename(F, F + '2')", "os.utime(F)", "os.link(F, F + '2')", "os.mkdir(F + '2')",
-              "os.symlink(F, F + '2')", "os.chown(F, 1, 1)"]  # fmt: skip
-    refuse(box, [x.replace("F", repr(str(file))) for x in change] + [
-        "open('/etc/passwd')", "open('/proc/self/environ')", "open('/proc/self/mem', 'r+b')",
-        "open(f'/proc/{os.getppid()}/mem')", "os.listdir('/')", f"os.listdir({folder})",
-        "open('new', 'w')", "open(os.__file__, 'a')", f"os.open({folder}, os.O_TMPFILE | 2)",
-    ])  # fmt: skip
+    change = [
+        "open(F)",
+        "open(F, 'a')",
+        "os.remove(F)",
+        "os.chmod(F, 0)",
+        "os.truncate(F, 0)",
+        "os.rename(F, F + '2')",
+        "os.utime(F)",
+        "os.link(F, F + '2')",
+        "os.mkdir(F + '2')",
+        "os.symlink(F, F + '2')",
+        "os.chown(F, 1, 1)",
+    ]
+    refuse(
+        box,
+        [x.replace("F", repr(str(file))) for x in change]
+        + [
+            "open('/etc/passwd')",
+            "open('/proc/self/environ')",
+            "open('/proc/self/mem', 'r+b')",
+            "open(f'/proc/{os.getppid()}/mem')",
+            "os.listdir('/')",
+            f"os.listdir({folder})",
+            "open('new', 'w')",
+            "open(os.__file__, 'a')",
+            f"os.open({folder}, os.O_TMPFILE | 2)",
+        ],
+    )
     assert [*tmp_path.iterdir()] == [file] and file.read_text() == "before"
     assert (file.stat().st_mode, file.stat().st_ctime_ns) == (before.st_mode, before.st_ctime_ns)
 
@@ -139,12 +165,18 @@ def test_memory(box):
     assert 50 < int(run(box, source, 4.0, memory=200 << 20).stdout) <= 200
 
 
-@pytest.mark.parametrize("prelude", [
-    "", "import signal as s; s.setitimer(s.ITIMER_PROF, 0)", "x = 1\n" * 1_700_000,
-    "import signal as s; [s.signal(k, s.SIG_IGN) for k in range(1, 32) if k not in (9, 19)]",
-    "import threading as t; t.Thread(target=lambda: any(iter(int, 1))).start()",
-    "import os\nwhile 1:\n    try: os.fork()\n    except OSError: pass",
-], ids=["loop", "timer", "ten megabytes", "signals", "threads", "fork flood"])  # fmt: skip
+@pytest.mark.parametrize(
+    "prelude",
+    [
+        "",
+        "import signal as s; s.setitimer(s.ITIMER_PROF, 0)",
+        "x = 1\n" * 1_700_000,
+        "import signal as s; [s.signal(k, s.SIG_IGN) for k in range(1, 32) if k not in (9, 19)]",
+        "import threading as t; t.Thread(target=lambda: any(iter(int, 1))).start()",
+        "import os\nwhile 1:\n    try: os.fork()\n    except OSError: pass",
+    ],
+    ids=["loop", "timer", "ten megabytes", "signals", "threads", "fork flood"],
+)
 def test_time(box, prelude):
     """A program ends within a second of its CPU limit, whatever it does to timers and signals."""
     outcome = run(box, prelude + "\nwhile 1:\n    try: 1 / 0\n    except BaseException: pass")
@@ -167,13 +199,22 @@ def ends_in_time(box, source, seconds):
     assert min(late) < 1, late
 
 
-@pytest.mark.parametrize("source", [
-    "time.sleep(99)", "while 1: time.sleep(0.5); os.write(5, b' ')", "threading.Event().wait()",
-    "os.read(os.pipe()[0], 1)", "while os.getpid(): time.sleep(0.03)",
-    "try: os.fork() or os.setsid() or os.fork()\nexcept OSError: ctypes.CDLL(None).daemon(0, 0)\n"
-    "time.sleep(99)", "threading.Timer(99, print).start()",
-    "for k in range(1, 32):\n    k in (9, 19) or signal.signal(k, signal.SIG_IGN)\ntime.sleep(99)",
-], ids=["sleep", "writes", "lock", "pipe", "naps", "daemon", "thread", "signals"])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "time.sleep(99)",
+        "while 1: time.sleep(0.5); os.write(5, b' ')",
+        "threading.Event().wait()",
+        "os.read(os.pipe()[0], 1)",
+        "while os.getpid(): time.sleep(0.03)",
+        "try: os.fork() or os.setsid() or os.fork()\n"
+        "except OSError: ctypes.CDLL(None).daemon(0, 0)\ntime.sleep(99)",
+        "threading.Timer(99, print).start()",
+        "for k in range(1, 32):\n    k in (9, 19) or signal.signal(k, signal.SIG_IGN)\n"
+        "time.sleep(99)",
+    ],
+    ids=["sleep", "writes", "lock", "pipe", "naps", "daemon", "thread", "signals"],
+)
 def test_sleep(box, source):
     """Whatever it waits for, a sleeper is ended within a second of its limit."""
     ends_in_time(box, "import ctypes, os, signal, threading, time\n" + source, 0.3)
@@ -241,14 +282,28 @@ def test_other_jobs(box, monkeypatch):
     assert run(box, source, 9.0).stdout == b"True 0\n"
 
 
-@pytest.mark.parametrize("source", [
-    "import os\nos.closerange(0, 99)\nwhile 1: pass", "import os\nos.dup2(1, 6)\nwhile 1: pass",
-    "x = '\0'", "x = '\ud800'", "print('\\ud800')", "(" * 10_000, "x = " + "-" * 200_000 + "1",
-    "def f(): f()\nf()", "exit(3)", "import os\nos.abort()", "import ctypes\nctypes.string_at(0)",
-    "import sys\nsys.setrecursionlimit(1 << 30)\nf = lambda *x: sorted([1], key=f)\nf()",
-    "class E(Exception):\n    def __str__(self): raise self\nraise E", "raise KeyboardInterrupt",
-    "import os\nos.write(5, b'[' * 60000)\nos._exit(1)", "del __builtins__\n1 / 0",
-], ids=range(16))  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.closerange(0, 99)\nwhile 1: pass",
+        "import os\nos.dup2(1, 6)\nwhile 1: pass",
+        "x = '\0'",
+        "x = '\ud800'",
+        "print('\\ud800')",
+        "(" * 10_000,
+        "x = " + "-" * 200_000 + "1",
+        "def f(): f()\nf()",
+        "exit(3)",
+        "import os\nos.abort()",
+        "import ctypes\nctypes.string_at(0)",
+        "import sys\nsys.setrecursionlimit(1 << 30)\nf = lambda *x: sorted([1], key=f)\nf()",
+        "class E(Exception):\n    def __str__(self): raise self\nraise E",
+        "raise KeyboardInterrupt",
+        "import os\nos.write(5, b'[' * 60000)\nos._exit(1)",
+        "del __builtins__\n1 / 0",
+    ],
+    ids=range(16),
+)
 def test_strange_programs(box, source):
     """Whatever the text does to itself, it ends, it is seen to have failed, the server goes on."""
     server, outcome = box.idle.queue[-1], run(box, source, 1.0)
@@ -256,17 +311,27 @@ def test_strange_programs(box, source):
     assert box.idle.queue[-1] is server
 
 
-@pytest.mark.parametrize(("source", "printed"), [
-    ("print(len(str(10**9999)))", "10000\n"),  # Python's own limit is 4,300 digits
-    ("f = lambda n: n and 1 + f(n - 1)\nprint(f(40_000))", "40000\n"),
-    ("from functools import *\nf = cache(lambda n: n and 1 + f(n - 1))\nprint(f(9999))", "9999\n"),
-    ("import sys\nsys.stdout = open(1, 'w')\nprint(sys.stdin.read(), end='')\nexit()", "in"),
-    ("import atexit as a, io, sys\nsys.stdout = io.StringIO()\n"
-     "a.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))\nprint(3)", "3\n"),
-    ("import os\nos.write(1, os.read(0, os.fstat(0).st_size))\nos._exit(0)", "in"),
-    ("from dataclasses import *\n@dataclass\nclass A:\n    x: int\nprint(A(1))", "A(x=1)\n"),
-    ("if __name__ == '__main__': print(__import__('sqlite3').sqlite_version > '3')", "True\n"),
-], ids=range(8))  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    [
+        ("print(len(str(10**9999)))", "10000\n"),  # Python's own limit is 4,300 digits
+        ("f = lambda n: n and 1 + f(n - 1)\nprint(f(40_000))", "40000\n"),
+        (
+            "from functools import *\nf = cache(lambda n: n and 1 + f(n - 1))\nprint(f(9999))",
+            "9999\n",
+        ),
+        ("import sys\nsys.stdout = open(1, 'w')\nprint(sys.stdin.read(), end='')\nexit()", "in"),
+        (
+            "import atexit as a, io, sys\nsys.stdout = io.StringIO()\n"
+            "a.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))\nprint(3)",
+            "3\n",
+        ),
+        ("import os\nos.write(1, os.read(0, os.fstat(0).st_size))\nos._exit(0)", "in"),
+        ("from dataclasses import *\n@dataclass\nclass A:\n    x: int\nprint(A(1))", "A(x=1)\n"),
+        ("if __name__ == '__main__': print(__import__('sqlite3').sqlite_version > '3')", "True\n"),
+    ],
+    ids=range(8),
+)
 def test_honest_programs(box, source, printed):
     """What contest programs do works as it does outside."""
     outcome = run(box, source, 4.0, b"in")

@@ -59,8 +59,16 @@ def documents(n: int) -> list[Rollout]:
     for i in range(n):
         length = 3 + 11 * i * (i % 2)
         tokens = torch.randint(1, 32, (length,), generator=random).tolist()
-        found.append(Rollout({"id": i}, tokens, 1, [False] + [True] * (length - 1),
-                             [-3.0] * length, advantage=1.5 - i % 3))  # fmt: skip
+        found.append(
+            Rollout(
+                {"id": i},
+                tokens,
+                1,
+                [False] + [True] * (length - 1),
+                [-3.0] * length,
+                advantage=1.5 - i % 3,
+            )
+        )
     return found
 
 
@@ -71,8 +79,13 @@ def train(model, optimizer, dist, rollouts, replay=None) -> dict:
     for batch in step_batches(model, dist, dist.shard(rollouts), 40, row=32):
         routing = new_routing(model, batch)
         logprobs, _ = score(model, batch, 0.7, routing)
-        loss, _ = grpo_loss(logprobs, batch.advantages, batch.mask, num_tokens=num_tokens,
-                            sampler_logprobs=batch.sampler_logprobs)  # fmt: skip
+        loss, _ = grpo_loss(
+            logprobs,
+            batch.advantages,
+            batch.mask,
+            num_tokens=num_tokens,
+            sampler_logprobs=batch.sampler_logprobs,
+        )
         loss.backward()
         total += float(loss.detach())
         load += routing.load(batch.valid, model.config.num_experts)
@@ -108,10 +121,17 @@ def prompts(n: int) -> list[list[int]]:
 def sample(model, mine: list[int], dist) -> dict[int, list]:
     texts = [prompts(9)[i] for i in mine]
     with distributed.unsharded(model):
-        out = generate(model, texts, num_samples=2, max_new_tokens=[4 + 9 * (i % 3) for i in mine],
-                       stop_ids=[3], row_ids=mine, max_rows=4, keep_going=dist.keep_going())
-    return {i: [(x.tokens, x.logprobs) for x in group]
-            for i, group in zip(mine, out, strict=True)}  # fmt: skip
+        out = generate(
+            model,
+            texts,
+            num_samples=2,
+            max_new_tokens=[4 + 9 * (i % 3) for i in mine],
+            stop_ids=[3],
+            row_ids=mine,
+            max_rows=4,
+            keep_going=dist.keep_going(),
+        )
+    return {i: [(x.tokens, x.logprobs) for x in group] for i, group in zip(mine, out, strict=True)}
 
 
 def compare(rank, variables, path, layout, out) -> None:
@@ -131,8 +151,9 @@ def compare(rank, variables, path, layout, out) -> None:
         for step in range(2):  # in the second the first rank has all the work
             # 14 tokens: over 3, the gradient of q_proj has 7e-6 of noise in fp32 itself
             rollouts = documents(7) if step == 0 else documents(2)[1:]
-            found, known = (train(*x, rollouts) for x in
-                            ((model, optimizer, dist), (expected, wanted, one)))  # fmt: skip
+            found, known = (
+                train(*x, rollouts) for x in ((model, optimizer, dist), (expected, wanted, one))
+            )
             assert found["loss"] == pytest.approx(known["loss"], rel=1e-5)
             assert found["norm"] == pytest.approx(known["norm"], rel=1e-5)
             assert found["load"].equal(known["load"])
@@ -174,16 +195,18 @@ def resume(rank, variables, path, layout, out) -> None:
 
 
 LAYOUTS = [
-    (2, PLAIN | THRIFTY, "nemotron_h-base", [(1, {})]), (2, SPREAD, "nemotron_h-base", [(1, {})]),
+    (2, PLAIN | THRIFTY, "nemotron_h-base", [(1, {})]),
+    (2, SPREAD, "nemotron_h-base", [(1, {})]),
     pytest.param(2, PLAIN, "qwen3-tied", [(1, PLAIN)], marks=nightly),
     pytest.param(2, SPREAD | THRIFTY, "qwen3_moe-base", [(2, {})], marks=nightly),
     pytest.param(1, PLAIN | THRIFTY, "nemotron_h-base", [(2, PLAIN)], marks=nightly),
-    pytest.param(4, SPREAD | THRIFTY, "nemotron_h-base", [(2, PLAIN), (2, SPREAD), (1, {})],
-                 marks=nightly),
+    pytest.param(
+        4, SPREAD | THRIFTY, "nemotron_h-base", [(2, PLAIN), (2, SPREAD), (1, {})], marks=nightly
+    ),
     pytest.param(4, SPREAD | {"replicas": 2}, "nemotron_h-base", [(2, SPREAD)], marks=nightly),
     pytest.param(4, {"replicas": 2}, "qwen3-base", [(4, PLAIN)], marks=nightly),
     pytest.param(4, {"expert_parallel": 4}, "qwen3_moe-base", [(2, SPREAD)], marks=nightly),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("size, layout, case, others", LAYOUTS)
@@ -235,9 +258,11 @@ def test_numbers_islands(tmp_path):
 
 def test_errors_layouts(tmp_path):
     """Ranks that do not divide, experts that do not, and an unknown dtype are refused."""
-    for words, layout in (("4 ranks do not divide", {"expert_parallel": 3}),
-                          ("4 ranks do not divide", {"replicas": 8}),
-                          ("--dtype half: expected float32 or bfloat16", {"dtype": "half"})):
+    for words, layout in (
+        ("4 ranks do not divide", {"expert_parallel": 3}),
+        ("4 ranks do not divide", {"replicas": 8}),
+        ("--dtype half: expected float32 or bfloat16", {"dtype": "half"}),
+    ):
         with pytest.raises(ValueError, match=words):
             Dist(0, 4, "cpu", **layout)
     model = SimpleNamespace(modules=list, blocks=[], named_parameters=list)
@@ -264,8 +289,9 @@ def load_large(rank, variables, path, layout, out) -> None:
         model = distributed.load(path, dist)
         done.set()
         watcher.join()
-        held = sum(4 * (p.to_local() if isinstance(p, DTensor) else p).numel()
-                   for p in model.parameters())  # fmt: skip
+        held = sum(
+            4 * (p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters()
+        )
         found = dist.gather({"shard": held, "rise": most[0] - before, "end": anonymous() - before})
         if dist.is_main:
             out.write_text(json.dumps(found))
@@ -277,11 +303,19 @@ def test_run_large_checkpoint(layout, tmp_path):
     """2 GiB of bf16 in 50 files load on four ranks in no more anonymous memory a rank than its fp32
     shard and 200 MiB above what it had."""
     config = make_parity.nemotron(
-        vocab_size=32768, hidden_size=1024, hybrid_override_pattern="MEME*EME*E", head_dim=64,
-        num_attention_heads=16, mamba_num_heads=32, mamba_head_dim=64, ssm_state_size=64,
-        n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=1456,
+        vocab_size=32768,
+        hidden_size=1024,
+        hybrid_override_pattern="MEME*EME*E",
+        head_dim=64,
+        num_attention_heads=16,
+        mamba_num_heads=32,
+        mamba_head_dim=64,
+        ssm_state_size=64,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1456,
         moe_shared_expert_intermediate_size=1024,
-    )  # fmt: skip
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = Model(load_config(tmp_path))

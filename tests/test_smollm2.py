@@ -21,8 +21,13 @@ SOURCE = os.environ.get("NANOCASCADE_SMOLLM2", "")
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not beside the repository")
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not SOURCE, reason="no NANOCASCADE_SMOLLM2")]
-TEXTS = ["The capital of France is Paris, and", "def f(x):\n\treturn x ** 2\n", "12 * 12 = 144.",
-         "caf\u00e9 \u4f60\u597d \U0001f600 <|im_end|>", "One sentence, several times over. " * 30]
+TEXTS = [
+    "The capital of France is Paris, and",
+    "def f(x):\n\treturn x ** 2\n",
+    "12 * 12 = 144.",
+    "caf\u00e9 \u4f60\u597d \U0001f600 <|im_end|>",
+    "One sentence, several times over. " * 30,
+]
 QUESTIONS = ["What is 7 + 5?", "Hi", "Name three colours.", "Write a Python function that adds."]
 
 
@@ -57,8 +62,10 @@ def test_bits_per_byte_equal_transformers(pair):
     num_bytes = sum(len(text.encode()) for text in texts)
     rollouts = [Rollout({}, ids, 0, [True] * len(ids)) for ids in documents]
     packed = sum(-score_tokens(ours, x)[0][x.mask].sum() for x in make_batches(rollouts, 1024))
-    single = sum(theirs(x, labels=x).loss * (x.shape[1] - 1)
-                 for x in (torch.tensor([ids]) for ids in documents))  # fmt: skip
+    single = sum(
+        theirs(x, labels=x).loss * (x.shape[1] - 1)
+        for x in (torch.tensor([ids]) for ids in documents)
+    )
     bits = [float(x) / math.log(2) / num_bytes for x in (packed, single)]
     assert bits[0] == pytest.approx(bits[1], rel=1e-5) and 0.5 < bits[0] < 1.5
 
@@ -66,10 +73,13 @@ def test_bits_per_byte_equal_transformers(pair):
 def test_greedy_answers_equal_transformers(pair):
     """A batch of mixed lengths continues token for token as each prompt does in `generate`."""
     ours, theirs, tokenizer = pair
-    prompts = [tokenizer.render([{"role": "user", "content": x}], add_generation_prompt=True)[0]
-               for x in QUESTIONS]  # fmt: skip
-    samples = generate(ours, prompts, max_new_tokens=32, temperature=0.0,
-                       stop_ids=tokenizer.eos_ids)  # fmt: skip
+    prompts = [
+        tokenizer.render([{"role": "user", "content": x}], add_generation_prompt=True)[0]
+        for x in QUESTIONS
+    ]
+    samples = generate(
+        ours, prompts, max_new_tokens=32, temperature=0.0, stop_ids=tokenizer.eos_ids
+    )
     for prompt, (sample,) in zip(prompts, samples, strict=True):
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)
         assert sample.tokens == out[0, len(prompt) :].tolist()

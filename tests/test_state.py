@@ -83,13 +83,18 @@ def test_run_out_dir(tmp_path):
     model = torch.nn.Linear(2, 2)
     save_state(out, model=model, optimizer=torch.optim.AdamW(model.parameters()), extra={})
     assert check_out_dir(out, True, identity) is True
-    for resume, other, words in ((False, {}, "go on with --resume"),
-                                 (True, {"stage": "mopd"}, "stage was 'sft' and is 'mopd'")):
+    for resume, other, words in (
+        (False, {}, "go on with --resume"),
+        (True, {"stage": "mopd"}, "stage was 'sft' and is 'mopd'"),
+    ):
         with pytest.raises(ValueError, match=words):
             check_out_dir(out, resume, identity | other)
     (out / "manifest.json").write_text("{}")
     make_parity.write_checkpoint(tmp_path / "model", make_parity.CONFIGS["llama-base"])
-    for path, words in ((out, "finished run"), (tmp_path / "model", "not of this run"),
-                        (out / "manifest.json" / "x", "cannot be written")):
+    for path, words in (
+        (out, "finished run"),
+        (tmp_path / "model", "not of this run"),
+        (out / "manifest.json" / "x", "cannot be written"),
+    ):
         with pytest.raises(ValueError, match=words):
             check_out_dir(path, True, identity)

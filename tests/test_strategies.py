@@ -53,9 +53,16 @@ def test_numbers_best_of_n():
 
 @pytest.mark.parametrize(
     ("checks", "expected"),
-    [(("1", "1"), 1.0), (("1", "0"), 0.0), (("1", "0.5"), 0.75), (("1", "7", "x"), 1.0),
-     (("x",), 0.0), ((), 0.0), (("-1", "nan"), 0.0)],
-)  # fmt: skip
+    [
+        (("1", "1"), 1.0),
+        (("1", "0"), 0.0),
+        (("1", "0.5"), 0.75),
+        (("1", "7", "x"), 1.0),
+        (("x",), 0.0),
+        ((), 0.0),
+        (("-1", "nan"), 0.0),
+    ],
+)
 def test_numbers_belief(checks, expected):
     """Any 0 makes it 0, else the mean of the readable ones: (1 + 1/2) / 2 = 3/4."""
     assert believed([BOX % x for x in checks]) == expected
@@ -89,14 +96,35 @@ def test_numbers_submit():
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [((), [9, 21]), (("--rounds", 3), [9, 21, 33]), (("--checks", 3), [12, 28]),
-     (("--keep", 1), [9, 18]), (("--strategy", "majority"), [3, 6])],
-)  # fmt: skip
+    [
+        ((), [9, 21]),
+        (("--rounds", 3), [9, 21, 33]),
+        (("--checks", 3), [12, 28]),
+        (("--keep", 1), [9, 18]),
+        (("--strategy", "majority"), [3, 6]),
+    ],
+)
 def test_run_strategies(change, expected, skilled, rows, monkeypatch, capsys):
     """sample.py prints score and cost after each round: 3 answers and 2 checks of each are 9
     samples, then 2 new answers to each of the 2 best and their checks 12 more."""
-    words = ("--tasks", rows, "--limit", 4, "--num_samples", 3, "--max_new_tokens", 12,
-             "--strategy", "refine", "--rounds", 2, "--checks", 2, "--keep", 2)  # fmt: skip
+    words = (
+        "--tasks",
+        rows,
+        "--limit",
+        4,
+        "--num_samples",
+        3,
+        "--max_new_tokens",
+        12,
+        "--strategy",
+        "refine",
+        "--rounds",
+        2,
+        "--checks",
+        2,
+        "--keep",
+        2,
+    )
     run_here(monkeypatch, "sample.py", "--model", skilled, *words, *change)
     spent = [float(x) for x in re.findall(r"if +\d+ +(\d+\.\d) +\d", capsys.readouterr().out)]
     assert spent == expected

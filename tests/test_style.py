@@ -70,9 +70,12 @@ def test_budget_of_files():
     assert not {k: n for k, n in sizes.items() if n > (450 if k in LONGER_FILES else 400)}
     assert num_lines(*RECIPE) <= 1500
     undone = re.compile(r"\b(TO" r"DO|FIX" r"ME)\b")
-    bad = [f"{path.relative_to(ROOT)}:{i}" for path in CODE + TESTS
-           for i, line in enumerate(read(path)[0].splitlines(), 1)
-           if len(line) > 100 or not line.isascii() or undone.search(line)]  # fmt: skip
+    bad = [
+        f"{path.relative_to(ROOT)}:{i}"
+        for path in CODE + TESTS
+        for i, line in enumerate(read(path)[0].splitlines(), 1)
+        if len(line) > 100 or not line.isascii() or undone.search(line)
+    ]
     assert not bad
 
 
@@ -103,8 +106,12 @@ def test_sections_of_scripts():
 
 def test_flags_are_explained():
     """Every field of a script's Config has a trailing comment: it is the flag's help."""
-    configs = [(path, x) for path in CODE for _, x in nodes([path], ast.ClassDef)
-               if x.name == "RunConfig" or x.name == "Config" and path.parent == ROOT]  # fmt: skip
+    configs = [
+        (path, x)
+        for path in CODE
+        for _, x in nodes([path], ast.ClassDef)
+        if x.name == "RunConfig" or x.name == "Config" and path.parent == ROOT
+    ]
     assert len(configs) == 5
     for path, config in configs:
         fields = [x for x in config.body if isinstance(x, ast.AnnAssign)]
@@ -142,8 +149,14 @@ def test_shapes_are_in_the_legend():
     assert {"b", "t", "v", "d", "o", "w"} <= known < set("abcdefghijklmnopqrstuvwxyz")
     for path in (x for x in PACKAGE.rglob("*.py") if "torch" in imports_of(x)):
         _, tree, comments = read(path)
-        texts = [*comments.values(), *(ast.get_docstring(x) or "" for x in tree
-                                       if isinstance(x, ast.FunctionDef | ast.ClassDef))]
+        texts = [
+            *comments.values(),
+            *(
+                ast.get_docstring(x) or ""
+                for x in tree
+                if isinstance(x, ast.FunctionDef | ast.ClassDef)
+            ),
+        ]
         tuples = [x for text in texts for x in re.findall(r"\(([^()=:]*,[^()=:]*)\)", text)]
         names = [re.findall(r"[A-Za-z_]+", x) for x in tuples]
         shapes = [x for x in names if x and all(len(y) == 1 for y in x)]
@@ -153,6 +166,9 @@ def test_shapes_are_in_the_legend():
 def test_deviations_are_listed():
     """The README lists every `OURS:` of the code: "grpo.py: N is one count of loss tokens ..."."""
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    marks = [f"{path.name}: {x}".rstrip(' "') for path in CODE
-             for x in re.findall(r"# OURS: *(.*)", read(path)[0])]  # fmt: skip
+    marks = [
+        f"{path.name}: {x}".rstrip(' "')
+        for path in CODE
+        for x in re.findall(r"# OURS: *(.*)", read(path)[0])
+    ]
     assert marks and [x for x in marks if x not in text] == []

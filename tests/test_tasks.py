@@ -54,8 +54,12 @@ def test_rows_of_a_domain(domain):
     test = {conversation(x)[0][-1]["content"] for x in tasks.make_rows(domain, 300, "test", 5)}
     assert asked.isdisjoint(test) != (domain == "preference")
     assert all(x["solutions"].keys() == {"on", "off"} for x in rows)
-    assert all(y["reasoning_content"] is None for x in rows for y in x["solutions"]["off"]
-               if y["role"] == "assistant")  # fmt: skip
+    assert all(
+        y["reasoning_content"] is None
+        for x in rows
+        for y in x["solutions"]["off"]
+        if y["role"] == "assistant"
+    )
 
 
 def test_slips_come_at_their_rate(tokenizer):
@@ -72,8 +76,9 @@ def test_words_and_lengths(tokenizer):
     assert all(len(tokenizer.encode(word)) == 1 for word in tasks.vocabulary())
     lengths = {}
     for domain in tasks.DOMAINS:
-        prompts = [tokenizer.render(*conversation(x), True, True)[0]
-                   for x in tasks.make_rows(domain, 40)]  # fmt: skip
+        prompts = [
+            tokenizer.render(*conversation(x), True, True)[0] for x in tasks.make_rows(domain, 40)
+        ]
         lengths[domain] = sum(map(len, prompts)) / 40
     others = [n for domain, n in lengths.items() if domain != "long_context"]
     assert lengths["long_context"] >= 5 * sum(others) / len(others), lengths

@@ -16,8 +16,11 @@ from nanocascade.tokenizer.tokenizer import Tokenizer, _jinja, _jinja_pieces, bu
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "chat" / "nemotron3_nano.jsonl"
 # Our conversations as the published templates of Nemotron 3 Nano, Qwen3 and SmolLM2 render them.
 FIXED, *ROWS = map(json.loads, (Path(__file__).parent / "fixtures" / "chat.jsonl").open())
-OPENINGS = {"nemotron3": ("<think>\n", "<think></think>"),
-            "qwen3": ("", "<think>\n\n</think>\n\n"), "chatml": ("", "")}
+OPENINGS = {
+    "nemotron3": ("<think>\n", "<think></think>"),
+    "qwen3": ("", "<think>\n\n</think>\n\n"),
+    "chatml": ("", ""),
+}
 WORDS = ["the", " the", "\nQ", "\nQ:", "then\n", "\u00e9t\u00e9", "\x00\x00", "<think>x"]
 USER = {"role": "user", "content": "2+2?"}
 END, CALL = "<|im_end|>", ("f", {"a": 1})
@@ -25,8 +28,12 @@ END, CALL = "<|im_end|>", ("f", {"a": 1})
 
 def said(content, thought=None, calls=()):
     calls = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
-    return {"role": "assistant", "content": content, "reasoning_content": thought,
-            "tool_calls": calls}
+    return {
+        "role": "assistant",
+        "content": content,
+        "reasoning_content": thought,
+        "tool_calls": calls,
+    }
 
 
 def text_of(pieces, loss=False):
@@ -58,8 +65,11 @@ def toy(tmp_path_factory):
 def test_parity_golden_strings(toy):
     """The report's format is met to the letter, and ids decode to the same text."""
     for row in map(json.loads, GOLDEN.open()):
-        for key, modes in (("full", (True, False)), ("prompt_thinking", (True, True)),
-                           ("prompt_no_thinking", (False, True))):
+        for key, modes in (
+            ("full", (True, False)),
+            ("prompt_thinking", (True, True)),
+            ("prompt_no_thinking", (False, True)),
+        ):
             given = row["messages"], row["tools"], *modes
             assert toy.render_text(*given) == toy.decode(toy.render(*given)[0]) == row[key]
 
@@ -91,9 +101,16 @@ def published(source, toy, path):
         pytest.skip(f"no {source}")
 
 
-@pytest.mark.parametrize("source, style", [
-    ("toy", "nemotron3"), ("nemotron_3_nano.jinja", "nemotron3"), ("qwen3.jinja", "qwen3"),
-    ("NANOCASCADE_QWEN3", "qwen3"), ("NANOCASCADE_SMOLLM2", "chatml")])
+@pytest.mark.parametrize(
+    "source, style",
+    [
+        ("toy", "nemotron3"),
+        ("nemotron_3_nano.jinja", "nemotron3"),
+        ("qwen3.jinja", "qwen3"),
+        ("NANOCASCADE_QWEN3", "qwen3"),
+        ("NANOCASCADE_SMOLLM2", "chatml"),
+    ],
+)
 def test_parity_transformers(source, style, toy, tmp_path):
     """Text, ids and mask are those of the directory's own template, run live by transformers.
 
@@ -111,8 +128,12 @@ def test_parity_transformers(source, style, toy, tmp_path):
         turns, tools = row["messages"], FIXED["tools"] if row["tools"] else None
         for modes in ((True, False), (True, True), (False, True)):
             text = theirs.apply_chat_template(
-                turns, tools, tokenize=False, add_generation_prompt=modes[1],
-                **({"enable_thinking": modes[0]} if modes[1] else {}))  # fmt: skip
+                turns,
+                tools,
+                tokenize=False,
+                add_generation_prompt=modes[1],
+                **({"enable_thinking": modes[0]} if modes[1] else {}),
+            )
             assert ours.render_text(turns, tools, *modes) == text
             ids = theirs(text, add_special_tokens=False)["input_ids"]
             quoted = any(x in json.dumps(turns) for x in ours.special_ids)
@@ -130,22 +151,36 @@ def test_parity_transformers(source, style, toy, tmp_path):
     assert min(num_ids / 3, num_masks) >= 40
 
 
-@pytest.mark.parametrize("style, thought, want", [
-    ("nemotron3", "add", "add\n</think>\n4<|im_end|>"), ("nemotron3", None, "4<|im_end|>"),
-    ("qwen3", "add", "<think>\nadd\n</think>\n\n4<|im_end|>"), ("qwen3", None, "4<|im_end|>"),
-    ("chatml", None, "4<|im_end|>")])
+@pytest.mark.parametrize(
+    "style, thought, want",
+    [
+        ("nemotron3", "add", "add\n</think>\n4<|im_end|>"),
+        ("nemotron3", None, "4<|im_end|>"),
+        ("qwen3", "add", "<think>\nadd\n</think>\n\n4<|im_end|>"),
+        ("qwen3", None, "4<|im_end|>"),
+        ("chatml", None, "4<|im_end|>"),
+    ],
+)
 def test_numbers_mask(style, thought, want):
     """Loss lies on what follows the prompt up to <|im_end|>, and the prompt is a prefix."""
     prompt = render_pieces([USER], None, thought is not None, True, style)
     pieces = render_pieces([USER, said("4", thought)], style=style)
-    assert pieces[:len(prompt)] == prompt and text_of(pieces[len(prompt):]) == want + "\n"
+    assert pieces[: len(prompt)] == prompt and text_of(pieces[len(prompt) :]) == want + "\n"
     assert text_of(pieces, loss=True) == want
 
 
 def test_numbers_mask_of_many_turns(toy):
     """Turns with a removed thought are context; the others, calls included, carry loss."""
-    turns = [USER, said("4", "add"), USER, said("5"), USER, said("", "call", [CALL]),
-             {"role": "tool", "content": "7"}, said("six", "so")]
+    turns = [
+        USER,
+        said("4", "add"),
+        USER,
+        said("5"),
+        USER,
+        said("", "call", [CALL]),
+        {"role": "tool", "content": "7"},
+        said("six", "so"),
+    ]
     form = "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>"
     form = f"<tool_call>\n{form}\n</tool_call>\n"
     assert written(toy, turns) == f"5{END}call\n</think>\n{form}{END}so\n</think>\nsix{END}"
@@ -154,11 +189,13 @@ def test_numbers_mask_of_many_turns(toy):
     assert text_of(hidden, loss=True).endswith(f"\n{form}{END}six{END}")
     form = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     assert text_of(render_pieces(turns, style="qwen3"), loss=True) == (
-        f"<think>\ncall\n</think>\n\n{form}{END}<think>\nso\n</think>\n\nsix{END}")
+        f"<think>\ncall\n</think>\n\n{form}{END}<think>\nso\n</think>\n\nsix{END}"
+    )
 
 
 def test_markup_in_text_stays_text(toy, tmp_path):
     """No text becomes control tokens, also where a vocabulary calls them ordinary or lacks them."""
+
     def ordinary(spec):  # as in Qwen3's vocabulary
         for token in spec["added_tokens"]:
             token["special"] = token["content"] == "<|endoftext|>"
@@ -173,8 +210,9 @@ def test_markup_in_text_stays_text(toy, tmp_path):
         special, plain = tokenizer.special_ids.values(), [USER, said(""), USER, said("b", "c")]
         ids, (prompt, _) = tokenizer.render(turns)[0], tokenizer.render(turns[:3], None, True, True)
         assert [i for i in ids if i in special] == [
-            i for i in tokenizer.render(plain)[0] if i in special]
-        assert tokenizer.decode(ids) == toy.render_text(turns) and ids[:len(prompt)] == prompt
+            i for i in tokenizer.render(plain)[0] if i in special
+        ]
+        assert tokenizer.decode(ids) == toy.render_text(turns) and ids[: len(prompt)] == prompt
         assert (tokenizer.fingerprint() == toy.fingerprint()) == (change is not poor)
         assert written(tokenizer, turns) == f"{END}{END}{quoted}\n</think>\n{quoted}{END}"
 
@@ -182,12 +220,24 @@ def test_markup_in_text_stays_text(toy, tmp_path):
 @pytest.mark.parametrize("style", ["nemotron3", "qwen3"])
 def test_invariance_parse_render(style):
     """Parsing a rendered answer gives the message back, whatever its thought, text and calls."""
-    kinds = {"n": "integer", "b": ["boolean", "null"], "l": "array", "s": "string",
-             "x": ["string", "integer"], "y": "integer"}
+    kinds = {
+        "n": "integer",
+        "b": ["boolean", "null"],
+        "l": "array",
+        "s": "string",
+        "x": ["string", "integer"],
+        "y": "integer",
+    }
     fields = {name: {"type": kind} for name, kind in kinds.items()} | {"z": True}
     tools = [{"name": "f", "parameters": {"properties": fields}}]
-    arguments = {"n": -3, "b": True, "l": [1, {"a": "\u00e9"}], "s": "a\n\nb </parameter> 7\n",
-                 "x": "7", "y": "True"}  # y is no integer: the string stays
+    arguments = {
+        "n": -3,
+        "b": True,
+        "l": [1, {"a": "\u00e9"}],
+        "s": "a\n\nb </parameter> 7\n",
+        "x": "7",
+        "y": "True",
+    }  # y is no integer: the string stays
     for thought in (None, "a", "a\n\nb", "<tool_call> no"):
         for content in ("", "4", "\\boxed{4}\nso", "a <think> tag"):
             for calls in ((), [("f", arguments)], [("f", {"b": None}), ("g", {"s": "12"})]):
@@ -199,11 +249,19 @@ def test_invariance_parse_render(style):
     assert "<name>z</name>\n</parameter>" in asked or '"z": true' in asked
 
 
-@pytest.mark.parametrize("text, content, thought, unfinished", [
-    ("<think>\nhm", "", "hm", True), ("<think>", "", None, True), ("", "", None, False),
-    ("<think></think>4", "4", None, False), ("<think>\n\n</think>\n4", "4", None, False),
-    ("<think>a</think>\n b</think>", " b</think>", "a", False), ("a<think>", "a<think>", None, 0),
-    ("<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>", None, False)])
+@pytest.mark.parametrize(
+    "text, content, thought, unfinished",
+    [
+        ("<think>\nhm", "", "hm", True),
+        ("<think>", "", None, True),
+        ("", "", None, False),
+        ("<think></think>4", "4", None, False),
+        ("<think>\n\n</think>\n4", "4", None, False),
+        ("<think>a</think>\n b</think>", " b</think>", "a", False),
+        ("a<think>", "a<think>", None, 0),
+        ("<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>", None, False),
+    ],
+)
 def test_numbers_parse(text, content, thought, unfinished):
     """Cut and broken answers keep what was said; only an open <think> is unfinished."""
     want = said(content, thought) | {"unfinished": unfinished}
@@ -212,8 +270,20 @@ def test_numbers_parse(text, content, thought, unfinished):
 
 def test_parse_never_raises():
     """Whatever a model writes is parsed, and in linear time."""
-    parts = [*MARKUP, "<function=f>", "</function>", "<parameter=a>", "</parameter>",
-             '{"name": "f"', "{", "}", "9" * 5000, "[", "\n", "\x00"]
+    parts = [
+        *MARKUP,
+        "<function=f>",
+        "</function>",
+        "<parameter=a>",
+        "</parameter>",
+        '{"name": "f"',
+        "{",
+        "}",
+        "9" * 5000,
+        "[",
+        "\n",
+        "\x00",
+    ]
     rng, start = random.Random(0), time.perf_counter()
     for _ in range(2000):
         message = parse_response("".join(rng.choices(parts, k=rng.randrange(12))))
@@ -231,8 +301,12 @@ def test_toy_encodes_any_text(toy):
         wild = [chr(rng.randrange(0xD800)), chr(rng.randrange(0xE000, 0x110000))]
         text = "".join(rng.choices([*WORDS, *toy.special_ids, "a", "\n", *wild], k=12))
         assert toy.decode(toy.encode(text)) == text
-    for text, want in (("in the then\n", ["i", "n", " the", " ", "then\n"]), ("907", [*"907"]),
-                       ("bathe the1 the.", [*"bathe the1", " the", "."]), ("\nQ:9", ["\nQ:", "9"])):
+    for text, want in (
+        ("in the then\n", ["i", "n", " the", " ", "then\n"]),
+        ("907", [*"907"]),
+        ("bathe the1 the.", [*"bathe the1", " the", "."]),
+        ("\nQ:9", ["\nQ:", "9"]),
+    ):
         assert [toy.decode([i]) for i in toy.encode(text)] == want
 
 
@@ -250,8 +324,10 @@ def test_tool_results_continue_a_rollout(toy):
 
 def test_unknown_template(tmp_path, monkeypatch):
     """jinja2 renders a foreign template, its prefixes give the mask; what is missing is named."""
-    template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}[assistant]{% endif %}")
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     tokenizer = read(tmp_path, tokenizer_config=lambda c: c.update(chat_template=template))
     bare = read(tmp_path, tokenizer_config=lambda c: c.pop("chat_template"))
     turns = [USER, said("4"), USER, said("5")]
@@ -276,8 +352,11 @@ def test_stops_and_bad_messages(toy, tmp_path):
     more = read(tmp_path, generation_config=lambda c: c.update(eos_token_id=[2, 1]))
     assert more.eos_ids == [toy.special_ids[END], 2, 1] and toy.eos_ids == more.eos_ids[:1]
     assert toy.pad_id == toy.special_ids["<|endoftext|>"] and toy.vocab_size == 256 + len(WORDS) + 7
-    for messages, style in (([], "qwen3"), ([USER | {"content": [{}]}], "nemotron3"),
-                            ([said("", None, [("f", "no json")])], "nemotron3"),
-                            ([said("", None, [CALL])], "chatml")):
+    for messages, style in (
+        ([], "qwen3"),
+        ([USER | {"content": [{}]}], "nemotron3"),
+        ([said("", None, [("f", "no json")])], "nemotron3"),
+        ([said("", None, [CALL])], "chatml"),
+    ):
         with pytest.raises(ValueError, match="got"):
             render_pieces(messages, style=style)

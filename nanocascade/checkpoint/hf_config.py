@@ -17,30 +17,50 @@ CLASSES = {"nemotron_h": "NemotronH", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe",
 # A field with ? may be absent and then has ModelConfig's default.
 KEYS = {
     "": "vocab_size hidden_size norm_eps=layer_norm_epsilon|norm_eps|rms_norm_eps "
-        "tie_word_embeddings? initializer_range? max_position_embeddings?",
+    "tie_word_embeddings? initializer_range? max_position_embeddings?",
     "*": "num_heads=num_attention_heads num_kv_heads?=num_key_value_heads head_dim?",
     "-": "intermediate_size",
     "E": "num_experts=n_routed_experts|num_local_experts|num_experts num_experts_per_tok "
-         "moe_intermediate_size norm_topk_prob",
+    "moe_intermediate_size norm_topk_prob",
     "S": "shared_expert_intermediate_size=moe_shared_expert_intermediate_size "
-         "routed_scaling_factor? n_group? topk_group?",
+    "routed_scaling_factor? n_group? topk_group?",
     "M": "mamba_num_heads mamba_head_dim mamba_n_groups=n_groups|mamba_n_groups ssm_state_size "
-         "conv_kernel chunk_size? time_step_min? time_step_max? time_step_floor?",
+    "conv_kernel chunk_size? time_step_min? time_step_max? time_step_floor?",
 }
-FIELDS = [(kind, name, (keys or name.strip("?")).split("|"))  # ("E", "num_experts", [3 keys])
-          for kind, entries in KEYS.items()
-          for name, _, keys in (entry.partition("=") for entry in entries.split())]
-KINDS = {"linear_attention": "M", "mamba": "M", "moe": "E", "full_attention": "*",
-         "attention": "*", "mlp": "-"}  # layers_block_type of transformers 5, new and old
+FIELDS = [
+    (kind, name, (keys or name.strip("?")).split("|"))  # ("E", "num_experts", [3 keys])
+    for kind, entries in KEYS.items()
+    for name, _, keys in (entry.partition("=") for entry in entries.split())
+]
+KINDS = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "moe": "E",
+    "full_attention": "*",
+    "attention": "*",
+    "mlp": "-",
+}  # layers_block_type of transformers 5, new and old
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # What the model computes, and transformers takes where a key is absent: anything else is refused.
 FIXED = {
-    "attention_bias": False, "mlp_bias": False, "use_bias": False, "mamba_proj_bias": False,
-    "use_conv_bias": True, "hidden_act": "silu", "mlp_hidden_act": "relu2",
-    "mamba_hidden_act": "silu", "attention_dropout": 0, "hidden_dropout": 0,
-    "use_sliding_window": False, "sliding_window": None, "residual_in_fp32": False,
-    "n_shared_experts": 1, "moe_latent_size": None, "pretraining_tp": 1,
-    "quantization_config": None}
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "hidden_act": "silu",
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "attention_dropout": 0,
+    "hidden_dropout": 0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "residual_in_fp32": False,
+    "n_shared_experts": 1,
+    "moe_latent_size": None,
+    "pretraining_tp": 1,
+    "quantization_config": None,
+}
 
 
 def load_config(path) -> ModelConfig:
@@ -91,11 +111,19 @@ def parse_config(raw: dict) -> ModelConfig:
     except (TypeError, ValueError, KeyError):
         raise ValueError(f"time_step_limit is {limit!r}, expected two numbers") from None
     return ModelConfig(
-        model_type=family, pattern=pattern, rope_theta=theta, rope_scaling=scaling,
-        norm_weight_in_fp32=nemotron, gated_mlp=not nemotron, qk_norm=family.startswith("qwen3"),
+        model_type=family,
+        pattern=pattern,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_weight_in_fp32=nemotron,
+        gated_mlp=not nemotron,
+        qk_norm=family.startswith("qwen3"),
         router="sigmoid" if nemotron else "softmax",
-        time_step_limit=(low, high), pad_token_id=read.get("pad_token_id", 0), source=raw,
-        **values)
+        time_step_limit=(low, high),
+        pad_token_id=read.get("pad_token_id", 0),
+        source=raw,
+        **values,
+    )
 
 
 def read_pattern(raw: dict) -> str:
@@ -116,8 +144,9 @@ def read_pattern(raw: dict) -> str:
     sparse = raw["model_type"] == "qwen3_moe"
     if sparse and (not isinstance(step, int) or step < 1):
         raise ValueError(f"decoder_sparse_step is {step!r}, expected 1 or more")
-    return "".join("*E" if sparse and i not in dense and (i + 1) % step == 0 else "*-"
-                   for i in range(layers))
+    return "".join(
+        "*E" if sparse and i not in dense and (i + 1) % step == 0 else "*-" for i in range(layers)
+    )
 
 
 def read_rope(raw: dict) -> tuple[float, dict | None]:

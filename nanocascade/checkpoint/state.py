@@ -34,8 +34,11 @@ def check_out_dir(out, resume: bool, identity: dict) -> bool:
         raise ValueError(f"--out {out} holds a finished run: choose another or delete it")
     if states:
         saved = read_json(note)
-        differ = [f"{key} was {saved.get(key)!r} and is {identity.get(key)!r}"
-                  for key in saved | identity if saved.get(key) != identity.get(key)]
+        differ = [
+            f"{key} was {saved.get(key)!r} and is {identity.get(key)!r}"
+            for key in saved | identity
+            if saved.get(key) != identity.get(key)
+        ]
         if differ:
             raise ValueError(f"--out {out} holds another run: {'; '.join(differ)}")
         if not resume:
@@ -64,8 +67,11 @@ def save_state(out, *, model: nn.Module, optimizer, extra: dict) -> None:
         new.mkdir(parents=True)
     if several:
         torch_dist.barrier()
-    moments = {f"optimizer.{name}.{key}": x for name, p in model.named_parameters()
-               for key, x in optimizer.state.get(p, {}).items()}  # fmt: skip
+    moments = {
+        f"optimizer.{name}.{key}": x
+        for name, p in model.named_parameters()
+        for key, x in optimizer.state.get(p, {}).items()
+    }
     writer = dcp.HuggingFaceStorageWriter(new, save_distributed=True)
     try:
         tensors = {key: x.contiguous() for key, x in (weights_of(model) | moments).items()}

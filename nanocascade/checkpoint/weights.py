@@ -68,8 +68,11 @@ def disk_names(model: Model) -> dict[str, list[str]]:
         proj = rest.removeprefix("experts.")  # but not of "shared_experts.up_proj.weight"
         if proj != rest:
             gated = ["gate_proj"] * (proj == "up_proj" and config.gated_mlp)
-            names[name] = [f"{prefix}.experts.{k}.{x}.weight" for k in range(config.num_experts)
-                           for x in (proj, *gated)]  # fmt: skip
+            names[name] = [
+                f"{prefix}.experts.{k}.{x}.weight"
+                for k in range(config.num_experts)
+                for x in (proj, *gated)
+            ]
         elif part != "head" or not config.tie_word_embeddings:
             names[name] = [f"{prefix}.{rest}"]
     return names
@@ -133,17 +136,26 @@ def unstack(name: str, shape: tuple) -> Iterator[tuple[str, tuple, tuple]]:
 def check_fit(path: Path, model: Model, stored: dict[str, Stored]) -> None:
     """One error that lists every tensor that is missing, of another shape or left over."""
     names, tensors = disk_names(model), model.state_dict()
-    shapes = {disk: tuple(part.shape) for name, disks in names.items()
-              for disk, part in zip(disks, experts_of(name, tensors[name]), strict=True)}
+    shapes = {
+        disk: tuple(part.shape)
+        for name, disks in names.items()
+        for disk, part in zip(disks, experts_of(name, tensors[name]), strict=True)
+    }
     tied = {NAMES[model.config.model_type]["head"] + ".weight"}  # some files hold it all the same
     faults = {
         "missing": sorted(set(shapes) - set(stored)),
         "not of this model": sorted(set(stored) - set(shapes) - tied),
-        "of another shape": [f"{name} {stored[name].shape} instead of {shape}"
-                             for name, shape in shapes.items()
-                             if name in stored and stored[name].shape != shape]}
-    texts = [f"{len(x)} {what}: {', '.join(x[:8])}{', ...' * (len(x) > 8)}"
-             for what, x in faults.items() if x]
+        "of another shape": [
+            f"{name} {stored[name].shape} instead of {shape}"
+            for name, shape in shapes.items()
+            if name in stored and stored[name].shape != shape
+        ],
+    }
+    texts = [
+        f"{len(x)} {what}: {', '.join(x[:8])}{', ...' * (len(x) > 8)}"
+        for what, x in faults.items()
+        if x
+    ]
     if texts:
         raise ValueError(f"{path}: tensors do not fit config.json; {'; '.join(texts)}")
 
@@ -189,8 +201,13 @@ def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
             ends = target.aminmax() if target.numel() else (target.sum(),)
             if not torch.isfinite(torch.stack(tuple(ends))).all():
                 raise ValueError(f"{file}: {inside} holds NaN or infinity, read as {kept}")
-        state[name] = local if not where else DTensor.from_local(
-            local, *where, run_check=False, shape=spec.shape, stride=spec.stride())
+        state[name] = (
+            local
+            if not where
+            else DTensor.from_local(
+                local, *where, run_check=False, shape=spec.shape, stride=spec.stride()
+            )
+        )
     state.setdefault("head.weight", state["embed.weight"])  # tied
     model.load_state_dict(state, assign=True)  # in place of the meta tensors
     if config.tie_word_embeddings:

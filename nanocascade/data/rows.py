@@ -98,11 +98,19 @@ def from_messages(row: dict) -> dict:
     if last == 0 or messages[-1]["role"] != "assistant":
         raise ValueError("messages must hold a user turn and end with the assistant's answer")
     on = messages[last:]
-    off = [{key: split_thought(x)[1] if key == "content" else x  # it may stand there, in its tags
-            for key, x in message.items() if key != "reasoning_content"} for message in on]
+    off = [
+        {
+            key: split_thought(x)[1] if key == "content" else x  # it may stand there, in its tags
+            for key, x in message.items()
+            if key != "reasoning_content"
+        }
+        for message in on
+    ]
     row = {"domain": "sft"} | {key: row[key] for key in row if key not in ("messages", "tools")}
-    return row | {"solutions": {"on": on, "off": off} if on != off else {"off": off},
-                  "responses_create_params": {"input": messages[:last], "tools": tools}}
+    return row | {
+        "solutions": {"on": on, "off": off} if on != off else {"off": off},
+        "responses_create_params": {"input": messages[:last], "tools": tools},
+    }
 
 
 def from_question(row: dict) -> dict:
@@ -117,8 +125,12 @@ def from_question(row: dict) -> dict:
     boxed = {"role": "assistant", "content": f"\\boxed{{{final}}}"}
     off = [boxed | {"content": f"{work}\n{boxed['content']}".strip()}]
     on = {"on": [boxed | {"reasoning_content": work}]} if work else {}
-    return {"expected_answer": final, "solutions": {**on, "off": off}, **row,
-            "responses_create_params": {"input": [prompt]}}
+    return {
+        "expected_answer": final,
+        "solutions": {**on, "off": off},
+        **row,
+        "responses_create_params": {"input": [prompt]},
+    }
 
 
 def read_references(path: str) -> dict[str, list[str]]:
@@ -179,14 +191,21 @@ class PromptStream:
     around a mean that moves with `progress` from 0 to 1.
     """
 
-    def __init__(self, rows: list[dict], seed: int, weights: dict[str, float] | None = None,
-                 curriculum: tuple[float, ...] = ()):
+    def __init__(
+        self,
+        rows: list[dict],
+        seed: int,
+        weights: dict[str, float] | None = None,
+        curriculum: tuple[float, ...] = (),
+    ):
         self.rows, self.seed, self.curriculum, self.progress = rows, seed, curriculum, 0.0
         if curriculum and (len(curriculum) != 3 or curriculum[2] <= 0):
             raise ValueError(f"--curriculum {curriculum}: expected first mean, last mean, std")
         if curriculum and (lacking := [x for x in rows if "pass_rate" not in x]):
-            raise ValueError(f"--curriculum: row {lacking[0]['id']} has no pass_rate, as"
-                             " sample.py --tasks ROWS --pass_rates OUT writes it")
+            raise ValueError(
+                f"--curriculum: row {lacking[0]['id']} has no pass_rate, as"
+                " sample.py --tasks ROWS --pass_rates OUT writes it"
+            )
         self.members = defaultdict(list)  # domain -> indices of its rows
         for i, row in enumerate(rows):
             self.members[row["domain"] if weights else "all"].append(i)
@@ -202,8 +221,10 @@ class PromptStream:
         if self.curriculum:
             first, last, std = self.curriculum
             mean = first + (last - first) * self.progress
-            chances = {domain: curriculum_weights([self.rows[i]["pass_rate"] for i in x], mean, std)
-                       for domain, x in self.members.items()}
+            chances = {
+                domain: curriculum_weights([self.rows[i]["pass_rate"] for i in x], mean, std)
+                for domain, x in self.members.items()
+            }
         for position in range(end - n, end):
             domain = max(self.shares, key=lambda x: self.shares[x] * end - self.taken[x])
             members = self.members[domain]

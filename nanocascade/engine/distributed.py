@@ -35,17 +35,34 @@ LOST = re.compile("(closed|reset) by peer|Broken pipe|Socket closed")
 ASK_EVERY = 16  # decode steps between two questions whether any rank of the group still samples
 EXPERT_TOKENS = 8192  # gathered tokens that a rank's experts compute on at once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LAYOUT = ("shard", "expert_parallel", "replicas", "dtype", "checkpoint_blocks", "offload_blocks",
-          "offload_optimizer")  # fmt: skip
+LAYOUT = (
+    "shard",
+    "expert_parallel",
+    "replicas",
+    "dtype",
+    "checkpoint_blocks",
+    "offload_blocks",
+    "offload_optimizer",
+)
 
 
 class Dist:
     """Rank, world size and the few collectives the scripts use; all of them no-ops at one rank."""
 
     def __init__(
-        self, rank=0, world_size=1, device="cpu", *, shard=False, expert_parallel=1, replicas=1,
-        dtype="float32", checkpoint_blocks=False, offload_blocks=False, offload_optimizer=False,
-    ):  # fmt: skip
+        self,
+        rank=0,
+        world_size=1,
+        device="cpu",
+        *,
+        shard=False,
+        expert_parallel=1,
+        replicas=1,
+        dtype="float32",
+        checkpoint_blocks=False,
+        offload_blocks=False,
+        offload_optimizer=False,
+    ):
         self.rank, self.world_size, self.device = rank, world_size, device
         self.expert_parallel, self.replicas = expert_parallel, replicas
         self.checkpoint_blocks, self.offload_blocks = checkpoint_blocks, offload_blocks
@@ -55,8 +72,10 @@ class Dist:
             raise ValueError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
         if min(expert_parallel, replicas) < 1 or world_size % (replicas * expert_parallel):
-            raise ValueError(f"{world_size} ranks do not divide into --replicas {replicas} of "
-                             f"groups of --expert_parallel {expert_parallel}")  # fmt: skip
+            raise ValueError(
+                f"{world_size} ranks do not divide into --replicas {replicas} of "
+                f"groups of --expert_parallel {expert_parallel}"
+            )
         # Why not FSDP always: over gloo a collective costs 4 ms however small it is, and a step of
         # the toy would need two a block and micro-batch instead of one.
         self.sharded = shard or max(expert_parallel, replicas) > 1 or dtype != "float32"
@@ -163,7 +182,7 @@ class Dist:
         if self.sharded:
             square = nn.utils.get_total_norm([x for x in shards if x.numel()]).square()
             square = torch.as_tensor(square, device=self.device)
-            norm = (norm.square() + self.reduce(square, torch_dist.ReduceOp.SUM, self.data_group))
+            norm = norm.square() + self.reduce(square, torch_dist.ReduceOp.SUM, self.data_group)
             norm = norm.sqrt()
         if float(norm) > max_norm:
             torch._foreach_mul_(whole + shards, max_norm / norm)
@@ -190,8 +209,9 @@ def parallelize(model: nn.Module, dist: Dist) -> nn.Module:
     # Inputs are not cast: they are of the right dtype, and casting would copy the cache's dict.
     policy = MixedPrecisionPolicy(
         param_dtype=None if dist.dtype == torch.float32 else dist.dtype,
-        reduce_dtype=torch.float32, cast_forward_inputs=False,
-    )  # fmt: skip
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     if dist.expert_parallel > 1:
         spread_experts(model, dist, policy)
     for module in (*model.blocks, model):
@@ -272,8 +292,10 @@ def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -
     ep, (e, f, d) = dist.expert_parallel, found[0].down_proj.shape if found else (0, 0, 0)
     pieces = dist.world_size // dist.replicas // ep
     if not found or e % ep or f % pieces or d % pieces:
-        raise ValueError(f"--expert_parallel {ep} on {dist.world_size} ranks: {e} experts of "
-                         f"({f}, {d}) do not divide into {ep} x {pieces}")  # fmt: skip
+        raise ValueError(
+            f"--expert_parallel {ep} on {dist.world_size} ranks: {e} experts of "
+            f"({f}, {d}) do not divide into {ep} x {pieces}"
+        )
     tokens = [0]  # of the present forward, padded to the group's maximum
 
     def agree(_, args, kwargs) -> None:
@@ -287,8 +309,9 @@ def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -
             mine = DTensor.from_local(mine, axis, [Shard(0)], run_check=False)
             setattr(experts, name, nn.Parameter(mine, requires_grad=p.requires_grad))
         experts.forward = partial(forward_spread, experts, dist.expert_group, e, tokens)
-        fully_shard(experts, mesh=dist.shard_mesh, mp_policy=policy,
-                    shard_placement_fn=lambda p: Shard(1))  # fmt: skip
+        fully_shard(
+            experts, mesh=dist.shard_mesh, mp_policy=policy, shard_placement_fn=lambda p: Shard(1)
+        )
 
 
 def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> Tensor:
@@ -312,8 +335,9 @@ def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> T
     outputs = []
     for part in zip(*(y.split(EXPERT_TOKENS) for y in (everyone, ids, weights)), strict=True):
         if len(everyone) > EXPERT_TOKENS and torch.is_grad_enabled():  # (n*a, f) a chunk at a time
-            outputs.append(checkpoint(own_experts, mine, *part, use_reentrant=False,
-                                      preserve_rng_state=False))  # fmt: skip
+            outputs.append(
+                checkpoint(own_experts, mine, *part, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
             outputs.append(own_experts(mine, *part))
     out = Rows.apply(torch.cat(outputs), group, False)  # (n, d) and padding

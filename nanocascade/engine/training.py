@@ -125,19 +125,23 @@ def new_routing(model: Model, batch: Batch) -> Routing:
 
 
 CHOICES = {
-    "overlong": ("penalty", "filter"), "gate": ("zero", "clamp", "none"),
-    "schedule": ("constant", "linear", "cosine"), "pairing": ("all", "circle"),
+    "overlong": ("penalty", "filter"),
+    "gate": ("zero", "clamp", "none"),
+    "schedule": ("constant", "linear", "cosine"),
+    "pairing": ("all", "circle"),
     "denominator": ("response", "token"),
-}  # fmt: skip
+}
 # Least value that means something; a flag that is None is set by the stage.
 LEAST = dict.fromkeys(
     "prompts rollouts steps batch_tokens row_tokens micro_tokens max_new_tokens eval_max_new_tokens"
     " max_rows max_turns num_samples pass_samples reference_samples toy_rows rounds checks"
-    " keep stop_every".split(), 1,
+    " keep stop_every".split(),
+    1,
 ) | dict.fromkeys(
     "lr min_lr warmup temperature top_k kl_coef weight_decay bias_rate save_every show_every show"
-    " show_mask limit log_groups eval_samples own_eval_samples max_tokens".split(), 0,
-)  # fmt: skip
+    " show_mask limit log_groups eval_samples own_eval_samples max_tokens".split(),
+    0,
+)
 
 
 def check_settings(cfg) -> None:
@@ -171,8 +175,10 @@ def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_h
         mesh = getattr(p, "device_mesh", None)  # of a sharded one
         if p.requires_grad:
             groups.setdefault((p.ndim < 2, mesh), []).append(p)
-    groups = [{"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay}
-              for key in sorted(groups, key=lambda key: key[0])]  # fmt: skip
+    groups = [
+        {"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay}
+        for key in sorted(groups, key=lambda key: key[0])
+    ]
     kind = HostAdamW if in_host else torch.optim.AdamW
     return kind(groups, lr=lr, betas=betas, fused=True)
 

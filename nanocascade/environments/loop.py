@@ -52,7 +52,9 @@ def told(error):
         trace = trace.tb_next
     return f"{type(error).__name__}: {error}{place}"
 """
-PROGRAM = TOLD + """
+PROGRAM = (
+    TOLD
+    + """
 try:
     exec(compile(%r, "program.py", "exec"), {"__name__": "__main__"})
 except SystemExit:
@@ -60,7 +62,10 @@ except SystemExit:
 except BaseException as error:
     print(told(error))
 """
-TESTS = TOLD + """
+)
+TESTS = (
+    TOLD
+    + """
 import importlib, sys
 passed = failed = 0
 for name in %r:
@@ -84,6 +89,7 @@ for name in %r:
             print(f"FAILED {name}: {test}: {told(error)}")
 print(f"{passed} passed, {failed} failed")
 """
+)
 
 
 def run(modules: dict, entry: str, late: int):
@@ -126,8 +132,13 @@ def read_file(files: dict, path: str = "", first: str = "1", last: str = "") -> 
 
 def search(files: dict, text: str = "") -> str:
     """Lines that contain a text as it stands: a pattern of the model's could take for ever."""
-    found = [f"{path}:{i}: {line}" for path in sorted(files) if text in files[path] and text
-             for i, line in enumerate(files[path].split("\n"), 1) if text in line]  # fmt: skip
+    found = [
+        f"{path}:{i}: {line}"
+        for path in sorted(files)
+        if text in files[path] and text
+        for i, line in enumerate(files[path].split("\n"), 1)
+        if text in line
+    ]
     return "\n".join(found) or "not found"
 
 
@@ -146,13 +157,24 @@ def run_tests(files: dict, late: int, path: str = ""):
 LOOKING = {"list": list_files, "read": read_file, "search": search}
 REPOSITORY_TOOLS = [
     make_tool("list", "Paths of the files.", ("folder",), folder="string"),
-    make_tool("read", "Lines of a file.", ("first", "last"),
-              path="string", first="integer", last="integer"),
+    make_tool(
+        "read",
+        "Lines of a file.",
+        ("first", "last"),
+        path="string",
+        first="integer",
+        last="integer",
+    ),
     make_tool("search", "Lines that contain a text.", text="string"),
-    make_tool("edit", "Replace a text that occurs once; an empty old makes a new file.",
-              path="string", old="string", new="string"),
+    make_tool(
+        "edit",
+        "Replace a text that occurs once; an empty old makes a new file.",
+        path="string",
+        old="string",
+        new="string",
+    ),
     make_tool("test", "Run the tests of a file, or all.", ("path",), path="string"),
-]  # fmt: skip
+]
 
 
 def repository_step(state: tuple, name: str, arguments: dict):
@@ -164,8 +186,11 @@ def repository_step(state: tuple, name: str, arguments: dict):
     declared = {x["function"]["name"]: x["function"]["parameters"] for x in REPOSITORY_TOOLS}
     if name not in declared:
         return state, "error: no such tool"
-    known = {k: str(v) for k, v in arguments.items()
-             if k in declared[name]["properties"] and type(v) in (str, int)}  # fmt: skip
+    known = {
+        k: str(v)
+        for k, v in arguments.items()
+        if k in declared[name]["properties"] and type(v) in (str, int)
+    }
     if name == "test":
         late, text = run_tests(files, late, **known)
         return (files, late), text
@@ -184,19 +209,24 @@ class Environment(NamedTuple):
 
 ENVIRONMENTS = {
     "shop": Environment(
-        None, lambda row: row["environment"]["state"],
+        None,
+        lambda row: row["environment"]["state"],
         lambda state, name, values: tools.run_tool(state, {"name": name, "arguments": values}),
         tools.MAX_CALLS,
     ),
     "python": Environment(
         [make_tool("python", "Run a program; what it prints comes back.", code="string")],
-        lambda row: 0, python_step, PYTHON_CALLS,
+        lambda row: 0,
+        python_step,
+        PYTHON_CALLS,
     ),
     "repository": Environment(
-        REPOSITORY_TOOLS, lambda row: (row["verifier_metadata"]["files"], 0), repository_step,
+        REPOSITORY_TOOLS,
+        lambda row: (row["verifier_metadata"]["files"], 0),
+        repository_step,
         tools.MAX_CALLS,
     ),
-}  # fmt: skip
+}
 
 
 def equip(row: dict) -> dict:

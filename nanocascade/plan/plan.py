@@ -73,8 +73,9 @@ def work_of(cfg, config, ranks: int, prompt: int) -> Work:
     if hasattr(cfg, "teachers"):
         frozen = len(cfg.teachers) or len({*TEACHER_OF.values()})
     micro = max(longest, min(cfg.micro_tokens, int(tokens / ranks)))
-    return Work(longest, max(longest, 256), micro, tokens, new, rollouts, rows, frozen,
-                cfg.routing_replay)  # fmt: skip
+    return Work(
+        longest, max(longest, 256), micro, tokens, new, rollouts, rows, frozen, cfg.routing_replay
+    )
 
 
 class Plan:
@@ -133,8 +134,11 @@ class Plan:
         training = static | {"gradients": gradients, "frozen": model * (work.frozen > 0)}
         training |= self.activations(work)
         inputs = work.micro * self.config.hidden_size * self.size * len(self.config.pattern)
-        host = {"moments": moments * dist.offload_optimizer, "frozen": model * work.frozen,
-                "kept": inputs * dist.offload_blocks}  # fmt: skip
+        host = {
+            "moments": moments * dist.offload_optimizer,
+            "frozen": model * work.frozen,
+            "kept": inputs * dist.offload_blocks,
+        }
         rollout = {"rollout": static | self.sampling(work)} if work.new else {}
         return {"training": training, **rollout, "host": host}
 
@@ -152,8 +156,11 @@ class Plan:
         # Embedding and head with its gradient; the block that is fetched while one computes, and
         # the fp32 sum of the last one's gradients. The block's own weights are in its peak.
         gathered = 1.5 * self.size * self.root + (self.size + 4) * self.block
-        return {"gathered": gathered * dist.sharded, "kept": stored,
-                "block": max(block, self.of("head", micro).peak)}  # fmt: skip
+        return {
+            "gathered": gathered * dist.sharded,
+            "kept": stored,
+            "block": max(block, self.of("head", micro).peak),
+        }
 
     def sampling(self, work: Work) -> dict[str, float]:
         """Gathered weights, the rows' caches, and the larger of a decode step and a prefill."""
@@ -216,8 +223,10 @@ class Plan:
         if not work.new:
             return {"training": train}
         mean = int(MEAN * work.new)
-        step = {k: self.of(k, work.rows, seen=work.sequence - work.new + mean).seconds(hw)
-                for k in {*kinds, "head"}}  # fmt: skip
+        step = {
+            k: self.of(k, work.rows, seen=work.sequence - work.new + mean).seconds(hw)
+            for k in {*kinds, "head"}
+        }
         step = sum(step[k] for k in kinds) + step["head"]
         # Rows are refilled; at the end the longest response is waited for.
         steps = work.rollouts / self.ranks * mean / work.rows + work.new - mean
@@ -258,10 +267,13 @@ def best(plan: Plan, name: str, hw: Hardware) -> str:
         found = []
         for blocks, moments in ((0, 0), (0, 1), (1, 0), (1, 1)):
             layout = plan.layout | {
-                "shard": True, "checkpoint_blocks": True, "replicas": 1,
-                "offload_blocks": bool(blocks), "offload_optimizer": bool(moments),
+                "shard": True,
+                "checkpoint_blocks": True,
+                "replicas": 1,
+                "offload_blocks": bool(blocks),
+                "offload_optimizer": bool(moments),
                 "expert_parallel": NODE if "E" in plan.config.pattern and ranks % NODE == 0 else 1,
-            }  # fmt: skip
+            }
             other = Plan(plan.config, plan.work, layout, ranks, plan.router, plan.traces)
             rows = min(other.most(hw.memory)[1], plan.work.rows)
             other.work = replace(plan.work, rows=rows)
@@ -273,8 +285,10 @@ def best(plan: Plan, name: str, hw: Hardware) -> str:
             flags = min(found, key=lambda x: x[0])[1].items()
             words = (f"--{k}" + ("" if x is True else f" {x}") for k, x in flags if x is not False)
             return f"{ranks} x {name} with {' '.join(words)} hold it"
-    return (f"nor do {ranks} x {name} in any layout: a document is never cut over ranks "
-            "(context parallelism is not implemented)")  # fmt: skip
+    return (
+        f"nor do {ranks} x {name} in any layout: a document is never cut over ranks "
+        "(context parallelism is not implemented)"
+    )
 
 
 def report(cfg, config=None, prompt: int = PROMPT) -> None:
@@ -290,10 +304,14 @@ def report(cfg, config=None, prompt: int = PROMPT) -> None:
     layout = {key: getattr(cfg, key) for key in LAYOUT}
     with imaginary_node():
         plan = Plan(config, work, layout, ranks, getattr(cfg, "train_router", True))
-        print(f"parameters: {plan.total:,} in all, "
-              f"{config.num_parameters(active=True):,} active a token")  # fmt: skip
-        print(f"a step: {work.tokens:,.0f} tokens in micro-batches of {work.micro:,} a rank, "
-              f"documents up to {work.sequence:,}, {work.rows} rows decoded at once")  # fmt: skip
+        print(
+            f"parameters: {plan.total:,} in all, "
+            f"{config.num_parameters(active=True):,} active a token"
+        )
+        print(
+            f"a step: {work.tokens:,.0f} tokens in micro-batches of {work.micro:,} a rank, "
+            f"documents up to {work.sequence:,}, {work.rows} rows decoded at once"
+        )
         phases = plan.bytes(work)
         kinds = dict.fromkeys(kind for x in phases.values() for kind in x)
         title = f"GB a rank, {ranks} x {name}"
@@ -302,9 +320,11 @@ def report(cfg, config=None, prompt: int = PROMPT) -> None:
             cells = [x.get(kind, 0.0) for kind in kinds] + [sum(x.values())]
             print(f"{phase:<28}" + "".join(f"{y / 1e9:>12.3f}" for y in cells))
         if plan.peak() > hw.memory - RESERVE:
-            raise ValueError(f"{plan.peak() / 1e9:.1f} GB and {RESERVE / 1e9:.0f} in reserve are "
-                             f"more than the {hw.memory / 1e9:.0f} GB of {name}; "
-                             f"{best(plan, name, hw)}")  # fmt: skip
+            raise ValueError(
+                f"{plan.peak() / 1e9:.1f} GB and {RESERVE / 1e9:.0f} in reserve are "
+                f"more than the {hw.memory / 1e9:.0f} GB of {name}; "
+                f"{best(plan, name, hw)}"
+            )
         tokens, rows = plan.most(hw.memory)
         print(f"fits; documents of up to {tokens:,} tokens would" + f", {rows} rows" * bool(rows))
         moves = ", ".join(f"{key} {x / 1e9:,.0f}" for key, x in plan.moved().items())

@@ -27,12 +27,18 @@ VERIFIERS = {
     "structured": ({"schema_str"}, structured.verify_structured, structured.check_schema_row),
     "tools": ({"ground_truth"}, tools.verify_calls, tools.check_calls_row),
     "proof": ({"formal_statement"}, proof.verify_proof, proof.check_proof_row),
-    "swe_agentic": ({"verifier_metadata.files", "environment.repository"},
-                    code.verify_episode, code.check_files),
+    "swe_agentic": (
+        {"verifier_metadata.files", "environment.repository"},
+        code.verify_episode,
+        code.check_files,
+    ),
     "swe": ({"verifier_metadata.files"}, code.verify_repair, code.check_files),
     "code": ({"verifier_metadata.unit_tests"}, code.verify_program, code.check_tests),
-    "long_context": ({"problem_type", "expected_answer"},
-                     retrieval.verify_retrieval, retrieval.check_retrieval_row),
+    "long_context": (
+        {"problem_type", "expected_answer"},
+        retrieval.verify_retrieval,
+        retrieval.check_retrieval_row,
+    ),
     "math": ({"expected_answer"}, math.verify_math, math.check_math_row),
     "preference": ({"genrm"}, None, None),
 }

@@ -53,8 +53,11 @@ def named_options(text, options, anywhere):
         while joined := JOINED.match(rest):
             found, rest = found | {joined[1]} & set(options), rest[joined.end() :]
     if found or anywhere:  # "B: 17" where option C is "17" names both
-        inside = {letter: option for letter, option in options.items()
-                  if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", bare)}
+        inside = {
+            letter: option
+            for letter, option in options.items()
+            if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", bare)
+        }
         longest = max(inside.values(), key=len, default="")
         found.update(x for x in inside if options[x] == longest or options[x] not in longest)
     return found
@@ -97,8 +100,12 @@ def check_choice_row(row):
     letters = [letter.lower() for entry in row["options"] for letter in entry]
     if any(len(letter) != 1 for letter in letters) or len(set(letters)) != len(letters):
         raise ValueError(f"options must have distinct single letters, got {letters}")
-    if blank := [entry for entry in row["options"] for text in entry.values()
-                 if not isinstance(text, str) or not text.strip()]:  # fmt: skip
+    if blank := [
+        entry
+        for entry in row["options"]
+        for text in entry.values()
+        if not isinstance(text, str) or not text.strip()
+    ]:
         raise ValueError(f"an option must have a text, got {blank[0]!r:.80}")
     if row["expected_answer"].strip().lower() not in letters:
         raise ValueError(f"expected_answer {row['expected_answer']!r} is none of {letters}")

@@ -104,8 +104,10 @@ def same_value(expected, data):
             data = int(data, 16)
         elif kind == "dict":
             data = {str(key): item for key, item in data}
-            return isinstance(expected, dict) and expected.keys() == data.keys() and all(
-                same_value(expected[key], data[key]) for key in expected
+            return (
+                isinstance(expected, dict)
+                and expected.keys() == data.keys()
+                and all(same_value(expected[key], data[key]) for key in expected)
             )
         elif kind != "tuple":
             return False
@@ -278,8 +280,11 @@ def patched(files, text):
 
 def modules_of(files):
     """({dotted name: source} of the Python files, {path: dotted name})."""
-    names = {path: re.sub(r"(/__init__)?\.py$", "", path).replace("/", ".")
-             for path in files if path.endswith(".py")}  # fmt: skip
+    names = {
+        path: re.sub(r"(/__init__)?\.py$", "", path).replace("/", ".")
+        for path in files
+        if path.endswith(".py")
+    }
     modules = {name: files[path] for path, name in names.items()}
     for name in list(modules):  # folders are packages, with or without __init__.py
         for parent in (name[: dot.start()] for dot in re.finditer(r"\.", name)):

@@ -44,8 +44,11 @@ _RULES = (  # in this order; what stands in a match keeps its dots
     (r"(?:Mr|St|Mrs|Ms|Dr)\.|\.(?:com|net|org|io|gov|edu|me)|\d\.\d|Ph\.D\.", ""),
     (r"\.{2,}", _STOP),  # an ellipsis always ends a sentence
     (r"\s[A-Za-z]\.(?= )", ""),  # J. Low
-    (r"(?:(?:[A-Z]\.){2,3}| (?:Inc|Ltd|Jr|Sr|Co)\.)(?= (?:(?:He|She|It|They|Their|Our|We|But|That"
-     r"|This|However)\s|Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|Wherever))", _STOP),
+    (
+        r"(?:(?:[A-Z]\.){2,3}| (?:Inc|Ltd|Jr|Sr|Co)\.)(?= (?:(?:He|She|It|They|Their|Our|We"
+        r"|But|That|This|However)\s|Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|Wherever))",
+        _STOP,
+    ),
     (r"(?:[A-Za-z]\.){2,3}", ""),  # e.g. U.S.
     (r" (?:Inc|Ltd|Jr|Sr|Co|[A-Za-z])\.", ""),  # unless the rule before last ended one there
 )
@@ -67,14 +70,16 @@ def sentences(text):
 _SHORT = set(
     "dr mr mrs ms messrs prof st ft lt col gen maj sen rep reps adm jr sr inc co corp cos ltd bros "
     "vs ave jan feb sept sep oct nov dec tues wed fri u.s u.k u.n u.s.a u.s.s.r d.c n.y n.j l.a "
-    "s.c n.c a.m p.m ph.d m.b.a a.d ok calif conn fla mich minn tenn wash ariz colo ill".split())
+    "s.c n.c a.m p.m ph.d m.b.a a.d ok calif conn fla mich minn tenn wash ariz colo ill".split()
+)
 _OPENERS = set(
     "he it they these this there if when while although though despite since so thus but "
     "yet however instead moreover meanwhile nonetheless nevertheless indeed similarly most many "
     "some both even nor under among according separately in the therefore her hence finally note "
     "otherwise currently without unfortunately between using given same such which being overall "
     "unlike together previously normally initially including unless whether furthermore besides "
-    "still please here yes your i within except accordingly depending simply exactly".split())
+    "still please here yes your i within except accordingly depending simply exactly".split()
+)
 _MARK = re.compile(r"(.*[.?!])(?=[?!)\";}\]*:@'({\[ ])", re.DOTALL)  # to a word's last end mark
 
 
@@ -111,8 +116,11 @@ _TREEBANK = (  # in this order, on one sentence a line
     (r"(?i)(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", "' "),
     (r'"', " '' "),
     (r"(?<=[^.])\.(?=[\])}>\"'\u00bb\u201d\u2019 ]*$)", " . "),  # only the sentence's last dot
-    (r"[;@#$%&?!*\[\](){}<>\u00ab\u00bb\u2012-\u2015\u2018\u2019\u201c-\u201e]"
-     r"|\.\.+|--", r" \g<0> "),
+    (
+        r"[;@#$%&?!*\[\](){}<>\u00ab\u00bb\u2012-\u2015\u2018\u2019\u201c-\u201e]"
+        r"|\.\.+|--",
+        r" \g<0> ",
+    ),
     (r"([:,])([^\d]|$)", r" \1 \2"),  # but 3:15 and 1,000 stay whole
     (r"(?i)(?<=[^' ])('[smd]|'ll|'re|'ve|n't|')(?=\s|$)", r" \1"),  # it 's, do n't, dogs '
     (r"(?i)\b(can(?=not\b)|gim(?=me\b)|gon(?=na\b)|got(?=ta\b)|lem(?=me\b)|wan(?=na\b))", r"\1 "),
@@ -236,40 +244,78 @@ CHECKS = {  # id -> (the kwargs it reads, a predicate of the text t, never blank
     # IFEval. Keywords and letters count anywhere, inside longer words too, whatever the case.
     "keywords:existence": ("keywords", lambda t, words: all(_all(t, word) for word in words)),
     "keywords:frequency": ("keyword frequency relation", _frequency),
-    "keywords:forbidden_words": ("forbidden_words", lambda t, words: not any(
-        re.search(rf"(?i)(?<!\w){re.escape(word)}(?!\w)", t) for word in words)),
+    "keywords:forbidden_words": (
+        "forbidden_words",
+        lambda t, words: (
+            not any(re.search(rf"(?i)(?<!\w){re.escape(word)}(?!\w)", t) for word in words)
+        ),
+    ),
     "keywords:letter_frequency": ("letter let_frequency let_relation", _frequency),
     "language:response_language": ("language", lambda t, name: detect_language(t) == name),
     "length_constraints:number_sentences": ("num_sentences relation", _number(punkt_sentences)),
     "length_constraints:number_paragraphs": (
-        "num_paragraphs", lambda t, n: len(_parts(t, "***")) == n),
+        "num_paragraphs",
+        lambda t, n: len(_parts(t, "***")) == n,
+    ),
     "length_constraints:number_words": ("num_words relation", _number(r"\w+")),
     "length_constraints:nth_paragraph_first_word": (
-        "num_paragraphs nth_paragraph first_word", _nth_paragraph),
+        "num_paragraphs nth_paragraph first_word",
+        _nth_paragraph,
+    ),
     "detectable_content:number_placeholders": ("num_placeholders", _number(r"\[[^\[\]\n]*\]")),
-    "detectable_content:postscript": ("postscript_marker", lambda t, mark: bool(re.search(
-        re.escape(mark.lower()).replace(r"\.", r"\.\s?"), t.lower()))),  # "P. S." is "P.S."
+    "detectable_content:postscript": (
+        "postscript_marker",
+        lambda t, mark: bool(
+            re.search(re.escape(mark.lower()).replace(r"\.", r"\.\s?"), t.lower())
+        ),
+    ),  # "P. S." is "P.S."
     "detectable_format:number_bullet_lists": (
-        "num_bullets", lambda t, n: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*].*|-.*)$", t)) == n),
+        "num_bullets",
+        lambda t, n: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*].*|-.*)$", t)) == n,
+    ),
     "detectable_format:constrained_response": (
-        "", lambda t: bool(re.search(r"My answer is (yes|no|maybe)\.", t))),
-    "detectable_format:number_highlighted_sections": ("num_highlights", _number(lambda t: [
-        marked for stars in (r"\*", r"\*\*")  # *one* or **one**, within a line
-        for marked in re.findall(rf"{stars}([^\n*]*){stars}", t) if marked.strip()])),
-    "detectable_format:multiple_sections": ("section_spliter num_sections", lambda t, name, n:
-        _number(re.escape(name) + r"\s?\d+")(t, n)),
+        "",
+        lambda t: bool(re.search(r"My answer is (yes|no|maybe)\.", t)),
+    ),
+    "detectable_format:number_highlighted_sections": (
+        "num_highlights",
+        _number(
+            lambda t: [
+                marked
+                for stars in (r"\*", r"\*\*")  # *one* or **one**, within a line
+                for marked in re.findall(rf"{stars}([^\n*]*){stars}", t)
+                if marked.strip()
+            ]
+        ),
+    ),
+    "detectable_format:multiple_sections": (
+        "section_spliter num_sections",
+        lambda t, name, n: _number(re.escape(name) + r"\s?\d+")(t, n),
+    ),
     "detectable_format:json_format": ("", _is_json),
-    "detectable_format:title": ("", lambda t: any(  # <<in one line>>
-        line.partition("<<")[2].rpartition(">>")[0].strip("<> \t\r") for line in t.split("\n"))),
-    "combination:two_responses": ("", lambda t: (
-        len(parts := _parts(t, "******")) == 2 and parts[0] != parts[1])),
+    "detectable_format:title": (
+        "",
+        lambda t: any(  # <<in one line>>
+            line.partition("<<")[2].rpartition(">>")[0].strip("<> \t\r") for line in t.split("\n")
+        ),
+    ),
+    "combination:two_responses": (
+        "",
+        lambda t: len(parts := _parts(t, "******")) == 2 and parts[0] != parts[1],
+    ),
     "combination:repeat_prompt": (
-        "prompt_to_repeat", lambda t, x: t.strip().lower().startswith(x.strip().lower())),
+        "prompt_to_repeat",
+        lambda t, x: t.strip().lower().startswith(x.strip().lower()),
+    ),
     "startend:end_checker": (
-        "end_phrase", lambda t, end: t.strip().strip('"').lower().endswith(end.lower())),
+        "end_phrase",
+        lambda t, end: t.strip().strip('"').lower().endswith(end.lower()),
+    ),
     "startend:quotation": ("", lambda t: bool(re.fullmatch(r'(?s)".*"', t.strip()))),  # two marks
-    "change_case:capital_word_frequency": ("capital_frequency capital_relation", _number(
-        lambda t: [word for word in tokens(t) if word.isupper()])),
+    "change_case:capital_word_frequency": (
+        "capital_frequency capital_relation",
+        _number(lambda t: [word for word in tokens(t) if word.isupper()]),
+    ),
     "change_case:english_capital": ("", lambda t: t.isupper() and _english(t)),
     "change_case:english_lowercase": ("", lambda t: t.islower() and _english(t)),
     "punctuation:no_comma": ("", lambda t: "," not in t),
@@ -277,47 +323,77 @@ CHECKS = {  # id -> (the kwargs it reads, a predicate of the text t, never blank
     "keywords:word_once": ("keyword", lambda t, word: len(_all(t, word)) == 1),
     "keywords:word_count_different_numbers": ("keyword frequency relation", _frequency),
     "keywords:exclude_word_harder": ("keyword", lambda t, word: f" {word} " not in t),  # as is
-    "keywords:keyword_specific_position": ("keyword n m", lambda t, word, n, m:
-        tokens("".join(sentences(t)[n - 1 : n]))[m - 1 : m] == [word]),
-    "keywords:no_adjacent_consecutive": ("", lambda t: all(  # "a bee" breaks it
-        ord(b[0]) - ord(a[0]) != 1 for a, b in pairwise(t.lower().split()))),
+    "keywords:keyword_specific_position": (
+        "keyword n m",
+        lambda t, word, n, m: tokens("".join(sentences(t)[n - 1 : n]))[m - 1 : m] == [word],
+    ),
+    "keywords:no_adjacent_consecutive": (
+        "",
+        lambda t: all(  # "a bee" breaks it
+            ord(b[0]) - ord(a[0]) != 1 for a, b in pairwise(t.lower().split())
+        ),
+    ),
     "keywords:palindrome": ("", lambda t: any(x == x[::-1] for x in t.split())),  # "a" too
     "keywords:start_end": (
-        "", lambda t: len(words := tokens(t)) > 1 and _same(words[0], words[-1])),
+        "",
+        lambda t: len(words := tokens(t)) > 1 and _same(words[0], words[-1]),
+    ),
     "letters:letter_counting": ("N relation", _number("[a-zA-Z]")),
     "letters:letter_counting2": ("letter let_frequency let_relation", _frequency),
     "count:lowercase_counting": ("N", lambda t, n: len(re.findall(r"\b[a-z]+\b", t)) <= n),
     "count:counting_composition": ("n_sent n_words", _composition),
     "count:count_unique": ("", lambda t: len(words := tokens(t)) == len({*words})),
     "count:count_increment_word": (
-        "keyword1 keyword2", lambda t, *both: [len(_all(t, x)) for x in both] == [1, 2]),
+        "keyword1 keyword2",
+        lambda t, *both: [len(_all(t, x)) for x in both] == [1, 2],
+    ),
     "paragraphs:paragraphs": ("", lambda t: len(_parts(t, "***")) == 2),
     "paragraphs:paragraphs2": ("", lambda t: len(_parts(t, "\n\n")) == 2),
-    "first_word:first_word_sent": ("first_word", lambda t, word: all(
-        _same("".join(x.split()[:1]), word) for x in sentences(t))),
+    "first_word:first_word_sent": (
+        "first_word",
+        lambda t, word: all(_same("".join(x.split()[:1]), word) for x in sentences(t)),
+    ),
     "first_word:first_word_answer": ("first_word", lambda t, word: _same(t.split()[0], word)),
     "last_word:last_word_sent": (
-        "last_word", lambda t, word: all(_last_word(x, word) for x in sentences(t))),
+        "last_word",
+        lambda t, word: all(_last_word(x, word) for x in sentences(t)),
+    ),
     "last_word:last_word_answer": ("last_word", _last_word),
-    "detectable_format:bigram_wrapping": ("", lambda t: all(  # <<every two>> <<words so>>
-        a.startswith("<<") and b.endswith(">>")
-        for a, b in zip(t.split()[::2], t.split()[1::2], strict=False))),
+    "detectable_format:bigram_wrapping": (
+        "",
+        lambda t: all(  # <<every two>> <<words so>>
+            a.startswith("<<") and b.endswith(">>")
+            for a, b in zip(t.split()[::2], t.split()[1::2], strict=False)
+        ),
+    ),
     "detectable_format:square_brackets": (
-        "", lambda t: all(word[0] == "[" and word[-1] == "]" for word in t.split())),
-    "detectable_format:sentence_hyphens": ("", lambda t: all(  # "One here.-Two here."
-        a == b for a, b in zip(t.split("-"), sentences(t.replace("-", " ")), strict=False))),
+        "",
+        lambda t: all(word[0] == "[" and word[-1] == "]" for word in t.split()),
+    ),
+    "detectable_format:sentence_hyphens": (
+        "",
+        lambda t: all(  # "One here.-Two here."
+            a == b for a, b in zip(t.split("-"), sentences(t.replace("-", " ")), strict=False)
+        ),
+    ),
     "copy:repeat_phrase": ("phrase small_n", _repeat_phrase),
     "copy:copy": ("prompt_to_repeat", _same),
     "copy:copying_simple": ("prompt_to_repeat", _same),
-    "copy:copying_multiple": ("prompt_to_repeat N", lambda t, x, n:
-        [_same(one, x) for one in t.split("******")] == [True] * n),
+    "copy:copying_multiple": (
+        "prompt_to_repeat N",
+        lambda t, x, n: [_same(one, x) for one in t.split("******")] == [True] * n,
+    ),
     "new:copy_span_idx": (
-        "prompt_to_repeat n_start n_end", lambda t, x, start, end: _same(t, x[start:end])),
+        "prompt_to_repeat n_start n_end",
+        lambda t, x, start, end: _same(t, x[start:end]),
+    ),
     "punctuation:punctuation_dot": ("", lambda t: "." not in t),
     "punctuation:punctuation_exclamation": ("", lambda t: "!" not in t),
 }
-_WORDS = {"language": [name for marks in _LANGUAGES.values() for name in marks],
-          **{f"{kind}relation": ("less than", "at least") for kind in ("", "let_", "capital_")}}
+_WORDS = {
+    "language": [name for marks in _LANGUAGES.values() for name in marks],
+    **{f"{kind}relation": ("less than", "at least") for kind in ("", "let_", "capital_")},
+}
 _INTEGERS = re.compile(r"num_.*|n_.*|.*frequency|nth_paragraph|small_n|[Nnm]")
 
 

@@ -20,15 +20,19 @@ BOX = "\\boxed{"
 # Boxes that form one list stand apart by spaces, delimiters, commas, an "and", also in \text, and
 # the name of what the next box is: "\boxed{1} \text{ for (a) and } y_2 = \boxed{2}".
 FILL = r"(?:[\s$]|\\[,;: ()\[\]]|\\q?quad)*"
-JOINER = re.compile(rf"{FILL}(?:(?:[,;]|and|\\text\{{[\w ()]{{0,30}}\band\s*\}}){FILL})+"
-                    rf"(?:[A-Za-z](?:_\{{?\w+\}}?)?{FILL}={FILL})?")
+JOINER = re.compile(
+    rf"{FILL}(?:(?:[,;]|and|\\text\{{[\w ()]{{0,30}}\band\s*\}}){FILL})+"
+    rf"(?:[A-Za-z](?:_\{{?\w+\}}?)?{FILL}={FILL})?"
+)
 SPACING = re.compile(  # not the space before a digit in "1 1/2" and "32, 349"
-    r"\\left\b|\\right\b|\\displaystyle\b|\\[,;:! ]|(?<![0-9,])\s+|\s+(?![0-9])")
+    r"\\left\b|\\right\b|\\displaystyle\b|\\[,;:! ]|(?<![0-9,])\s+|\s+(?![0-9])"
+)
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 NUMBER = re.compile(  # \frac{1}{2}, \frac12, 1/2, 1,234.5, 1 234.5
     rf"([+-]?)(?:\\frac\{{([+-]?{INTEGER})\}}\{{({INTEGER})\}}|\\frac([0-9])([0-9])"
     rf"|({INTEGER})/({INTEGER})"
-    rf"|(?=\.?[0-9])((?:[0-9]{{1,3}}(?: [0-9]{{3}})+|{INTEGER})?(?:\.[0-9]*)?))")
+    rf"|(?=\.?[0-9])((?:[0-9]{{1,3}}(?: [0-9]{{3}})+|{INTEGER})?(?:\.[0-9]*)?))"
+)
 
 
 def boxed(rest):
@@ -91,8 +95,10 @@ def latex_equal(gold, answer):
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     latex, plain = LatexExtractionConfig(), ExprExtractionConfig()
-    gold, given = (parse(text if BOX in text else f"{BOX}{text}}}", targets, parsing_timeout=None)
-                   for text, targets in ((gold, [latex]), (answer, [latex, plain])))
+    gold, given = (
+        parse(text if BOX in text else f"{BOX}{text}}}", targets, parsing_timeout=None)
+        for text, targets in ((gold, [latex]), (answer, [latex, plain]))
+    )
     return verify(gold, given, timeout_seconds=None)
 
 
@@ -104,8 +110,10 @@ def verify_math(row, message):
     gold, given = normalize(str(row["expected_answer"])), normalize(answer)
     values = rational(gold), rational(given)
     if None in values and "." in gold + given:  # beside "1.5" the other's "1,5" is a decimal too
-        values = [rational(re.sub(r"^([+-]?[0-9]+),([0-9]+)$", r"\1.\2", x)) if v is None else v
-                  for x, v in zip((gold, given), values, strict=True)]
+        values = [
+            rational(re.sub(r"^([+-]?[0-9]+),([0-9]+)$", r"\1.\2", x)) if v is None else v
+            for x, v in zip((gold, given), values, strict=True)
+        ]
     if gold == given or (None not in values and values[0] == values[1]):
         return Reward(1.0, "correct")
     whole = None not in values and values[0].denominator == values[1].denominator == 1

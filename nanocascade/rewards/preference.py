@@ -46,8 +46,19 @@ to you does not count. End with a JSON object: {"score": a number from 0 to 1}.
 </solution_2>"""
 
 
-def score_group(row, responses, judge, *, pairing="all", both_orders=False, length_coef=0.5,
-                conciseness_bonus=0.5, finished=None, thought_lengths=None, answer_lengths=None):
+def score_group(
+    row,
+    responses,
+    judge,
+    *,
+    pairing="all",
+    both_orders=False,
+    length_coef=0.5,
+    conciseness_bonus=0.5,
+    finished=None,
+    thought_lengths=None,
+    answer_lengths=None,
+):
     """One Reward for each response of a prompt's group (text right after the assistant's header).
 
     pairing: "all" pairs (the report) or "circle", each with its successor (Nano). both_orders asks
@@ -55,11 +66,16 @@ def score_group(row, responses, judge, *, pairing="all", both_orders=False, leng
     False where generation stopped at the limit. Lengths: tokens; by default characters.
     """
     messages = [parse_response(text) for text in responses]
-    lengths = (thought_lengths or [len(x["reasoning_content"] or "") for x in messages],
-               answer_lengths or [len(x["content"]) for x in messages])
+    lengths = (
+        thought_lengths or [len(x["reasoning_content"] or "") for x in messages],
+        answer_lengths or [len(x["content"]) for x in messages],
+    )
     finished = finished or [True] * len(messages)
-    judged = [i for i, (message, done) in enumerate(zip(messages, finished, strict=True))
-              if done and not message["unfinished"]]
+    judged = [
+        i
+        for i, (message, done) in enumerate(zip(messages, finished, strict=True))
+        if done and not message["unfinished"]
+    ]
     pairs = make_pairs(len(judged), pairing, both_orders)
     verdicts = _ask_all(judge, row, [messages[i]["content"] for i in judged], pairs)
     base = base_rewards(len(judged), pairs, verdicts)
@@ -178,8 +194,11 @@ def quality(question: str, answer: str) -> float:
     topic = (re.findall(r"[a-z]+", question.lower()) or [""])[-1].removesuffix("s")
     body, ending = answer.strip().removesuffix(CLOSING), answer.strip()[-len(CLOSING) :]
     statements = [re.findall(r"[a-z]+", x) for x in re.split(r"[.!?]\s*", body.lower()) if x]
-    told = {tuple(words[-2:]) for words in statements  # different statements, no word repeated
-            if len(words) >= 3 and all(a != b for a, b in pairwise(words))}
+    told = {
+        tuple(words[-2:])
+        for words in statements  # different statements, no word repeated
+        if len(words) >= 3 and all(a != b for a, b in pairwise(words))
+    }
     return (
         2.0 * any(word.removesuffix("s") == topic for words in statements for word in words)
         + 2.0 * min(len(told), 4) / 4  # detail: four statements are enough
@@ -226,8 +245,18 @@ class EndpointJudge:
     run, its last checkpoint intact. A judge that is away never becomes a reward. Thread-safe.
     """
 
-    def __init__(self, url, model, *, api_key="none", workers=16, timeout=300, max_wait=3600,
-                 pause=1.0, **options):
+    def __init__(
+        self,
+        url,
+        model,
+        *,
+        api_key="none",
+        workers=16,
+        timeout=300,
+        max_wait=3600,
+        pause=1.0,
+        **options,
+    ):
         """url: up to /v1. options go into every request (temperature=0.6, max_tokens=16384)."""
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"judge {url!r}: expected an address like http://host:8000/v1")
@@ -237,8 +266,11 @@ class EndpointJudge:
         self.ask = lru_cache(1024)(self._ask)  # equal answers are judged once
 
     def __call__(self, conversation, response_1: str, response_2: str) -> dict:
-        turns = [*conversation, {"role": "response_1", "content": response_1},
-                 {"role": "response_2", "content": response_2}]
+        turns = [
+            *conversation,
+            {"role": "response_1", "content": response_1},
+            {"role": "response_2", "content": response_2},
+        ]
         return self.ask(json.dumps({"messages": turns, **self.options}), COMPARED)
 
     def grade(self, conversation, solution_1: str, solution_2: str) -> float:

@@ -32,14 +32,18 @@ NAME = re.compile(r"\s*(?:Theorem|Lemma|Fact|Remark|Corollary|Proposition)\s+([A
 DECLARED = re.compile(  # as a sentence begins, comments and attributes aside
     r"(?:^|\.\s)\s*(?:#\[[^\]]*\]\s*|(?:Local|Global|Private|Polymorphic|Monomorphic|Cumulative|"
     r"NonCumulative|Declare)\s+)*((?:Co)?Inductive|Record|Structure|Class|Variant|Module\s+Type|"
-    r"(?<=Declare\s)Module|Context|Axioms?|Conjectures?|Parameters?|Variables?|Hypothes[ei]s)\b")
+    r"(?<=Declare\s)Module|Context|Axioms?|Conjectures?|Parameters?|Variables?|Hypothes[ei]s)\b"
+)
 SECTION = re.compile(r"(?s)\bSection\s+(\w+)\s*\..*?\bEnd\s+\1\s*\.")
 ASSUMED = re.compile(r"\b(?:Context|Variables?|Hypothes[ei]s)\b")  # the section's own
 AXIOMS = {  # of the standard library, consistent together; AdmitAxiom.proof_admitted is there too
-    "Classical_Prop.classic", "FunctionalExtensionality.functional_extensionality_dep",
-    "PropExtensionality.propositional_extensionality", "ClassicalDedekindReals.sig_not_dec",
-    "ClassicalDedekindReals.sig_forall_dec", "Eqdep.Eq_rect_eq.eq_rect_eq",
-}  # fmt: skip
+    "Classical_Prop.classic",
+    "FunctionalExtensionality.functional_extensionality_dep",
+    "PropExtensionality.propositional_extensionality",
+    "ClassicalDedekindReals.sig_not_dec",
+    "ClassicalDedekindReals.sig_forall_dec",
+    "Eqdep.Eq_rect_eq.eq_rect_eq",
+}
 CHECK = """Require given.Given answer.Answer.
 Definition same {T : Type} (asked proof : T) : T := proof.
 Definition check := same given.Given.%s answer.Answer.%s.
@@ -56,13 +60,33 @@ def compile_file(folder, name, source, seconds):
         Path(place, file).touch()  # the only files that a run can write: it makes none
         Path(place, file).chmod(0o666)  # whoever it runs as
     known = {name, "given", "answer"} if name == "check" else {name}  # libraries, by folder
-    command = [sys.executable, "-I", "-S", jail.__file__, str(seconds), str(MEMORY),
-               str(FILE_BYTES), str(place), str(folder), os.path.realpath(shutil.which("coqc")),
-               "-q", "-noglob", "-w", "none",
-               *(x for y in known for x in ("-Q", f"../{y}", y)), title + ".v"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        jail.__file__,
+        str(seconds),
+        str(MEMORY),
+        str(FILE_BYTES),
+        str(place),
+        str(folder),
+        os.path.realpath(shutil.which("coqc")),
+        "-q",
+        "-noglob",
+        "-w",
+        "none",
+        *(x for y in known for x in ("-Q", f"../{y}", y)),
+        title + ".v",
+    ]
     with open(Path(folder, name + ".out"), "w+b") as output:
-        code = subprocess.run(command, cwd=place, stdin=subprocess.DEVNULL, stdout=output,
-                              stderr=subprocess.STDOUT, timeout=100 * seconds).returncode
+        code = subprocess.run(
+            command,
+            cwd=place,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=100 * seconds,
+        ).returncode
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
     if code and name == "given" and "cannot be confined" in text:  # elsewhere a model may say it

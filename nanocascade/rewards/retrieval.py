@@ -28,8 +28,10 @@ def verify_retrieval(row, message):
     line = re.sub(r"^(?:final )?answer\s?:[*\s]{0,4}", "", line, flags=re.IGNORECASE)
     answer, wanted = line.strip().rstrip("."), nodes_of(row)
     if wanted is None:
-        wanted, given = (" ".join(str(x).casefold().split()).rstrip(".")
-                         for x in (row["expected_answer"], answer))
+        wanted, given = (
+            " ".join(str(x).casefold().split()).rstrip(".")
+            for x in (row["expected_answer"], answer)
+        )
     elif answer.startswith("[") and answer.endswith("]"):
         given = {item.strip().strip("\"'").strip() for item in answer[1:-1].split(",")} - {""}
     else:

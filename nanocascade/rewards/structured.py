@@ -19,10 +19,27 @@ from nanocascade.rewards.base import Reward
 from nanocascade.sandbox.worker import TookTooLong, require, worker
 
 MAX_TEXT = 200_000  # characters of a document
-TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null",
-         int: "integer", float: "number"}
-SIMPLE = {"type", "items", "enum", "const",  # what `mismatch` knows, and what decides nothing
-          "title", "description", "default", "examples", "format", "$schema"}
+TYPES = {
+    dict: "object",
+    list: "array",
+    str: "string",
+    bool: "boolean",
+    type(None): "null",
+    int: "integer",
+    float: "number",
+}
+SIMPLE = {
+    "type",
+    "items",
+    "enum",
+    "const",  # what `mismatch` knows, and what decides nothing
+    "title",
+    "description",
+    "default",
+    "examples",
+    "format",
+    "$schema",
+}
 VALUES = ("enum", "const", "default", "examples")  # these keywords hold no schemas
 
 
@@ -66,8 +83,11 @@ def fields_of(schema, root):
     parts = [x for key in ("allOf", "anyOf", "oneOf") for x in schema.get(key, [])]
     start, *path = schema.get("$ref", "").split("/")
     if start == "#":  # "#/$defs/pet"
-        parts.append(functools.reduce(
-            lambda x, key: x[int(key)] if isinstance(x, list) else x.get(key, {}), path, root))
+        parts.append(
+            functools.reduce(
+                lambda x, key: x[int(key)] if isinstance(x, list) else x.get(key, {}), path, root
+            )
+        )
     for more, named, inner, listed in (fields_of(part, root) for part in parts):
         kinds, fields, items = [*kinds, *more], named | fields, items or inner
         values = values + listed
@@ -152,8 +172,12 @@ def is_simple(schema):
     if "properties" in schema:  # without them these keywords are for jsonschema
         inner += schema["properties"].values()
         known = SIMPLE | {"properties", "required", "additionalProperties"}
-    return (schema.keys() <= known and {*schema.get("type", ())} <= {*TYPES.values()}
-            and isinstance(schema.get("enum", []), list) and all(map(is_simple, inner)))
+    return (
+        schema.keys() <= known
+        and {*schema.get("type", ())} <= {*TYPES.values()}
+        and isinstance(schema.get("enum", []), list)
+        and all(map(is_simple, inner))
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -208,8 +232,11 @@ def references(schema):
     """All that a schema refers to, at any depth."""
     inner = schema if isinstance(schema, list) else []
     if isinstance(schema, dict):
-        inner = [item for key, item in schema.items() if key not in VALUES
-                 and not (isinstance(item, dict) and "$id" in item)]  # with a root of its own
+        inner = [
+            item
+            for key, item in schema.items()
+            if key not in VALUES and not (isinstance(item, dict) and "$id" in item)
+        ]  # with a root of its own
         yield from (x for x in [schema.get("$ref")] if isinstance(x, str))
     for item in inner:
         yield from references(item)
@@ -250,8 +277,11 @@ def verify_structured(row, message):
     try:
         value = read_answer(row, message, schema)
         json.dumps(value, allow_nan=False)  # 1e999 is an infinity, which parsers let pass
-        broken = (mismatch(value, schema) if simple
-                  else worker.run(mismatch_fully, "jsonschema", value, schema))
+        broken = (
+            mismatch(value, schema)
+            if simple
+            else worker.run(mismatch_fully, "jsonschema", value, schema)
+        )
     except TookTooLong:
         return Reward(0.0, "parsing took too long")
     except (ValueError, RecursionError) as error:

@@ -42,8 +42,11 @@ def foreign_names(tests, source):
     """
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    owners = {node.value.id for node in nodes
-              if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}  # fmt: skip
+    owners = {
+        node.value.id
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
     modules, known = names & owners & sys.stdlib_module_names, names & set(dir(builtins))
     if not names - modules - known and len(known) == 1:
         known -= set(re.findall(r"^def (\w+)", source, re.MULTILINE))
@@ -86,8 +89,9 @@ def check_asserts(tests, entry):
     if not reaches_assertion(trees):
         raise ValueError(f"no assertion is ever run by the asserts {tests!r:.200}")
     nodes = [x for tree in trees for x in ast.walk(tree)]
-    tried = {x for node in nodes if isinstance(node, ast.Try) and node.handlers
-             for x in node.body}  # an import that may fail
+    tried = {
+        x for node in nodes if isinstance(node, ast.Try) and node.handlers for x in node.body
+    }  # an import that may fail
     for node in (x for x in nodes if x not in tried):
         names = [x.name for x in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and (node.level or node.module != entry):

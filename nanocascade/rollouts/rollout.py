@@ -97,7 +97,6 @@ class Rollout:
         self.mask += [logprobs is not None] * len(tokens)
         self.sampler_logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
 
-
     def remember(self, experts: Tensor | None) -> None:
         """The experts (t, l, a) of a turn; earlier turns' stay as chosen when they were sampled."""
         if self.experts is not None:
@@ -142,9 +141,13 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
     """
     start, dist = time.perf_counter(), dist or Dist()
     prompts = [tokenizer.render(*conversation(x), sampling.thinking, True)[0] for x in rows]
-    groups = [[Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
-               for _ in range(num_samples)]
-              for row, ids in zip(rows, prompts, strict=True)]  # fmt: skip
+    groups = [
+        [
+            Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
+            for _ in range(num_samples)
+        ]
+        for row, ids in zip(rows, prompts, strict=True)
+    ]
     verdicts: dict[int, Future] = {}
 
     calls_tool = partial(wants_tool, sampling=sampling)
@@ -165,16 +168,25 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
             verdicts[id(rollout)] = scorer.submit(rollout)
 
     options = {
-        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-        "stop_ids": tokenizer.eos_ids, "max_rows": sampling.max_rows, "seed": seed,
-        "return_experts": sampling.return_experts, "keep_going": dist.keep_going(),
-    }  # fmt: skip
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "stop_ids": tokenizer.eos_ids,
+        "max_rows": sampling.max_rows,
+        "seed": seed,
+        "return_experts": sampling.return_experts,
+        "keep_going": dist.keep_going(),
+    }
     with unsharded(model):
         generate(
-            model, prompts, num_samples=num_samples,
+            model,
+            prompts,
+            num_samples=num_samples,
             max_new_tokens=[sampling.room(len(x)) for x in prompts],
-            row_ids=row_ids, on_sample=finish, **options,
-        )  # fmt: skip
+            row_ids=row_ids,
+            on_sample=finish,
+            **options,
+        )
         pending = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
         while dist.together(pending := [(p, r) for p, r in pending if calls_tool(groups[p][r])]):
             # the next turn of every episode whose last one called a tool
@@ -183,12 +195,14 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
             texts = [groups[p][r] for p, r in pending]
             left = [sampling.room(x.prompt_length) - len(x.tokens) + x.prompt_length for x in texts]
             generate(
-                model, [x.tokens for x in texts], max_new_tokens=left,
+                model,
+                [x.tokens for x in texts],
+                max_new_tokens=left,
                 # a name of its own for each episode; positions differ from turn to turn
                 row_ids=[(row_ids[p] + 1) * (1 << 20) + r for p, r in pending],
                 on_sample=lambda i, _, sample, who=tuple(pending): finish(*who[i], sample),
                 **options,
-            )  # fmt: skip
+            )
     sampled = time.perf_counter()
     for group in groups if scorer is not None else ():
         book_rewards(group, verdicts, scorer, tokenizer)
@@ -269,9 +283,16 @@ def collect_groups(
         # What is asked at length is thought about at length, and prefilled at length in any case.
         mine = dist.shard(drawn, size=lambda x: len(str(x[1].get("responses_create_params"))))
         groups, spent = roll_out(
-            model, tokenizer, [row for _, row in mine], num_samples, sampling,
-            step_seed(seed, step), [i for i, _ in mine], scorer, dist,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            [row for _, row in mine],
+            num_samples,
+            sampling,
+            step_seed(seed, step),
+            [i for i, _ in mine],
+            scorer,
+            dist,
+        )
         timing = {name: timing[name] + spent[name] for name in timing}
         outcomes += [[x.outcome for x in group] for group in groups]
         useful = [g for g in groups if not dynamic or len({x.outcome for x in g}) > 1]
@@ -306,9 +327,16 @@ def in_reach(
     unknown = [i for i, row in enumerate(rows) if "pass_rate" not in row]
     mine = dist.shard(unknown)
     groups, _ = roll_out(
-        model, tokenizer, [rows[i] for i in mine], samples, sampling, step_seed(seed, -1), mine,
-        scorer, dist,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        [rows[i] for i in mine],
+        samples,
+        sampling,
+        step_seed(seed, -1),
+        mine,
+        scorer,
+        dist,
+    )
     rates = {i: mean(x.outcome for x in group) for i, group in zip(mine, groups, strict=True)}
     rates = {i: rate for part in dist.gather(rates) for i, rate in part.items()}
     kept = []
@@ -318,8 +346,10 @@ def in_reach(
         if rate <= max_pass_rate and (rate > 0 or lucky):
             kept.append(row)
     if not kept:
-        raise ValueError(f"--max_pass_rate {max_pass_rate}, --keep_unsolved {keep_unsolved}: all"
-                         f" {len(rows)} rows are too easy or too hard")  # fmt: skip
+        raise ValueError(
+            f"--max_pass_rate {max_pass_rate}, --keep_unsolved {keep_unsolved}: all"
+            f" {len(rows)} rows are too easy or too hard"
+        )
     return kept
 
 
@@ -344,8 +374,17 @@ def mask_unsolved(groups: list[list[Rollout]], threshold: float) -> None:
 
 def rollout_metrics(groups: list[list[Rollout]], dist) -> dict[str, float]:
     """Rewards, outcomes and lengths of a step's batch, over all ranks."""
-    flat = [(x.domain, None if x.reason == NOT_SCORED else x.reward, x.outcome, x.response_length,
-             x.truncated) for group in groups for x in group]  # fmt: skip
+    flat = [
+        (
+            x.domain,
+            None if x.reason == NOT_SCORED else x.reward,
+            x.outcome,
+            x.response_length,
+            x.truncated,
+        )
+        for group in groups
+        for x in group
+    ]
     everyone = [x for part in dist.gather(flat) for x in part]
     rewards, outcomes = defaultdict(list), defaultdict(list)
     for domain, reward, outcome, _, _ in sorted(everyone, key=itemgetter(0)):
@@ -378,8 +417,9 @@ def evaluate(model, tokenizer, rows, num_samples, sampling, seed, scorer, dist=N
     indices = dist.shard(list(range(len(rows))))
     mine = [rows[i] for i in indices]
     groups, _ = roll_out(model, tokenizer, mine, num_samples, sampling, seed, indices, scorer, dist)
-    outcomes = [(g[0].domain, mean(x.outcome for x in g)) for g in groups
-                if g[0].outcome is not None]  # fmt: skip
+    outcomes = [
+        (g[0].domain, mean(x.outcome for x in g)) for g in groups if g[0].outcome is not None
+    ]
     outcomes = [x for part in dist.gather(outcomes) for x in part]
     result = {}
     for domain in sorted({d for d, _ in outcomes}):

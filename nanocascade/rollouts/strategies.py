@@ -71,8 +71,10 @@ def best_of_n(rows, ask, grade, rounds, samples, **_):
         for n in range(samples):
             answers = [group[n] for group in groups]
             scores = grade(rows, answers)
-            best = [max(old, new, key=lambda x: x[1])
-                    for old, new in zip(best, zip(answers, scores, strict=True), strict=True)]
+            best = [
+                max(old, new, key=lambda x: x[1])
+                for old, new in zip(best, zip(answers, scores, strict=True), strict=True)
+            ]
         yield [answer for answer, _ in best]
 
 
@@ -103,16 +105,23 @@ def refine(rows, ask, grade, rounds, samples, checks, keep, **_):
             groups = ask(rows, samples)
         else:
             kept = [sorted(pool, key=lambda x: -x[1])[:keep] for pool in pools]
-            prompts = [asking(row, revision_prompt(text_of(row), [x]))
-                       for row, best in zip(rows, kept, strict=True) for x in best]
+            prompts = [
+                asking(row, revision_prompt(text_of(row), [x]))
+                for row, best in zip(rows, kept, strict=True)
+                for x in best
+            ]
             groups = regroup(ask(prompts, -(-samples // keep)), map(len, kept))
-        asked = [asking(row, verification_prompt(text_of(row), x))
-                 for row, group in zip(rows, groups, strict=True) for x in group]
+        asked = [
+            asking(row, verification_prompt(text_of(row), x))
+            for row, group in zip(rows, groups, strict=True)
+            for x in group
+        ]
         beliefs = iter([believed(x) for x in ask(asked, checks)])
         for pool, group in zip(pools, groups, strict=True):
             pool += [(x, next(beliefs)) for x in group]
-        yield [most_frequent([x for x, b in pool if b == max(b for _, b in pool)])
-               for pool in pools]
+        yield [
+            most_frequent([x for x, b in pool if b == max(b for _, b in pool)]) for pool in pools
+        ]
 
 
 def regroup(groups, sizes):
@@ -127,8 +136,9 @@ def submit(rows, ask, grade, rounds, samples, **_):
     sent = [[] for _ in rows]  # of (answer, score)
     for _ in range(rounds):
         open_ = [i for i, past in enumerate(sent) if not any(score == 1 for _, score in past)]
-        prompts = [asking(rows[i], revision_prompt(text_of(rows[i]), sent[i][-SHOWN:]))
-                   for i in open_]
+        prompts = [
+            asking(rows[i], revision_prompt(text_of(rows[i]), sent[i][-SHOWN:])) for i in open_
+        ]
         chosen = []
         for i, answers in zip(open_, ask(prompts, samples), strict=True):
             old = {final(x) for x, _ in sent[i]}
@@ -141,6 +151,9 @@ def submit(rows, ask, grade, rounds, samples, **_):
 
 
 STRATEGIES = {
-    "single": single, "majority": majority, "best-of-n": best_of_n, "refine": refine,
+    "single": single,
+    "majority": majority,
+    "best-of-n": best_of_n,
+    "refine": refine,
     "submit": submit,
-}  # fmt: skip
+}

@@ -100,12 +100,23 @@ class RunConfig:
 def toy_model_config(vocab_size: int, eos_ids) -> ModelConfig:
     """A real hybrid of a million parameters: Mamba-2, attention, 8 experts and a shared one."""
     return ModelConfig(
-        vocab_size=-(-vocab_size // 8) * 8, hidden_size=128, pattern="MEM*E", num_heads=4,
-        num_kv_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
-        moe_intermediate_size=128, shared_expert_intermediate_size=128, mamba_num_heads=4,
-        mamba_head_dim=32, ssm_state_size=32, chunk_size=32, max_position_embeddings=1024,
+        vocab_size=-(-vocab_size // 8) * 8,
+        hidden_size=128,
+        pattern="MEM*E",
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=128,
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=32,
+        chunk_size=32,
+        max_position_embeddings=1024,
         eos_token_ids=tuple(eos_ids),
-    )  # fmt: skip
+    )
 
 
 def starts_from_nothing(cfg, stage: str) -> bool:
@@ -208,8 +219,10 @@ class Run:
             self.check_lengths(rows, self.eval_sampling(domain, own))
         found = {d: self.with_references(rows) for d, rows in self.eval_rows.items()}
         # Preference has no score without an answer to compare with: SFT has none until its end.
-        found = {d: [x for x in rows if kind_of(x) != "preference" or "reference" in x]
-                 for d, rows in found.items()}  # fmt: skip
+        found = {
+            d: [x for x in rows if kind_of(x) != "preference" or "reference" in x]
+            for d, rows in found.items()
+        }
         return {d: rows for d, rows in found.items() if rows}
 
     def eval_sampling(self, domain: str, own) -> Sampling:
@@ -217,8 +230,13 @@ class Run:
         cfg, mine = self.cfg, domain in own
         longest = max(cfg.eval_max_new_tokens, getattr(cfg, "max_new_tokens", 0) if mine else 0)
         turns, total = max(getattr(cfg, "max_turns", 4), 4), getattr(cfg, "max_tokens", 0)
-        return Sampling(longest, max_turns=turns, max_tokens=total if mine else 0,
-                        max_rows=cfg.max_rows, thinking=getattr(cfg, "thinking", True))  # fmt: skip
+        return Sampling(
+            longest,
+            max_turns=turns,
+            max_tokens=total if mine else 0,
+            max_rows=cfg.max_rows,
+            thinking=getattr(cfg, "thinking", True),
+        )
 
     def check_lengths(self, rows: list[dict], sampling: Sampling | None = None) -> None:
         """Raise ValueError for a row that does not fit: its prompt and all new tokens in the
@@ -245,8 +263,9 @@ class Run:
                 ids, mask = self.tokenizer.render(*rendered)
                 size = len(ids) if sampling else len(mask) - [*mask[::-1], True].index(True)
                 if size + new > most:
-                    raise ValueError(f"row {row['id']}: {size} tokens + {new} new ones; "
-                                     f"{flag} is {most}")  # fmt: skip
+                    raise ValueError(
+                        f"row {row['id']}: {size} tokens + {new} new ones; {flag} is {most}"
+                    )
 
     def with_references(self, rows: list[dict]) -> list[dict]:
         """Rows whose question has stored answers get one of them, by their position. Where no row
@@ -318,8 +337,14 @@ class Run:
 
     def progress(self, first: int, steps: int):
         """The steps left to do; after a SIGTERM (preemption) the one that was saved is the last."""
-        self.bar = tqdm(range(first, steps), initial=first, total=steps, desc=self.stage,
-                        disable=not self.dist.is_main, dynamic_ncols=True)  # fmt: skip
+        self.bar = tqdm(
+            range(first, steps),
+            initial=first,
+            total=steps,
+            desc=self.stage,
+            disable=not self.dist.is_main,
+            dynamic_ncols=True,
+        )
         for step in self.bar:
             yield step
             if self.stopping:
@@ -373,8 +398,11 @@ class Run:
         known = {d: x["after"] for d, x in known.items() if x.get("after")}
         same = settings.get("eval_data") == list(self.cfg.eval_data)
         same &= settings.get("thinking", True) == getattr(self.cfg, "thinking", True)
-        same &= all(self.eval_sampling(d, own).limits.items() <= x.items()
-                    for d, x in known.items() if d in self.eval_rows)  # fmt: skip
+        same &= all(
+            self.eval_sampling(d, own).limits.items() <= x.items()
+            for d, x in known.items()
+            if d in self.eval_rows
+        )
         if known and same and set(own) & set(self.eval_rows) <= set(known):
             self.evaluation = {d: {"before": x} for d, x in known.items() if d in self.eval_rows}
         elif self.cfg.eval_data:
@@ -428,8 +456,9 @@ class Run:
             rows = tasks.make_rows("preference", self.cfg.reference_samples, "test", 0)
         sampling = Sampling(self.cfg.eval_max_new_tokens, max_rows=self.cfg.max_rows)
         _, groups = evaluate(model, self.tokenizer, rows, 1, sampling, 2, scorer, self.dist)
-        records = [{"question": question_of(g[0].row), "answer": g[0].turns[-1]["content"]}
-                   for g in groups]  # fmt: skip
+        records = [
+            {"question": question_of(g[0].row), "answer": g[0].turns[-1]["content"]} for g in groups
+        ]
         records = [x for part in self.dist.gather(records) for x in part]
         records.sort(key=lambda x: (x["question"], x["answer"]))  # whatever the number of ranks
         if self.dist.is_main:

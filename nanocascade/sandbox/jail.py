@@ -60,8 +60,10 @@ exit_group:231:94 set_robust_list:273:99 rseq:334:293 setitimer:38:103 getitimer
 pselect6:270:72 poll:7: ppoll:271:73 pipe2:293:59 dup:32:23 dup2:33: dup3:292:24 uname:63:160
 sysinfo:99:179 getrusage:98:165 times:100:153 restart_syscall:219:128 readv:19:65 writev:20:66"""
 OPENAT = " openat:257:56"  # where Landlock decides which paths
-LAUNCH = (OPENAT + " execve:59:221 pread64:17:67 readlink:89: readlinkat:267:78 chdir:80:49"
-          " arch_prctl:158: set_tid_address:218:96")  # what a compiler needs besides
+LAUNCH = (
+    OPENAT + " execve:59:221 pread64:17:67 readlink:89: readlinkat:267:78 chdir:80:49"
+    " arch_prctl:158: set_tid_address:218:96"
+)  # what a compiler needs besides
 MACHINES = {  # column above; audit architecture; clone, clone3, fcntl
     "x86_64": (1, 0xC000003E, 56, 435, 72),
     "aarch64": (2, 0xC00000B7, 220, 435, 25),
@@ -75,6 +77,7 @@ ATTACKS = {  # what a confined child of the server's tries when the server start
 
 
 # ---- confinement ----------------------------------------------------------------------------
+
 
 def checked(result):
     """The result of a C function, or OSError for its -1."""
@@ -151,9 +154,13 @@ class Confinement:
     def put_on(self, job):
         """In a child, for good. At the CPU limit, in whole seconds, the kernel kills."""
         for name, most in [
-            ("CPU", math.ceil(job["total_seconds"])), ("AS", job["memory"]), ("CORE", 0),
-            ("FSIZE", job["output"]), ("NOFILE", MAX_FILES), ("STACK", MAX_STACK),
-        ]:  # fmt: skip
+            ("CPU", math.ceil(job["total_seconds"])),
+            ("AS", job["memory"]),
+            ("CORE", 0),
+            ("FSIZE", job["output"]),
+            ("NOFILE", MAX_FILES),
+            ("STACK", MAX_STACK),
+        ]:
             limit = getattr(resource, "RLIMIT_" + name)
             ours = resource.getrlimit(limit)[1]
             most = most if ours == resource.RLIM_INFINITY else min(most, ours)
@@ -168,6 +175,7 @@ class Confinement:
 
 
 # ---- a program in its child -----------------------------------------------------------------
+
 
 def encode(value):
     """Plain data as JSON that keeps Python's types: (1, {2}) -> {"tuple": [1, {"set": [2]}]}."""
@@ -208,8 +216,15 @@ def decode(data):
     ((kind, body),) = data.items()
     if kind == "int":
         return int(body, 16)
-    kinds = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "opaque": Opaque,
-             "complex": lambda parts: complex(*parts), "iter": iter}  # fmt: skip
+    kinds = {
+        "tuple": tuple,
+        "set": set,
+        "frozenset": frozenset,
+        "dict": dict,
+        "opaque": Opaque,
+        "complex": lambda parts: complex(*parts),
+        "iter": iter,
+    }
     return kinds[kind](map(decode, body))
 
 
@@ -360,6 +375,7 @@ def launch(seconds, memory, output, writes, reads, *command):
 
 
 # ---- the server -----------------------------------------------------------------------------
+
 
 def probe(confinement):
     """The attacks that a confined child is refused here, found by trying them."""

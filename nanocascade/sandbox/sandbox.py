@@ -100,12 +100,16 @@ class Server:
         self.control, theirs = socket.socketpair()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-s", "-S", "-X", "utf8", jail.__file__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
             # The seed: a set is printed in one order, also when a run is resumed.
             env={k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
             | {"PYTHONHASHSEED": "0"},
-        )  # fmt: skip
+        )
         theirs.close()
         self.lines = self.control.makefile("r")
         self.about = self.hear()

@@ -67,9 +67,11 @@ class Worker:
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from nanocascade.sandbox.worker import serve; serve()"],
-            stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=theirs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path.strip(os.pathsep)},
-        )  # fmt: skip
+        )
         theirs.close()
         ours.settimeout(WALL_SECONDS)
         self.pipe, self.owner = ours.makefile("rw"), os.getpid()

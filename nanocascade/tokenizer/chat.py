@@ -19,12 +19,23 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-MARKUP = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
-          "<tool_response>", "</tool_response>")
+MARKUP = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
 IM_START, IM_END, THINK, THINK_END, CALL, CALL_END, RESULT, RESULT_END = MARKUP
 # What the generation prompt writes of the assistant's turn: (style, thinking) -> text.
-OPENINGS = {("nemotron3", True): "<think>\n", ("nemotron3", False): "<think></think>",
-            ("qwen3", False): "<think>\n\n</think>\n\n"}
+OPENINGS = {
+    ("nemotron3", True): "<think>\n",
+    ("nemotron3", False): "<think></think>",
+    ("qwen3", False): "<think>\n\n</think>\n\n",
+}
 # The fixed words around declared tools stand in the formats as data; %s is where the tools go.
 TEMPLATES = Path(__file__).with_name("templates")
 TEMPLATE = (TEMPLATES / "nemotron3.jinja").read_text("utf-8")
@@ -36,7 +47,7 @@ SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
 class Piece(NamedTuple):
     text: str
     special: bool = False  # one token of the vocabulary
-    loss: bool = False     # written by the model
+    loss: bool = False  # written by the model
 
 
 FORM = re.compile(f"({'|'.join(map(re.escape, MARKUP))}|%s)")
@@ -62,8 +73,9 @@ def merge(pieces):
     return out
 
 
-def render_pieces(messages, tools=None, thinking=True, add_generation_prompt=False,
-                  style="nemotron3"):
+def render_pieces(
+    messages, tools=None, thinking=True, add_generation_prompt=False, style="nemotron3"
+):
     """The conversation as pieces, in style nemotron3 (the report's), qwen3 or chatml (SmolLM2's).
 
     thinking is about the final assistant turn only: the one that the generation prompt opens, or
@@ -78,12 +90,16 @@ def render_pieces(messages, tools=None, thinking=True, add_generation_prompt=Fal
     roles = [None, *(message["role"] for message in messages), None]
     texts = [message.get("content") or "" for message in messages]
     # Thoughts before the last question are hidden; to Qwen3 a result sent by the user is none.
-    asked = [i for i, text in enumerate(texts) if roles[i + 1] == "user" and not (
-        style == "qwen3" and text.startswith(RESULT) and text.endswith(RESULT_END))]
+    asked = [
+        i
+        for i, text in enumerate(texts)
+        if roles[i + 1] == "user"
+        and not (style == "qwen3" and text.startswith(RESULT) and text.endswith(RESULT_END))
+    ]
     last_asked = asked[-1] if asked else len(messages) if style == "qwen3" else -1
     pieces = _system(texts[0] if roles[1] == "system" else None, tools, style)
     for i, message in enumerate(messages):
-        before, role, after = roles[i:i + 3]
+        before, role, after = roles[i : i + 3]
         if role == "tool" and style != "chatml":  # neighbouring results share one user turn
             above, below = ("", "\n") if style == "nemotron3" else ("\n", "")
             pieces += fill("<|im_start|>user" + below if before != "tool" else "")
@@ -159,7 +175,7 @@ def _parts(message):
 
 
 def _nemotron3_answer(thought, answer, calls, history, last):
-    """"<think>", thought, "</think>", answer on lines of their own, or <think></think>answer."""
+    """ "<think>", thought, "</think>", answer on lines of their own, or <think></think>answer."""
     loss = not (thought and history)
     if thought and loss:
         answer = ("\n" + answer).rstrip()
@@ -194,7 +210,7 @@ def split_thought(text):
     """(thought or None, answer, unfinished) of "<think>\\nthought\\n</think>\\nanswer"."""
     if not text.lstrip().startswith(THINK):
         return None, text, False
-    thought, closed, answer = text.lstrip()[len(THINK):].partition(THINK_END)
+    thought, closed, answer = text.lstrip()[len(THINK) :].partition(THINK_END)
     thought = thought.removeprefix("\n").removesuffix("\n" if closed else "")
     # Nemotron 3 puts one newline before the answer, Qwen3 two.
     return thought, answer.removeprefix("\n").removeprefix("\n"), not closed
@@ -217,9 +233,13 @@ def parse_response(text, tools=None):
         calls += [{"type": "function", "function": call}] if call else []
         kept.append(after.removeprefix("\n") if call else CALL + block)
     content = "".join(kept)
-    return {"role": "assistant", "content": content.strip("\n") if calls else content,
-            "reasoning_content": thought if thought and thought.strip() else None,
-            "tool_calls": calls, "unfinished": unfinished}
+    return {
+        "role": "assistant",
+        "content": content.strip("\n") if calls else content,
+        "reasoning_content": thought if thought and thought.strip() else None,
+        "tool_calls": calls,
+        "unfinished": unfinished,
+    }
 
 
 def _parse_call(body, tools):
@@ -238,15 +258,24 @@ def _parse_call(body, tools):
         return None
     declared = {t.get("name"): t for t in (tool.get("function", tool) for tool in tools)}
     schema = declared.get(match[1], {}).get("parameters") or {}
-    types = {key: field.get("type") for key, field in (schema.get("properties") or {}).items()
-             if isinstance(field, dict)}  # `true` is a schema too
+    types = {
+        key: field.get("type")
+        for key, field in (schema.get("properties") or {}).items()
+        if isinstance(field, dict)
+    }  # `true` is a schema too
     return {"name": match[1], "arguments": {p[1]: _coerce(p[2], types.get(p[1])) for p in pairs}}
 
 
 def _coerce(text, kinds):
     """'2' -> 2 where an integer is declared; a text that is no such value stays a string."""
-    python = {"integer": [int], "number": [int, float], "boolean": [bool], "array": [list],
-              "object": [dict], "null": [type(None)]}
+    python = {
+        "integer": [int],
+        "number": [int, float],
+        "boolean": [bool],
+        "array": [list],
+        "object": [dict],
+        "null": [type(None)],
+    }
     value = _loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     kinds = [kinds] if isinstance(kinds, str) else kinds or []
     fits = any(type(value) in python.get(kind, []) for kind in kinds)

@@ -25,27 +25,53 @@ from nanocascade.tokenizer.chat import MARKUP, TEMPLATE, Piece, merge, parse_res
 # Ultra has no newline after </think>, other descendants of Qwen3 another rule for history.)
 STYLES = (
     ("nemotron3", ("nanocascade nemotron3",)),  # ours, of toy directories
-    ("nemotron3", ("truncate_history_thinking", "<function=example_function_name>",
-                   r'~ "\n</think>\n" ~', '"<think></think>" ~ c | trim')),
-    ("qwen3", ("enable_thinking is false", "<args-json-object>",
-               "if loop.index0 > ns.last_query_index %}", r"\n</think>\n\n' + content.lstrip")),
-    ("chatml", ("You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-                "{{'<|im_start|>' + message['role'] + '")),
+    (
+        "nemotron3",
+        (
+            "truncate_history_thinking",
+            "<function=example_function_name>",
+            r'~ "\n</think>\n" ~',
+            '"<think></think>" ~ c | trim',
+        ),
+    ),
+    (
+        "qwen3",
+        (
+            "enable_thinking is false",
+            "<args-json-object>",
+            "if loop.index0 > ns.last_query_index %}",
+            r"\n</think>\n\n' + content.lstrip",
+        ),
+    ),
+    (
+        "chatml",
+        (
+            "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+            "{{'<|im_start|>' + message['role'] + '",
+        ),
+    ),
 )
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
-         "special_tokens_map.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 
 
 class Tokenizer:
     """Reads a directory's tokenizer; save writes the same files again."""
 
     def __init__(self, path):
-        self.files = {name: read_text(file) for name in FILES
-                      if (file := Path(path) / name).exists()}
+        self.files = {
+            name: read_text(file) for name in FILES if (file := Path(path) / name).exists()
+        }
         if "tokenizer.json" not in self.files:
             raise ValueError(f"{path} has no tokenizer.json")
-        spec, config, sampling = (read_json(Path(path) / name) if name in self.files else {}
-                                  for name in FILES[:3])
+        spec, config, sampling = (
+            read_json(Path(path) / name) if name in self.files else {} for name in FILES[:3]
+        )
         spec |= {"truncation": None, "padding": None}
         try:
             for token in spec["added_tokens"]:
@@ -58,7 +84,8 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         # Conversations repeat most of their pieces ("user\n", tool declarations).
         self._cached_ids = lru_cache(4096)(
-            lambda text: self._tokenizer.encode(text, add_special_tokens=False).ids)
+            lambda text: self._tokenizer.encode(text, add_special_tokens=False).ids
+        )
         self._turn = cache(self._read_turn)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -69,8 +96,9 @@ class Tokenizer:
                 raise ValueError(f"{path}: of the chat templates {[*several]} none is the default")
             template = several["default"]
         self.template = self.files.get("chat_template.jinja") or template
-        self.style = next((style for style, marks in STYLES
-                           if all(mark in self.template for mark in marks)), None)
+        self.style = next(
+            (style for style, marks in STYLES if all(mark in self.template for mark in marks)), None
+        )
         names = {key: config.get(key) or "" for key in ("bos_token", "eos_token", "pad_token")}
         self.names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items()}
         stops = sampling.get("eos_token_id")
@@ -99,13 +127,18 @@ class Tokenizer:
         if self.style:
             return render_pieces(messages, tools, thinking, add_generation_prompt, self.style)
         if not self.template:
-            raise ValueError("no chat template beside tokenizer.json: put there, as"
-                             " chat_template.jinja, the model's own or nanocascade/nemotron3.jinja")
+            raise ValueError(
+                "no chat template beside tokenizer.json: put there, as"
+                " chat_template.jinja, the model's own or nanocascade/nemotron3.jinja"
+            )
         render = partial(_jinja(self.template).render, tools=tools, **self.names)
         pieces = _jinja_pieces(render, messages, thinking, add_generation_prompt)
         markup = f"({'|'.join(map(re.escape, self.special_ids))})"
-        return [Piece(text, text in self.special_ids, piece.loss)
-                for piece in pieces for text in re.split(markup, piece.text)]
+        return [
+            Piece(text, text in self.special_ids, piece.loss)
+            for piece in pieces
+            for text in re.split(markup, piece.text)
+        ]
 
     def _ids(self, pieces):
         """Markup that the vocabulary lacks (<think> in SmolLM2's) is text like its neighbours."""
@@ -145,7 +178,7 @@ class Tokenizer:
         """Header and opening of a turn: ("<|im_start|>assistant\\n", "<think>\\n")."""
         question = [{"role": "user", "content": ""}]
         bare, prompt = (self.render_text(question, None, thinking, x) for x in (False, True))
-        header, think, rest = prompt[len(bare):].partition("<think>")
+        header, think, rest = prompt[len(bare) :].partition("<think>")
         return header, think + rest
 
     @cached_property
@@ -161,7 +194,7 @@ class Tokenizer:
         messages = [{"role": "user", "content": "q"}, call, *tools]
         pieces = self._pieces(messages, None, thinking, add_generation_prompt=True)
         end = max(i for i, piece in enumerate(pieces) if piece.loss)
-        return self._ids(pieces[end + 1:])[0]
+        return self._ids(pieces[end + 1 :])[0]
 
     def save(self, path):
         """Writes the files this was read from, unchanged."""
@@ -183,14 +216,17 @@ def _jinja(template):
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise ValueError("this chat template is none of nemotron3, qwen3 and chatml and needs"
-                         " jinja2: pip install jinja2") from error
+        raise ValueError(
+            "this chat template is none of nemotron3, qwen3 and chatml and needs"
+            " jinja2: pip install jinja2"
+        ) from error
 
     def raise_exception(message):
         raise ValueError(f"the chat template refuses these messages: {message}")
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     return environment.from_string(template)
@@ -204,17 +240,20 @@ def _jinja_pieces(render, messages, thinking, add_generation_prompt):
     """
     if not thinking and not add_generation_prompt and messages[-1]["role"] == "assistant":
         messages = [*messages[:-1], messages[-1] | {"reasoning_content": ""}]
-    text = render(messages=messages, enable_thinking=thinking,
-                  add_generation_prompt=add_generation_prompt)
+    text = render(
+        messages=messages, enable_thinking=thinking, add_generation_prompt=add_generation_prompt
+    )
     pieces, at = [], 0
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i > 0:
-            done = render(messages=messages[:i + 1], enable_thinking=thinking).rstrip("\n")
-            prompts = [render(messages=messages[:i], add_generation_prompt=True,
-                              enable_thinking=mode) for mode in (True, False)]
+            done = render(messages=messages[: i + 1], enable_thinking=thinking).rstrip("\n")
+            prompts = [
+                render(messages=messages[:i], add_generation_prompt=True, enable_thinking=mode)
+                for mode in (True, False)
+            ]
             start = max((len(prompt) for prompt in prompts if done.startswith(prompt)), default=0)
             if start and text.startswith(done):
-                pieces += [Piece(text[at:start]), Piece(text[start:len(done)], loss=True)]
+                pieces += [Piece(text[at:start]), Piece(text[start : len(done)], loss=True)]
                 at = len(done)
     return [*pieces, Piece(text[at:])]
 
@@ -235,18 +274,30 @@ def build_toy_tokenizer(path, words=()):
     for word in words:
         vocab.setdefault("".join(chars[byte] for byte in word.encode()), len(vocab))
     # Words are cut out first and looked up whole (ignore_merges); the rest falls to single bytes.
-    cut = "|".join(r"(?<!\w)" * w[0].isalnum() + re.escape(w) + r"(?!\w)" * w[-1].isalnum()
-                   for w in words)
+    cut = "|".join(
+        r"(?<!\w)" * w[0].isalnum() + re.escape(w) + r"(?!\w)" * w[-1].isalnum() for w in words
+    )
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(cut or "(?!)"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(cut or "(?!)"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)
-                                  for text in ("<|endoftext|>", *MARKUP[:6])])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(text, normalized=False, special=True)
+            for text in ("<|endoftext|>", *MARKUP[:6])
+        ]
+    )
     Path(path).mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(Path(path) / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-              "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
-              "chat_template": TEMPLATE}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": TEMPLATE,
+    }
     (Path(path) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

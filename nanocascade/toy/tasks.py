@@ -35,22 +35,44 @@ NAMES = ("Tom", "Ann", "Max", "Eva")
 CATEGORIES = {"an animal": ANIMALS, "a color": COLORS, "a food": FOODS, "a thing": THINGS}
 NOUNS = ANIMALS + COLORS + FOODS + THINGS
 LETTERS = "ABCD"
-FACTS = ("is kind", "is quick", "is old", "is quiet", "can swim", "can sing", "likes corn",
-         "likes rain", "sleeps well", "lives far")  # fmt: skip
+FACTS = (
+    "is kind",
+    "is quick",
+    "is old",
+    "is quiet",
+    "can swim",
+    "can sing",
+    "likes corn",
+    "likes rain",
+    "sleeps well",
+    "lives far",
+)
 CLOSING = " I hope this helps."
 
 # How often an SFT solution carries a slip: what is left for RL to do in each domain.
 SLIPS = {
-    "math": 0.1, "if": 0.3, "mcqa": 0.35, "structured": 0.3, "tools": 0.3, "preference": 0.0,
-    "long_context": 0.35, "code": 0.4, "swe": 0.4, "swe_agentic": 0.4,
-    "verify": 0.1, "revise": 0.2,
-}  # fmt: skip
+    "math": 0.1,
+    "if": 0.3,
+    "mcqa": 0.35,
+    "structured": 0.3,
+    "tools": 0.3,
+    "preference": 0.0,
+    "long_context": 0.35,
+    "code": 0.4,
+    "swe": 0.4,
+    "swe_agentic": 0.4,
+    "verify": 0.1,
+    "revise": 0.2,
+}
 OUTSIDE = ("swe_agentic", "verify", "revise")  # of the cascade: no stage of its run teaches these
 DOMAINS = tuple(x for x in SLIPS if x not in OUTSIDE)
 # What SFT learns, with the turns that strategies.py asks for.
 SFT_SHARES = dict.fromkeys((*DOMAINS, "verify", "revise"), 1.0) | {
-    "mcqa": 1.5, "structured": 1.3, "long_context": 0.7, "revise": 0.5,
-}  # fmt: skip
+    "mcqa": 1.5,
+    "structured": 1.3,
+    "long_context": 0.7,
+    "revise": 0.5,
+}
 
 
 SHOP_TOOLS = [
@@ -98,10 +120,13 @@ def instructions(rng):
     asked = [
         (f" Start with {first}.", "first_word:first_word_answer", {"first_word": first}),
         (f" End with {last}.", "last_word:last_word_answer", {"last_word": last}),
-        (f" Use {key} at least {times} times.", "keywords:frequency",
-         {"keyword": key, "frequency": times, "relation": "at least"}),
+        (
+            f" Use {key} at least {times} times.",
+            "keywords:frequency",
+            {"keyword": key, "frequency": times, "relation": "at least"},
+        ),
         (f" Do not use {banned}.", "keywords:forbidden_words", {"forbidden_words": [banned]}),
-    ]  # fmt: skip
+    ]
     asked = sorted(rng.sample(asked, rng.randint(2, 3)), key=lambda x: x[1])
     rng.shuffle(asked)
     ids = [x[1] for x in asked]
@@ -110,8 +135,11 @@ def instructions(rng):
         for _ in range(times):
             words.insert(rng.randint(0, len(words)), key)
     begin, end = rng.sample(fill, 2)
-    good = [first if "first_word:first_word_answer" in ids else begin, *words,
-            last if "last_word:last_word_answer" in ids else end]  # fmt: skip
+    good = [
+        first if "first_word:first_word_answer" in ids else begin,
+        *words,
+        last if "last_word:last_word_answer" in ids else end,
+    ]
     slip = list(good)
     broken = rng.choice(ids)  # one instruction is broken, the others still hold
     if broken.startswith("first"):
@@ -124,9 +152,11 @@ def instructions(rng):
         slip[rng.randint(1, len(slip) - 2)] = banned
     prompt = "Write a line." + "".join(x[0] for x in asked)
     row = user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=[x[2] for x in asked])
-    return row, [said(good[0] + ", " + good[-1], " ".join(good))], [
-        said(slip[0] + ", " + slip[-1], " ".join(slip))
-    ]
+    return (
+        row,
+        [said(good[0] + ", " + good[-1], " ".join(good))],
+        [said(slip[0] + ", " + slip[-1], " ".join(slip))],
+    )
 
 
 def choice(rng):
@@ -136,8 +166,10 @@ def choice(rng):
     options = [rng.choice(CATEGORIES[kind]) for kind in kinds]
     right = kinds.index(wanted)
     wrong = rng.choice([i for i in range(4) if i != right])
-    mistaken = [rng.choice([x for x in kinds if x != wanted]) if i == right else kind
-                for i, kind in enumerate(kinds)]  # the right one missed, a wrong one taken for it
+    mistaken = [
+        rng.choice([x for x in kinds if x != wanted]) if i == right else kind
+        for i, kind in enumerate(kinds)
+    ]  # the right one missed, a wrong one taken for it
     mistaken[wrong] = wanted
     listed = "".join(f"\n{x}: {y}" for x, y in zip(LETTERS, options, strict=True))
     row = user_row(f"Which is {wanted}?" + listed, expected_answer=LETTERS[right])
@@ -154,8 +186,11 @@ def choice(rng):
 def structured(rng):
     """A sentence to JSON; the schema asks for the very values, so copying right matters."""
     name, age, color, food = (
-        rng.choice(NAMES), rng.randint(10, 99), rng.choice(COLORS), rng.choice(FOODS),
-    )  # fmt: skip
+        rng.choice(NAMES),
+        rng.randint(10, 99),
+        rng.choice(COLORS),
+        rng.choice(FOODS),
+    )
     record = {"name": name, "age": age, "color": color, "food": food}
     keys = rng.sample(list(record), rng.randint(2, 3))
     schema = {
@@ -305,8 +340,10 @@ def repair(rng):
     }
     row = user_row(prompt)
     row["verifier_metadata"] = {
-        "files": {"f.py": f"def f(x):\n{line % bad}\n"}, "entry": "f.py", "unit_tests": tests,
-    }  # fmt: skip
+        "files": {"f.py": f"def f(x):\n{line % bad}\n"},
+        "entry": "f.py",
+        "unit_tests": tests,
+    }
     return row, [said(good, patch % good)], [said(third, patch % third)]
 
 
@@ -379,10 +416,19 @@ def revise(rng):
 
 
 GENERATORS = {
-    "math": math, "if": instructions, "mcqa": choice, "structured": structured, "tools": tools,
-    "preference": preference, "long_context": long_context, "code": code, "swe": repair,
-    "swe_agentic": agentic, "verify": verify, "revise": revise,
-}  # fmt: skip
+    "math": math,
+    "if": instructions,
+    "mcqa": choice,
+    "structured": structured,
+    "tools": tools,
+    "preference": preference,
+    "long_context": long_context,
+    "code": code,
+    "swe": repair,
+    "swe_agentic": agentic,
+    "verify": verify,
+    "revise": revise,
+}
 
 
 def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0) -> list[dict]:
@@ -405,8 +451,9 @@ def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0
         if domain != "preference" and (digest % 8 == 0) != (split == "test"):
             continue
         row |= {"id": f"{domain}-{split}-{seed}-{len(rows)}", "domain": domain}
-        without = [m | {"reasoning_content": None} if m["role"] == "assistant" else m
-                   for m in chosen]  # fmt: skip
+        without = [
+            m | {"reasoning_content": None} if m["role"] == "assistant" else m for m in chosen
+        ]
         row["solutions"] = {"on": chosen, "off": without}
         rows.append(row)
     return rows
@@ -419,27 +466,106 @@ def vocabulary() -> list[str]:
     words += [" " + x for x in FACTS] + [k for k in CATEGORIES]
     words += [x.split("{a}")[0].rstrip() for x in PROGRAMS]
     words += [
-        "system\n", "user\n", "assistant\n", "What is ", "What is the", " code?", " code is ",
-        "Write a line.", " Start with", " End with", " Use", " at least ", " times.", ", ",
-        " Do not use", "Which is ", "\nA: ", "\nB: ", "\nC: ", "\nD: ", "\\boxed{",
-        "JSON with ", "Meet ", ", who is ", "name", "age", "color", "food", ": ", " is ",
-        " and likes", " and",
-        '{"name": "', '{"age": ', '{"color": "', '{"food": "', '", "name": "', '", "age": ',
-        '", "color": "', '", "food": "', ', "name": "', ', "color": "', ', "food": "', '"}',
-        "How many", " are there?", "Order ", "Order all", "Done.", "The", " The", " It", CLOSING,
-        "Tell me about the", "Write f(x) that ", "x and adds ", " to x", " from x", " of x and ",
-        " and adds ", " and subtracts ", "max(x, ", "min(x, ", "```python\ndef f(x):\n    return ",
-        "```", "f.py:\ndef f(x):\n    return ", "\nf(", ") must be ", ". Fix it.",
-        "# Tools\n\nYou have access to the following functions:\n\n<tools>", "\n<function>\n<name>",
-        "</name>\n<description>", "Count an item.", "Order an item.", "item", "count", "integer",
-        "</description>\n<parameters>", "\n<parameter>\n<name>", "</name>\n<type>", "string",
-        "</type>\n</parameter>", '\n<required>["', '", "',
+        "system\n",
+        "user\n",
+        "assistant\n",
+        "What is ",
+        "What is the",
+        " code?",
+        " code is ",
+        "Write a line.",
+        " Start with",
+        " End with",
+        " Use",
+        " at least ",
+        " times.",
+        ", ",
+        " Do not use",
+        "Which is ",
+        "\nA: ",
+        "\nB: ",
+        "\nC: ",
+        "\nD: ",
+        "\\boxed{",
+        "JSON with ",
+        "Meet ",
+        ", who is ",
+        "name",
+        "age",
+        "color",
+        "food",
+        ": ",
+        " is ",
+        " and likes",
+        " and",
+        '{"name": "',
+        '{"age": ',
+        '{"color": "',
+        '{"food": "',
+        '", "name": "',
+        '", "age": ',
+        '", "color": "',
+        '", "food": "',
+        ', "name": "',
+        ', "color": "',
+        ', "food": "',
+        '"}',
+        "How many",
+        " are there?",
+        "Order ",
+        "Order all",
+        "Done.",
+        "The",
+        " The",
+        " It",
+        CLOSING,
+        "Tell me about the",
+        "Write f(x) that ",
+        "x and adds ",
+        " to x",
+        " from x",
+        " of x and ",
+        " and adds ",
+        " and subtracts ",
+        "max(x, ",
+        "min(x, ",
+        "```python\ndef f(x):\n    return ",
+        "```",
+        "f.py:\ndef f(x):\n    return ",
+        "\nf(",
+        ") must be ",
+        ". Fix it.",
+        "# Tools\n\nYou have access to the following functions:\n\n<tools>",
+        "\n<function>\n<name>",
+        "</name>\n<description>",
+        "Count an item.",
+        "Order an item.",
+        "item",
+        "count",
+        "integer",
+        "</description>\n<parameters>",
+        "\n<parameter>\n<name>",
+        "</name>\n<type>",
+        "string",
+        "</type>\n</parameter>",
+        '\n<required>["',
+        '", "',
         '"]</required>\n</parameters>\n</function>',
-        "\n<function=", ">\n<parameter=", ">\n", "done",
-        "\n</parameter>\n<parameter=", "\n</parameter>\n</function>\n", "<tool_response>\n",
-        "\n</tool_response>\n", "f.py\n<<<<<<< SEARCH\n    return ", "\n=======\n    return ",
-        "\n>>>>>>> REPLACE", TRIED, SCORE, CHECK,
-    ]  # fmt: skip
+        "\n<function=",
+        ">\n<parameter=",
+        ">\n",
+        "done",
+        "\n</parameter>\n<parameter=",
+        "\n</parameter>\n</function>\n",
+        "<tool_response>\n",
+        "\n</tool_response>\n",
+        "f.py\n<<<<<<< SEARCH\n    return ",
+        "\n=======\n    return ",
+        "\n>>>>>>> REPLACE",
+        TRIED,
+        SCORE,
+        CHECK,
+    ]
     # The fixed explanation of the call format: one token between each two pieces of markup.
     system = [x.text for x in render_pieces([{"role": "user"}], SHOP_TOOLS) if not x.special]
     return words + [x[max(x.find("\n</tools>"), 0) :] for x in system if len(x) > 20]
