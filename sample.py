@@ -17,20 +17,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanocascade.checkpoint.state import read_text
 from nanocascade.checkpoint.weights import load_model
-from nanocascade.cli import find_device, parse_args, run_main
+from nanocascade.cli import parse_args, run_main
+from nanocascade.data.episode import Rollout, Sampling
 from nanocascade.data.rows import conversation, read_rows, sft_conversation
+from nanocascade.engine.device import find_device
 from nanocascade.engine.distributed import DTYPES
-from nanocascade.engine.training import check_settings, show_rollout
 from nanocascade.environments.loop import answer, equip
+from nanocascade.files import read_text
 from nanocascade.rewards import kind_of, name_of, needs_judge, score
-from nanocascade.rollouts.rollout import Rollout, Sampling, Scorer, roll_out, step_seed
+from nanocascade.rollouts.rollout import roll_out
+from nanocascade.rollouts.scoring import Scorer
 from nanocascade.rollouts.strategies import STRATEGIES
-from nanocascade.sampler import generate
+from nanocascade.run.log import show_rollout
+from nanocascade.run.settings import check_settings
+from nanocascade.sampler import generate, step_seed
 from nanocascade.tokenizer.chat import parse_response
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
+from nanocascade.toy.judge import rule_judge
 
 
 @dataclass
@@ -201,7 +206,7 @@ def evaluate_tasks(cfg: Config, model, tokenizer) -> None:
     rows = task_rows(cfg, sft=False)
     if any(kind_of(row) == "preference" and "reference" not in row for row in rows):
         raise ValueError("preference rows are graded against an answer: each needs a reference")
-    groups = sample_rows(cfg, model, tokenizer, rows, Scorer())
+    groups = sample_rows(cfg, model, tokenizer, rows, Scorer(rule_judge))
     domains = defaultdict(list)
     for group in groups:
         domains[group[0].domain].append(group)
@@ -222,7 +227,7 @@ def evaluate_tasks(cfg: Config, model, tokenizer) -> None:
 
 def play(cfg: Config, model, tokenizer, rows: list[dict]):
     """(samples a problem so far, outcome of each row's answer) after every round of --strategy."""
-    scorer, calls, spent = Scorer(), 0, 0
+    scorer, calls, spent = Scorer(rule_judge), 0, 0
     if any("environment" in row or kind_of(row) == "preference" for row in rows):
         raise ValueError(f"--strategy {cfg.strategy}: rows with one answer and a verifier only")
 

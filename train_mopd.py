@@ -19,24 +19,26 @@ import torch
 
 from nanocascade import stages
 from nanocascade.cli import parse_args, run_main
+from nanocascade.data.batch import step_batches
+from nanocascade.data.episode import Sampling
 from nanocascade.engine import distributed
-from nanocascade.engine.training import (
-    Mean,
+from nanocascade.engine.forward import new_routing, no_load, score_tokens
+from nanocascade.engine.optim import (
     check_finite,
     freeze_routers,
     learning_rate,
     make_optimizer,
-    new_routing,
-    no_load,
     optimizer_step,
-    score_tokens,
-    step_batches,
 )
+from nanocascade.importance import masked_mean
 from nanocascade.model.moe import load_imbalance, update_correction_bias
-from nanocascade.mopd import compute_mopd_loss, masked_mean
+from nanocascade.mopd import compute_mopd_loss
 from nanocascade.plan import plan
-from nanocascade.rollouts.rollout import Sampling, Scorer, collect_groups, rollout_metrics
-from nanocascade.run.run import Run, RunConfig, require_flags
+from nanocascade.rollouts.groups import collect_groups, rollout_metrics
+from nanocascade.rollouts.scoring import Scorer
+from nanocascade.run.log import Mean
+from nanocascade.run.run import Run
+from nanocascade.run.settings import RunConfig, require_flags
 from nanocascade.teachers import Teachers, token_shares
 
 # ---- Config --------------------------------------------------------------------------------------

@@ -17,34 +17,33 @@ import torch
 
 from nanocascade import stages
 from nanocascade.cli import parse_args, run_main
-from nanocascade.engine import distributed
-from nanocascade.engine.training import (
-    Mean,
+from nanocascade.data.batch import step_batches
+from nanocascade.data.episode import Sampling
+from nanocascade.engine import distributed, layout
+from nanocascade.engine.forward import new_routing, no_load, score_tokens
+from nanocascade.engine.optim import (
     check_finite,
     freeze_routers,
     learning_rate,
     make_optimizer,
-    new_routing,
-    no_load,
     optimizer_step,
-    score_tokens,
-    step_batches,
 )
 from nanocascade.grpo import group_advantages, grpo_loss
+from nanocascade.importance import masked_mean
 from nanocascade.model.moe import load_imbalance, update_correction_bias
-from nanocascade.mopd import masked_mean
 from nanocascade.plan import plan
 from nanocascade.rewards import kind_of
-from nanocascade.rollouts.rollout import (
-    Sampling,
-    Scorer,
+from nanocascade.rollouts.groups import (
     apply_overlong,
     collect_groups,
     in_reach,
     mask_unsolved,
     rollout_metrics,
 )
-from nanocascade.run.run import Run, RunConfig, require_flags
+from nanocascade.rollouts.scoring import Scorer
+from nanocascade.run.log import Mean
+from nanocascade.run.run import Run
+from nanocascade.run.settings import RunConfig, require_flags
 
 # ---- Config --------------------------------------------------------------------------------------
 
@@ -134,7 +133,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.model
-    reference = distributed.load(cfg.init, dist, frozen=True) if cfg.kl_coef else None
+    reference = layout.load(cfg.init, dist, frozen=True) if cfg.kl_coef else None
     if not cfg.train_router:
         freeze_routers(model)
     if (cfg.max_pass_rate < 1 or cfg.keep_unsolved < 1) and not run.resumes:

@@ -15,24 +15,19 @@ from dataclasses import dataclass
 
 from nanocascade import stages
 from nanocascade.cli import parse_args, run_main
+from nanocascade.data.batch import step_batches
+from nanocascade.data.episode import Rollout
 from nanocascade.data.rows import conversation, sft_conversation
 from nanocascade.engine import distributed
-from nanocascade.engine.training import (
-    Mean,
-    check_finite,
-    learning_rate,
-    make_optimizer,
-    new_routing,
-    no_load,
-    optimizer_step,
-    score_tokens,
-    step_batches,
-)
+from nanocascade.engine.forward import new_routing, no_load, score_tokens
+from nanocascade.engine.optim import check_finite, learning_rate, make_optimizer, optimizer_step
+from nanocascade.importance import masked_mean
 from nanocascade.model.moe import load_imbalance, update_correction_bias
-from nanocascade.mopd import masked_mean
 from nanocascade.plan import plan
-from nanocascade.rollouts.rollout import Rollout, Scorer
-from nanocascade.run.run import Run, RunConfig, require_flags
+from nanocascade.rollouts.scoring import Scorer
+from nanocascade.run.log import Mean
+from nanocascade.run.run import Run
+from nanocascade.run.settings import RunConfig, require_flags
 from nanocascade.sft import sft_loss
 from nanocascade.toy import tasks
 

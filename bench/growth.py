@@ -17,7 +17,8 @@ from bench import common
 from bench.common import timed
 from bench.rollout import our_rollouts
 from bench.train_step import documents
-from nanocascade.engine.training import make_batches, score_tokens
+from nanocascade.data.batch import make_batches
+from nanocascade.engine.forward import score_tokens
 from nanocascade.model.cache import Cache
 from nanocascade.model.model import Model
 

@@ -21,22 +21,19 @@ from bench import common
 from bench.common import ratios, spread
 from bench.rollout import forced_decoder, forced_lengths, row_steps
 from nanocascade.checkpoint.weights import load_model
+from nanocascade.data.batch import make_batches
+from nanocascade.data.episode import Sampling
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.training import (
-    freeze_routers,
-    make_batches,
-    make_optimizer,
-    new_routing,
-    no_load,
-    optimizer_step,
-    score_tokens,
-)
+from nanocascade.engine.forward import new_routing, no_load, score_tokens
+from nanocascade.engine.optim import freeze_routers, make_optimizer, optimizer_step
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.model.moe import update_correction_bias
 from nanocascade.mopd import compute_mopd_loss
 from nanocascade.rewards import Reward
-from nanocascade.rollouts.rollout import Sampling, Scorer, roll_out
-from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.rollouts.rollout import roll_out
+from nanocascade.rollouts.scoring import Scorer
+from nanocascade.tokenizer.tokenizer import Tokenizer
+from nanocascade.toy.start import build_toy_tokenizer
 from nanocascade.toy.tasks import make_rows, vocabulary
 
 MICRO = 4096  # tokens of our micro-batches; TRL trains on the whole padded batch at once

@@ -18,21 +18,19 @@ import time
 import torch
 
 from nanocascade.checkpoint.weights import load_model, save_model
+from nanocascade.data.batch import make_batches
+from nanocascade.data.episode import Rollout, Sampling
 from nanocascade.data.rows import conversation, sft_conversation
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.training import (
-    make_batches,
-    make_optimizer,
-    new_routing,
-    optimizer_step,
-    score_tokens,
-)
+from nanocascade.engine.forward import new_routing, score_tokens
+from nanocascade.engine.optim import make_optimizer, optimizer_step
 from nanocascade.model.model import Model, ModelConfig
 from nanocascade.model.moe import update_correction_bias
-from nanocascade.rollouts.rollout import Rollout, Sampling, roll_out
+from nanocascade.rollouts.rollout import roll_out
 from nanocascade.sft import sft_loss
-from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
+from nanocascade.toy.start import build_toy_tokenizer
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 DOMAINS = ("math", "if", "structured", "tools")

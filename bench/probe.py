@@ -11,7 +11,8 @@ import torch
 
 from nanocascade.checkpoint.weights import load_model
 from nanocascade.cli import run_main
-from nanocascade.rollouts.rollout import Sampling, roll_out
+from nanocascade.data.episode import Sampling
+from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.strategies import STRATEGIES
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks

@@ -26,9 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from nanocascade.rewards import code, instruct, score  # noqa: E402
+from nanocascade.rewards import instruct, score  # noqa: E402
 from nanocascade.rewards.math import BOX, last_boxed  # noqa: E402
 from nanocascade.rewards.structured import mismatch, mismatch_fully, strict  # noqa: E402
+from nanocascade.sandbox.sandbox import shared_sandbox  # noqa: E402
 from nanocascade.sandbox.worker import worker  # noqa: E402
 
 HOSTILE = [  # none answers anything; each is to be refused within a second of CPU
@@ -313,7 +314,7 @@ def mbpp(file):
 
 def programs(against, problems):
     kind = Kind("programs", f"{against}'s gold solutions")
-    shared = code.shared_sandbox()
+    shared = shared_sandbox()
     run, seconds, rows = shared._run, [], []
 
     def timed(*args):

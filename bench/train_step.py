@@ -16,9 +16,11 @@ import torch.nn.functional as F
 
 from bench import common
 from bench.common import Peak, alternate, ratios, spread, timed, token_flops
+from nanocascade.data.batch import make_batches
+from nanocascade.data.episode import Rollout
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.training import make_batches, make_optimizer, optimizer_step, score_tokens
-from nanocascade.rollouts.rollout import Rollout
+from nanocascade.engine.forward import score_tokens
+from nanocascade.engine.optim import make_optimizer, optimizer_step
 
 MICRO = 4096  # tokens of a micro-batch
 

@@ -15,8 +15,6 @@ import tokenize
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
-import torch
-
 
 def run_main(main) -> None:
     """Run a script's main(): an error of the user's making (a value, a file) is one line and exit
@@ -51,22 +49,6 @@ def parse_args(cls, argv=None, presets=None):
             print(f"  --{name} ({kind}; now {value!r})\n        {comments[name]}")
         raise SystemExit(0)
     return cls(**values)
-
-
-def find_device(name: str) -> str:
-    """The device asked for, or the best there is: cuda, mps (one process only), cpu."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if name and name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: expected cuda, mps or cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch finds no such device")
-    if name == "mps" and not alone:
-        raise ValueError("--device mps: its ranks could not talk to each other, take one or cpu")
-    if name and name != "cuda":  # of several processes each takes its own
-        return name
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if alone and torch.backends.mps.is_available() else "cpu"
 
 
 def describe(cfg) -> str:

@@ -7,7 +7,7 @@ step on them, so the importance ratio is 1 and no clipping acts.
 import torch
 from torch import Tensor
 
-from nanocascade.mopd import importance_weight, masked_mean, mismatch_metrics
+from nanocascade.importance import importance_weight, masked_mean, mismatch_metrics
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6, normalize: bool = True) -> Tensor:

@@ -8,24 +8,7 @@ no group, no full-vocabulary distribution. The expected gradient is that of the 
 import torch
 from torch import Tensor
 
-
-def importance_weight(train_logprobs, sampler_logprobs, low, high, gate="zero"):
-    """The gate of Nemotron-Cascade 2, Eq. 3:
-
-        r_t = pi_train(y_t|s_t) / pi_inf(y_t|s_t);   w_t = sg[r_t] * 1[low <= r_t <= high]
-
-    A token outside the band gets weight 0: it is not clamped to the band (gate="clamp" does that,
-    gate="none" keeps r_t; both for comparison). All (b, t). Returns (w_t, r_t), without gradient.
-    Raises ValueError for another gate.
-    """
-    ratio = (train_logprobs.detach() - sampler_logprobs).exp()  # (b, t)
-    if gate == "zero":
-        return ratio * ((ratio >= low) & (ratio <= high)), ratio
-    if gate == "clamp":
-        return ratio.clamp(low, high), ratio
-    if gate == "none":
-        return ratio, ratio
-    raise ValueError(f"gate {gate!r}: expected zero, clamp or none")
+from nanocascade.importance import importance_weight, masked_mean, mismatch_metrics
 
 
 def compute_mopd_loss(
@@ -84,23 +67,3 @@ def compute_mopd_loss(
         "gate/out_of_band": masked_mean(outside.to(valid.dtype), valid),
     }
     return loss, metrics
-
-
-def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
-    return x.where(valid > 0, 0.0).sum() / valid.sum().clamp(min=1)
-
-
-def mismatch_metrics(train_logprobs, sampler_logprobs, valid) -> dict[str, Tensor]:
-    """How far the trainer's distribution is from the sampler's on the sampled tokens, (b, t) each.
-
-    mismatch/prob_error = mean exp|train - sampler| - 1; mismatch/k3 = mean r - 1 - log r, an
-    estimate of KL(sampler || train) that is never negative; ratio/mean and ratio/max of r.
-    """
-    gap = (train_logprobs - sampler_logprobs).where(valid > 0, 0.0)  # (b, t) log r
-    ratio = gap.exp()  # (b, t)
-    return {
-        "mismatch/prob_error": masked_mean(gap.abs().exp() - 1, valid),
-        "mismatch/k3": masked_mean(ratio - 1 - gap, valid),
-        "ratio/mean": masked_mean(ratio, valid),
-        "ratio/max": ratio.where(valid > 0, 0.0).max(),
-    }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanocascade.model.cache import Cache
+from nanocascade.model.layers import widest
 from nanocascade.model.model import Model
 from nanocascade.model.moe import Routing
 
@@ -47,10 +48,6 @@ def hash_uniform(keys: Tensor, positions: Tensor) -> Tensor:
     """u in [0, 1) for each (key, position), both int64 (b,): (b,) fp64 (on mps fp32, to 1)."""
     bits = mix(keys + positions * 0x1E3779B97F4A7C15)
     return ((bits >> 11) & ((1 << 53) - 1)).to(widest(bits.device)) / (1 << 53)
-
-
-def widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which mps does not know
 
 
 def sample_keys(seed: int, row_ids: Sequence[int], num_samples: int, device="cpu") -> Tensor:
@@ -306,3 +303,8 @@ def check_prompts(prompts: list[list[int]], limits: list[int], context: int) -> 
                 f"prompt {i} has {len(prompt)} tokens; with {limit} new ones it must fit "
                 f"the context of {context}, and it must not be empty"
             )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The sampler's seed of a step: another stream of draws for each (seed, step)."""
+    return seed * 1_000_003 + step

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nanocascade.mopd import masked_mean
+from nanocascade.importance import masked_mean
 
 
 def sft_loss(train_logprobs: Tensor, mask: Tensor, *, num_tokens) -> tuple[Tensor, dict]:

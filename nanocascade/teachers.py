@@ -3,10 +3,10 @@
 from collections import Counter
 from pathlib import Path
 
-from nanocascade.checkpoint.state import read_json, sha256_of
 from nanocascade.checkpoint.weights import open_model
-from nanocascade.engine.distributed import load
-from nanocascade.rollouts.rollout import Rollout
+from nanocascade.data.episode import Rollout
+from nanocascade.engine.layout import load
+from nanocascade.files import read_json, sha256_of
 from nanocascade.tokenizer.tokenizer import Tokenizer
 
 

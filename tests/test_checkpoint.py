@@ -12,10 +12,11 @@ from fixtures import make_parity, toy_runs
 from safetensors.torch import load_file, save_file
 
 from nanocascade.checkpoint.hf_config import load_config
-from nanocascade.checkpoint.state import read_json, sha256_of
-from nanocascade.checkpoint.weights import KEEP_FP32, load_model, save_model
+from nanocascade.checkpoint.weights import load_model, save_model
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.training import make_optimizer, optimizer_step
+from nanocascade.engine.optim import make_optimizer, optimizer_step
+from nanocascade.files import read_json, sha256_of
+from nanocascade.model.layers import KEEP_FP32
 from nanocascade.model.model import Model, ModelConfig
 from nanocascade.tokenizer.tokenizer import Tokenizer
 

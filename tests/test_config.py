@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 import pytest
 import torch
 
-from nanocascade.cli import describe, find_device, parse_args, run_main
+from nanocascade.cli import describe, parse_args, run_main
+from nanocascade.engine.device import find_device
 
 
 @dataclass

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from nanocascade.data import rows as data
-from nanocascade.data.rows import PromptStream, conversation, read_rows, sft_conversation
+from nanocascade.data.__main__ import main as data_main
+from nanocascade.data.batch import pack
+from nanocascade.data.rows import conversation, read_rows, sft_conversation
+from nanocascade.data.stream import PromptStream, curriculum_weights
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GSM = {"question": "3+4?", "answer": "It is 3+4=<<3+4=7>>7.\n#### 7"}
@@ -71,7 +74,7 @@ def test_errors_carry_file_and_line(row, sft, words, tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", GSM, row)
     with pytest.raises(ValueError, match="rows.jsonl:2: .*" + words):
         list(read_rows(path, sft))
-    data.main([path])
+    data_main([path])
     assert sft or "math: 1 rows" in capsys.readouterr().out
 
 
@@ -122,9 +125,9 @@ def test_numbers_weights():
     with pytest.raises(ValueError, match="cannot be drawn"):
         PromptStream(rows, 0, {"mcqa": 1, "math": 1})
     # Curriculum: two rows share the weight of rate 1; e^-.5 / (1 + e^-.5) = 0.3775.
-    assert data.curriculum_weights([1, 1, 0], 0.5, 1) == pytest.approx([0.25, 0.25, 0.5])
-    assert data.curriculum_weights([1, 0.5], 1, 0.5)[1] == pytest.approx(0.3775, abs=1e-4)
-    assert data.curriculum_weights([0, 1], 99, 0.01) == [0, 1]
+    assert curriculum_weights([1, 1, 0], 0.5, 1) == pytest.approx([0.25, 0.25, 0.5])
+    assert curriculum_weights([1, 0.5], 1, 0.5)[1] == pytest.approx(0.3775, abs=1e-4)
+    assert curriculum_weights([0, 1], 99, 0.01) == [0, 1]
 
 
 def test_curriculum():
@@ -153,9 +156,9 @@ def test_curriculum():
 
 def test_pack():
     """Best fit: every document once, no row over budget, rows nearly full; too long is an error."""
-    assert data.pack([5, 3, 6, 2], 8) == [[2, 3], [0, 1]] and data.pack([], 8) == []
-    rows = data.pack(lengths := [i * 37 % 100 + 1 for i in range(1000)], 128)
+    assert pack([5, 3, 6, 2], 8) == [[2, 3], [0, 1]] and pack([], 8) == []
+    rows = pack(lengths := [i * 37 % 100 + 1 for i in range(1000)], 128)
     assert sorted(i for row in rows for i in row) == list(range(1000))
     assert max(sum(lengths[i] for i in x) for x in rows) <= 128 < sum(lengths) / len(rows) * 1.01
     with pytest.raises(ValueError, match="document 1 has 9 tokens"):
-        data.pack([3, 9], 8)
+        pack([3, 9], 8)

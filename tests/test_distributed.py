@@ -11,7 +11,7 @@ from fixtures.toy_runs import environments, lasting, run_here, start
 
 from nanocascade.checkpoint.weights import load_model
 from nanocascade.engine import distributed
-from nanocascade.run.run import RunConfig
+from nanocascade.run.settings import RunConfig
 
 rows, sft, skilled = toy_runs.rows, toy_runs.sft, toy_runs.skilled  # fixtures
 RL = ("train_rl.py", "--init", "SKILLED", "--data", "ROWS", "--rollouts", 4, "--stage")

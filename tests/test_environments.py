@@ -17,12 +17,14 @@ from fixtures.toy_runs import run_here, start
 
 from nanocascade import sampler
 from nanocascade.data.rows import conversation, normalize
+from nanocascade.environments import base
 from nanocascade.environments import loop as environments
-from nanocascade.environments.loop import MAX_RESULT, answer
-from nanocascade.rewards import check_row, code, score
+from nanocascade.environments.base import MAX_RESULT
+from nanocascade.environments.loop import answer
+from nanocascade.rewards import check_row, score
 from nanocascade.rollouts import rollout
 from nanocascade.sampler import Sample
-from nanocascade.sandbox.sandbox import Sandbox
+from nanocascade.sandbox.sandbox import Sandbox, shared_sandbox
 from nanocascade.tokenizer.chat import render_pieces
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
@@ -93,7 +95,7 @@ def test_python_tool_is_bounded(monkeypatch):
     later = play(TIR, ("python", {"code": "x = 1"}), ("python", {"code": "print(x)"}))[1]
     assert later == "NameError: name 'x' is not defined (__main__, line 1)"
     assert play(TIR, *[("shell", {})] * 101)[99:] == ["error: no such tool", "error: no calls left"]
-    monkeypatch.setattr(environments, "LIMITS", environments.LIMITS._replace(test_seconds=0.1))
+    monkeypatch.setattr(base, "LIMITS", base.LIMITS._replace(test_seconds=0.1))
     stopped = play(TIR, *[("python", {"code": "while 1: pass"})] * 4)
     assert stopped == ["error: time limit"] * 3 + ["error: no time left"]
     with Sandbox(1) as one, Sandbox(1) as other:
@@ -405,7 +407,7 @@ def test_nothing_stays():
             assert score(REPAIR, [said(edit)]).value == 0
         return len(os.listdir("/proc/self/fd")), len(descendants("self")), resident()
 
-    servers = [x for x in code.shared_sandbox().idle.queue if x]
+    servers = [x for x in shared_sandbox().idle.queue if x]
     others = len(descendants("self")) - len(servers)  # of tests before this one
     episodes(20)  # what is loaded and started once
     files, processes, memory = episodes(20)

@@ -15,7 +15,7 @@ from fixtures.toy_runs import environments, run, run_here, start
 
 import nanocascade.grpo
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.training import optimizer_step
+from nanocascade.engine.optim import optimizer_step
 from nanocascade.rollouts import rollout
 
 rows, sft, skilled, refused = toy_runs.rows, toy_runs.sft, toy_runs.skilled, toy_runs.refused

@@ -10,12 +10,15 @@ from fixtures import make_parity
 from torch import float32, float64
 
 from nanocascade.checkpoint.weights import load_model
+from nanocascade.data.batch import make_batches
+from nanocascade.data.episode import Rollout
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.training import Mean, make_batches, score_tokens
+from nanocascade.engine.forward import score_tokens
 from nanocascade.grpo import group_advantages, grpo_loss
+from nanocascade.importance import mismatch_metrics
 from nanocascade.model.logprobs import token_logprobs
-from nanocascade.mopd import compute_mopd_loss, mismatch_metrics
-from nanocascade.rollouts.rollout import Rollout
+from nanocascade.mopd import compute_mopd_loss
+from nanocascade.run.log import Mean
 from nanocascade.sft import sft_loss
 
 LN2 = log(2)

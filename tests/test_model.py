@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanocascade.checkpoint.weights import disk_names, experts_of, load_model
-from nanocascade.engine.distributed import Dist, parallelize
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.layout import parallelize
 from nanocascade.model import logprobs, model
 from nanocascade.model.cache import Cache
 from nanocascade.model.logprobs import token_logprobs

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanocascade.engine.distributed import own_experts
+from nanocascade.engine.experts import own_experts
 from nanocascade.model import mamba2, moe
 from nanocascade.model.mamba2 import chunk_scan, scan_step
 from nanocascade.model.model import ModelConfig

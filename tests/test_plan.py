@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanocascade import stages
 from nanocascade.checkpoint.hf_config import load_config
-from nanocascade.engine.distributed import LAYOUT, Dist, parallelize
+from nanocascade.engine.distributed import LAYOUT, Dist
+from nanocascade.engine.layout import parallelize
 from nanocascade.model import mamba2
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.model import Model, ModelConfig

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from nanocascade.data.episode import Rollout
 from nanocascade.rewards import check_row, kind_of, preference, score
-from nanocascade.rewards.preference import rule_judge, score_group, win_rate
-from nanocascade.rollouts.rollout import Rollout, Scorer
+from nanocascade.rewards.judge import EndpointJudge, parse_verdict
+from nanocascade.rewards.preference import score_group, win_rate
+from nanocascade.rollouts.scoring import Scorer
+from nanocascade.toy.judge import rule_judge
 
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "About the cat."}]}}
 DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym" / "genrm_compare.jsonl"
@@ -118,9 +121,9 @@ def test_parse_verdict(text):
     """The last JSON object with three numbers in range counts, after the judge's own thought."""
     found = '{"why": {"a": "}"}, "score_1": 4, "score_2": "3", "ranking": 2} {"score_1": 2}'
     thought = '<think>{"score_1": 1, "score_2": 1, "ranking": 1}</think>'
-    assert preference.parse_verdict(f"{thought}{text}{found}") == verdict(4, 3, 2)
+    assert parse_verdict(f"{thought}{text}{found}") == verdict(4, 3, 2)
     with pytest.raises(ValueError, match="no verdict"):
-        preference.parse_verdict(thought + text)
+        parse_verdict(thought + text)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -163,7 +166,7 @@ def server(monkeypatch):
 def test_rewards_are_right_in_the_end(server):
     """Drops, 429, 500, time-outs and nonsense are asked again; both orders undo the liking."""
     server.faults = ["drop", 429, 500, "slow", "no JSON", "no verdict"]
-    judge = preference.EndpointJudge(server.url, "m", workers=3, timeout=0.2, pause=0.01, seed=1)
+    judge = EndpointJudge(server.url, "m", workers=3, timeout=0.2, pause=0.01, seed=1)
     for _ in range(2):  # the second time from the cache
         given = values(["1 a", "4 b", "2 c"], judge, both_orders=True, **PLAIN)
         assert given == [1.25, 4.25, 2.25]  # half a point in half of the matches of each
@@ -175,7 +178,7 @@ def test_rewards_are_right_in_the_end(server):
 def test_a_judge_that_is_away_is_an_error_and_no_reward(server, capsys):
     """The run waits, says so, and after max_wait stops; a request that is refused stops at once."""
     server.faults = [503] * 50
-    judge = preference.EndpointJudge(server.url, "m", pause=0.01, max_wait=0.2)
+    judge = EndpointJudge(server.url, "m", pause=0.01, max_wait=0.2)
     with pytest.raises(ConnectionError, match="no verdict in .*503"):
         values(["1", "2"], judge)
     assert "waiting" in capsys.readouterr().err and len(server.bodies) > 2
@@ -200,7 +203,7 @@ def test_answers_are_graded_beside_a_reference(server):
     """Questions on long texts and repairs without tests: right in the end through every fault, and
     a judge that likes a place gives nothing away; what is blank or does not apply is not asked."""
     server.faults = ["drop", 429, 500, "slow", "no JSON", "no verdict"]
-    judge = preference.EndpointJudge(server.url, "m", timeout=0.2, pause=0.01)
+    judge = EndpointJudge(server.url, "m", timeout=0.2, pause=0.01)
     assert (kind_of(QUESTION), kind_of(REPAIR)) == ("long_context", "swe")
     for row, answer, reward in [
         (QUESTION, "<think>\n4\n</think>\nThere are 5.", 1),
@@ -227,7 +230,7 @@ def test_judged_rows_need_a_judge_that_answers(server):
             score(QUESTION, "5", judge=judge)
     server.faults = [503] * 50
     with pytest.raises(ConnectionError):
-        away = preference.EndpointJudge(server.url, "m", pause=0.01, max_wait=0.1)
+        away = EndpointJudge(server.url, "m", pause=0.01, max_wait=0.1)
         score(QUESTION, "5", judge=away)
     with pytest.raises(ValueError, match="patch"):
         check_row({"verifier_metadata": {"files": {"a.py": ""}}})

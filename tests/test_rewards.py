@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from nanocascade.data.rows import read_rows
+from nanocascade.environments.shop import run_tool
 from nanocascade.rewards import Reward, check_row, score
 from nanocascade.rewards.math import latex_equal, rational
-from nanocascade.rewards.tools import run_tool
 from nanocascade.sandbox.worker import worker
 
 FIXTURES = Path(__file__).with_name("fixtures") / "rows.jsonl"

@@ -11,14 +11,21 @@ from torch.nn import Identity
 
 from nanocascade import teachers
 from nanocascade.checkpoint.weights import load_model
-from nanocascade.data.rows import PromptStream, conversation
+from nanocascade.data.batch import make_batches
+from nanocascade.data.episode import Rollout, Sampling
+from nanocascade.data.rows import conversation
+from nanocascade.data.stream import PromptStream
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.training import make_batches
+from nanocascade.rollouts import groups as drawing
 from nanocascade.rollouts import rollout
-from nanocascade.rollouts.rollout import MAX_DRAWS, Rollout, Sampling, Scorer, roll_out
-from nanocascade.sampler import Sample
-from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.rollouts.groups import MAX_DRAWS
+from nanocascade.rollouts.rollout import roll_out
+from nanocascade.rollouts.scoring import NOT_SCORED, Scorer
+from nanocascade.run import evaluate as evaluation
+from nanocascade.sampler import Sample, step_seed
+from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
+from nanocascade.toy.start import build_toy_tokenizer
 
 ALONE = Dist(0, 1, "cpu")
 ROWS = (tasks.tools(random.Random(i)) for i in range(40))  # (row, good, slip)
@@ -150,13 +157,14 @@ def calls(monkeypatch):
         heard.append((len(rows), num_samples, seed, list(row_ids)))
         return [group(x, *x["outcomes"]) for x in rows], {"time/rollout": 1.0, "time/score": 0.5}
 
-    monkeypatch.setattr(rollout, "roll_out", fake)
+    monkeypatch.setattr(drawing, "roll_out", fake)
+    monkeypatch.setattr(evaluation, "roll_out", fake)
     return heard
 
 
 def collect(rows, prompts, dynamic, dist=ALONE):
     args = PromptStream(rows, 0), prompts, 2, None, 0, 3, None, dist, dynamic
-    groups, timing = rollout.collect_groups(None, None, *args)
+    groups, timing = drawing.collect_groups(None, None, *args)
     order = [x["id"] for _, x in PromptStream(rows, 0).take(99)]
     return [g[0].row["id"] for g in groups], timing, order
 
@@ -174,7 +182,7 @@ def test_dynamic_filtering(calls):
     for name, alike in (("right", RIGHT), ("wrong", WRONG)):
         assert timing[f"group/all_{name}"] == drawn.count(alike) / tried > 0
     assert calls[1][0] == 4 - sum(rows[i]["outcomes"] == MIXED for i in order[:4]) < 4
-    assert {x[2] for x in calls} == {rollout.step_seed(0, 3)} != {rollout.step_seed(1, 3)}
+    assert {x[2] for x in calls} == {step_seed(0, 3)} != {step_seed(1, 3)}
     two = SimpleNamespace(**{k: getattr(ALONE, k) for k in ("shard", "sum")})  # ranks
     two.gather = lambda x: [x, ({"time/rollout": 9.0, "time/score": 0.0}, [])]
     slow, times = collect(rows, 4, True, two)[1], ("time/rollout", "time/score")
@@ -193,12 +201,12 @@ def test_numbers_masks(calls):
     groups = [group({}, *MIXED), group({}, 0.5, 0.0)]
     groups[0][1].stop_reason = "length"
     for mode, expected in (("penalty", [[1, 1], [1, 1]]), ("filter", [[1, 0], [1, 1]])):
-        rollout.apply_overlong(groups, mode)
+        drawing.apply_overlong(groups, mode)
         assert [[x.num_loss_tokens for x in g] for g in groups] == expected
-    rollout.mask_unsolved(groups, 0.5)
+    drawing.mask_unsolved(groups, 0.5)
     assert [[x.loss for x in g] for g in groups] == [[True, False], [False, False]]
     with pytest.raises(ValueError, match="--overlong drop"):
-        rollout.apply_overlong(groups, "drop")
+        drawing.apply_overlong(groups, "drop")
 
 
 def test_numbers_in_reach(calls):
@@ -207,10 +215,10 @@ def test_numbers_in_reach(calls):
     rows = rows_of(RIGHT, (1.0, 0.5), MIXED, *[WRONG] * 300) + [{"id": "known", "pass_rate": 1.0}]
 
     def reach(**limits):
-        return rollout.in_reach(None, None, rows, None, None, 0, ALONE, samples=2, **limits)
+        return drawing.in_reach(None, None, rows, None, None, 0, ALONE, samples=2, **limits)
 
     assert reach(max_pass_rate=0.74, keep_unsolved=1.0) == rows[2:-1]
-    assert calls == [(303, 2, rollout.step_seed(0, -1), list(range(303)))]
+    assert calls == [(303, 2, step_seed(0, -1), list(range(303)))]
     kept = reach(max_pass_rate=0.75, keep_unsolved=0.1)
     assert kept[:2] == rows[1:3] and 12 <= len(kept[2:]) <= 48
     assert kept == reach(max_pass_rate=0.75, keep_unsolved=0.1)
@@ -226,7 +234,7 @@ def test_numbers_metrics(calls):
     domains = {"math": [RIGHT, (0.0, 0.5)], "mcqa": [WRONG]}
     groups = [group({"domain": d}, *x) for d, xs in domains.items() for x in xs]
     vars(groups[1][0]).update(stop_reason="length", reward=-1.0, mask=[False, True, True, True])
-    assert rollout.rollout_metrics(groups, ALONE) == pytest.approx(
+    assert drawing.rollout_metrics(groups, ALONE) == pytest.approx(
         {
             "reward/mean": 1.5 / 6,
             "reward/mean/math": 0.375,
@@ -240,10 +248,10 @@ def test_numbers_metrics(calls):
         }
     )
     for x in groups[2]:
-        x.outcome, x.reason = None, rollout.NOT_SCORED
-    assert "reward/mean/mcqa" not in rollout.rollout_metrics(groups, ALONE)
+        x.outcome, x.reason = None, NOT_SCORED
+    assert "reward/mean/mcqa" not in drawing.rollout_metrics(groups, ALONE)
     rows = rows_of(RIGHT, MIXED, WRONG, MIXED) + [{"domain": "if", "outcomes": RIGHT}]
-    result, _ = rollout.evaluate(None, None, rows, 2, None, 5, None)
+    result, _ = evaluation.evaluate(None, None, rows, 2, None, 5, None)
     assert result["math"] == pytest.approx({"mean": 0.5, "n": 4, "interval": 0.98 * (1 / 6) ** 0.5})
     assert result["if"] == pytest.approx({"mean": 1.0, "n": 1, "interval": 1.96})
     assert calls == [(5, 2, 5, [0, 1, 2, 3, 4])]

@@ -8,9 +8,10 @@ from fixtures import make_parity
 
 from nanocascade import sampler
 from nanocascade.checkpoint.weights import load_model
-from nanocascade.engine.training import make_batches, new_routing, score_tokens
+from nanocascade.data.batch import make_batches
+from nanocascade.data.episode import Rollout
+from nanocascade.engine.forward import new_routing, score_tokens
 from nanocascade.model.moe import Routing
-from nanocascade.rollouts.rollout import Rollout
 from nanocascade.sampler import Decoder, draw, generate, hash_uniform, parts, sample_keys, truncate
 
 FAMILIES = ["nemotron_h-groups", "qwen3_moe-base"]

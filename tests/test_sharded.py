@@ -14,22 +14,19 @@ from torch.distributed.tensor import DTensor
 from nanocascade.checkpoint.hf_config import load_config
 from nanocascade.checkpoint.state import load_state, save_state
 from nanocascade.checkpoint.weights import load_model, save_model
+from nanocascade.data.batch import step_batches
+from nanocascade.data.episode import Rollout
 from nanocascade.engine import distributed
+from nanocascade.engine import layout as placing
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.training import (
-    make_optimizer,
-    new_routing,
-    no_load,
-    optimizer_step,
-    step_batches,
-)
-from nanocascade.engine.training import score_tokens as score
+from nanocascade.engine.forward import new_routing, no_load
+from nanocascade.engine.forward import score_tokens as score
+from nanocascade.engine.optim import make_optimizer, optimizer_step
 from nanocascade.grpo import grpo_loss
 from nanocascade.model.mamba2 import Mamba2
 from nanocascade.model.model import Model
 from nanocascade.model.moe import Router, update_correction_bias
-from nanocascade.rollouts.rollout import Rollout
-from nanocascade.run.run import RunConfig
+from nanocascade.run.settings import RunConfig
 from nanocascade.sampler import generate
 
 PLAIN = {"shard": True}
@@ -120,7 +117,7 @@ def prompts(n: int) -> list[list[int]]:
 
 def sample(model, mine: list[int], dist) -> dict[int, list]:
     texts = [prompts(9)[i] for i in mine]
-    with distributed.unsharded(model):
+    with placing.unsharded(model):
         out = generate(
             model,
             texts,
@@ -140,7 +137,7 @@ def compare(rank, variables, path, layout, out) -> None:
     wanted = make_optimizer(expected, 1e-2, (0.9, 0.95), 0.1)
     one = Dist()
     with enter(rank, variables, layout) as dist:
-        model = distributed.load(path, dist)
+        model = placing.load(path, dist)
         optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 0.1, dist.offload_optimizer)
         ep = dist.expert_parallel
         for name, p in model.named_parameters():
@@ -182,7 +179,7 @@ def compare(rank, variables, path, layout, out) -> None:
 def resume(rank, variables, path, layout, out) -> None:
     """The state that other ranks left, on this layout: the same weights, moments and next step."""
     with enter(rank, variables, layout) as dist:
-        model = distributed.load(path, dist)
+        model = placing.load(path, dist)
         optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 0.1)
         assert load_state(out, model, optimizer) == {"step": 3}
         close(weights(model), load_model(out / "model").state_dict(), 0)
@@ -224,7 +221,7 @@ def islands(rank, variables, path) -> None:
     """What test_numbers_islands asserts, on one rank."""
     seen, exact = [], load_model(path).state_dict()
     with enter(rank, variables, {"dtype": "bfloat16", "checkpoint_blocks": True}) as dist:
-        model = distributed.load(path, dist)
+        model = placing.load(path, dist)
 
         def look(module, args) -> None:
             names = {Router: ("weight",), Mamba2: ("A_log", "D", "dt_bias")}[type(module)]
@@ -267,7 +264,7 @@ def test_errors_layouts(tmp_path):
             Dist(0, 4, "cpu", **layout)
     model = SimpleNamespace(modules=list, blocks=[], named_parameters=list)
     with pytest.raises(ValueError, match="0 experts of .* do not divide into 2 x 2"):
-        distributed.parallelize(model, Dist(0, 4, "cpu", **SPREAD))
+        placing.parallelize(model, Dist(0, 4, "cpu", **SPREAD))
 
 
 def anonymous() -> int:
@@ -286,7 +283,7 @@ def load_large(rank, variables, path, layout, out) -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        model = distributed.load(path, dist)
+        model = placing.load(path, dist)
         done.set()
         watcher.join()
         held = sum(

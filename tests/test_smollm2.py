@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from nanocascade.checkpoint.weights import load_model, save_model
+from nanocascade.data.batch import make_batches
+from nanocascade.data.episode import Rollout
 from nanocascade.data.rows import read_rows
-from nanocascade.engine.training import make_batches, score_tokens
-from nanocascade.rollouts.rollout import Rollout
+from nanocascade.engine.forward import score_tokens
 from nanocascade.sampler import generate
 from nanocascade.tokenizer.tokenizer import Tokenizer
 

@@ -1,8 +1,11 @@
 """The budgets and rules of the code, read from its syntax trees and tokens; nothing is imported."""
 
 import ast
+import importlib.util
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from functools import lru_cache
 from pathlib import Path
@@ -12,23 +15,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nanocascade"
 TRAIN = [ROOT / f"train_{x}.py" for x in ("sft", "rl", "mopd")]
-RECIPE = ("stages", "grpo", "mopd", "sft", "rollouts/rollout")
-RECIPE = [PACKAGE / f"{x}.py" for x in RECIPE] + TRAIN
+RECIPE = [PACKAGE / f"{x}.py" for x in ("stages", "sft", "grpo", "mopd", "importance")]
+RECIPE += [*(PACKAGE / "rollouts").glob("*.py"), *TRAIN]
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("runs/*.py"), *PACKAGE.rglob("*.py")])
 TESTS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py")])
-LONGER_FILES = {  # path: why it may have up to 450 lines
-    "nanocascade/toy/tasks.py": "one generator a domain, and the words that all of them use",
-    "nanocascade/sandbox/jail.py": "all that a bare interpreter starts; it imports nothing of ours",
-    "nanocascade/run/run.py": "one class, the bookkeeping that the three scripts share",
-}
 # What a module may import at its top level: its own layer and those before it.
 LAYERS = (
-    ("sft", "grpo", "mopd"),
-    ("cli", "stages", "sandbox"),
-    ("model",),
-    ("checkpoint", "tokenizer", "sampler"),
-    ("rewards", "environments", "toy", "data"),
-    ("rollouts", "engine", "teachers", "plan", "run"),
+    ("importance", "sft", "grpo", "mopd"),
+    ("cli", "stages", "files"),
+    ("sandbox", "model"),
+    ("checkpoint", "tokenizer", "sampler", "environments"),
+    ("rewards",),
+    ("data", "engine"),
+    ("rollouts", "teachers", "plan", "toy"),
+    ("run",),
 )
 
 
@@ -64,11 +64,19 @@ def num_lines(*paths):
     return sum(len(read(path)[0].splitlines()) for path in paths)
 
 
+def num_tokens(*paths):
+    """Names, numbers, strings and operators; not comments, line ends and indentation."""
+    counted = {tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP}
+    readers = (io.StringIO(read(path)[0]).readline for path in paths)
+    return sum(x.type in counted for reader in readers for x in tokenize.generate_tokens(reader))
+
+
 def test_budget_of_files():
-    """Files have at most 400 lines, the recipe's eight 1,500; all ASCII, within 100 columns."""
-    sizes = {str(x.relative_to(ROOT)): num_lines(x) for x in CODE + TESTS}
-    assert not {k: n for k, n in sizes.items() if n > (450 if k in LONGER_FILES else 400)}
-    assert num_lines(*RECIPE) <= 1500
+    """Files of the program have at most 400 lines, the recipe 1,700; all ASCII, within 100."""
+    longer = {"nanocascade/toy/tasks.py": 480, "nanocascade/sandbox/jail.py": 440}
+    sizes = {str(x.relative_to(ROOT)): num_lines(x) for x in CODE}
+    assert not {name: n for name, n in sizes.items() if n > longer.get(name, 400)}
+    assert num_lines(*RECIPE) <= 1700
     undone = re.compile(r"\b(TO" r"DO|FIX" r"ME)\b")
     bad = [
         f"{path.relative_to(ROOT)}:{i}"
@@ -80,20 +88,30 @@ def test_budget_of_files():
 
 
 def test_budget_of_functions():
-    """Functions have at most 60 lines, the loop of a train script 100, and its train() 150."""
+    """Functions have at most 80 lines, the loop of a train script 100, and its train() 150."""
     large, script_limits = {}, {"train": 150, "for step": 100}
-    for place, x in nodes(CODE + TESTS, ast.FunctionDef, ast.For):
+    for place, x in nodes(CODE, ast.FunctionDef, ast.For):
         name = x.name if isinstance(x, ast.FunctionDef) else f"for {ast.unparse(x.target)}"
-        limit = script_limits.get(name, 60) if place.startswith("train_") else 60
+        limit = script_limits.get(name, 80) if place.startswith("train_") else 80
         if (size := x.end_lineno - x.lineno + 1) > limit:
             large[f"{place} {name}"] = size
     assert not large
 
 
-@pytest.mark.xfail(num_lines(*CODE) > 6000, reason=f"{num_lines(*CODE):,} lines", strict=True)
+@pytest.mark.xfail(num_lines(*CODE) > 10_500, reason=f"{num_lines(*CODE):,} lines", strict=True)
 def test_budget_of_everything():
-    """All Python outside tests and benchmarks has at most 6,000 lines."""
-    assert num_lines(*CODE) <= 6000
+    """All Python outside tests and benchmarks: at most 10,500 lines and 82,000 tokens."""
+    assert num_lines(*CODE) <= 10_500 and num_tokens(*CODE) <= 82_000
+
+
+def test_formatter():
+    """The formatter's output is the style: nothing is exempted from it."""
+    exempt = "fmt: " + "skip", "fmt: " + "off"
+    assert not [x for x in CODE + TESTS if any(word in read(x)[0] for word in exempt)]
+    if importlib.util.find_spec("ruff") is None:
+        pytest.skip("needs ruff (an extra) to check the format")
+    command = [sys.executable, "-m", "ruff", "format", "--check", "--quiet", ROOT]
+    assert subprocess.run(command).returncode == 0
 
 
 def test_sections_of_scripts():
@@ -134,7 +152,7 @@ def test_import_layers():
     lowest = {"torch", *(f"nanocascade.{name}" for name in LAYERS[0])}
     assert all(imports_of(PACKAGE / f"{name}.py") <= lowest for name in LAYERS[0])
     ranked = {x.stem for x in CODE if "torch.distributed" in read(x)[0]}
-    assert ranked <= {"distributed", "weights", "state", "meter"}
+    assert ranked <= {"distributed", "layout", "experts", "weights", "state", "meter"}
     rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     for path in PACKAGE.rglob("*.py"):
         mine = path.relative_to(PACKAGE).parts[0].removesuffix(".py")

@@ -5,10 +5,12 @@ import random
 
 import pytest
 
-from nanocascade.data.rows import PromptStream, conversation, normalize
+from nanocascade.data.rows import conversation, normalize
+from nanocascade.data.stream import PromptStream
 from nanocascade.rewards import check_row, kind_of, score
-from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
+from nanocascade.toy.start import build_toy_tokenizer
 
 GRADED = [x for x in tasks.GENERATORS if x != "preference"]  # that one has no right answer
 KINDS = {x: {x} for x in tasks.GENERATORS} | {"verify": {"math"}, "revise": {"math", "code"}}

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nanocascade.tokenizer.chat import MARKUP, parse_response, render_pieces
-from nanocascade.tokenizer.tokenizer import Tokenizer, _jinja, _jinja_pieces, build_toy_tokenizer
+from nanocascade.tokenizer.tokenizer import Tokenizer, _jinja, _jinja_pieces
+from nanocascade.toy.start import build_toy_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "chat" / "nemotron3_nano.jsonl"
 # Our conversations as the published templates of Nemotron 3 Nano, Qwen3 and SmolLM2 render them.

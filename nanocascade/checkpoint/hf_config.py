@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nanocascade.checkpoint.state import read_json
+from nanocascade.files import read_json
 from nanocascade.model.model import ModelConfig
 
 CLASSES = {"nemotron_h": "NemotronH", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}

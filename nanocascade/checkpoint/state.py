@@ -4,8 +4,6 @@ Everything is written under another name, forced to the disk and renamed: what h
 whole. No pickle: safetensors and JSON.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+
+from nanocascade.files import read_json, sync, write_json_atomic
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is at one rank
 
@@ -131,18 +131,6 @@ def state_dirs(out) -> list[Path]:
     return sorted((Path(out) / "state").glob("[0-9]*"), key=lambda x: int(x.name))
 
 
-@contextlib.contextmanager
-def unfinished_dir(path: Path):
-    """An empty directory in `path`, gone afterwards: what is whole is renamed out of it."""
-    new = path / ".saving"
-    shutil.rmtree(new, ignore_errors=True)  # left by a killed save
-    new.mkdir(parents=True)
-    try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
     file.touch()
@@ -153,41 +141,3 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error}") from None
     sync(file)
-
-
-def sync(file: Path) -> None:
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
-
-
-def sha256_of(path) -> str:
-    """Hash of a directory's weights for the manifest: `cat model*.safetensors | sha256sum`."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("model*.safetensors")):
-        with open(file, "rb") as opened:
-            hashlib.file_digest(opened, lambda: digest)
-    return digest.hexdigest()
-
-
-def write_json_atomic(path, obj) -> None:
-    part = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.part")  # ranks may write the same
-    part.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
-    sync(part)
-    os.replace(part, path)
-
-
-def read_text(path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-
-def read_json(path) -> dict:
-    try:
-        obj = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(obj, dict):
-        raise ValueError(f"{path} holds a {type(obj).__name__}, expected an object")
-    return obj

@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanocascade.checkpoint.hf_config import config_json, load_config
-from nanocascade.checkpoint.state import read_json, unfinished_dir, write_json_atomic, write_tensors
+from nanocascade.checkpoint.state import write_tensors
+from nanocascade.files import read_json, unfinished_dir, write_json_atomic
+from nanocascade.model.layers import KEEP_FP32
 from nanocascade.model.model import Model
 
-# Small, and ruinous when rounded: at least fp32 in memory and on disk.
-KEEP_FP32 = (".gate.weight", ".e_score_correction_bias", ".A_log", ".D", ".dt_bias")
 IGNORED = re.compile(r"mtp\.|.*\.rotary_emb\.inv_freq$")  # multi-token prediction; old Llama files
 
 # Prefix in memory -> on disk; {} is the layer: a block of nemotron_h, two blocks of the others.

@@ -15,14 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanocascade.model.layers import upcast
+
 SPAN = 8192  # positions of a row that are scanned at once
 CPU_CHUNK = 64  # a core's cache holds 64 x 64 weights of all heads; a GPU takes the published 128
 STEP_BYTES = 1 << 20  # of state that a decoding step works on at once: half a core's cache
-
-
-def upcast(x: Tensor) -> Tensor:
-    """At least fp32: the precision of the islands (router, dt, A, state, logits), fp64 kept."""
-    return x if x.dtype.itemsize >= 4 else x.float()
 
 
 def chunk_scan(x, dt, A, B, C, chunk_size, segments=None, state=None):

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanocascade.model.cache import Cache
-from nanocascade.model.mamba2 import Mamba2, upcast
-from nanocascade.model.moe import MLP, Experts, MoE, Router, Routing
+from nanocascade.model.layers import MLP, RMSNorm, upcast
+from nanocascade.model.mamba2 import Mamba2
+from nanocascade.model.moe import Experts, MoE, Router, Routing
 
 # Packed rows attend a document at a time, or, where rows have at most MASK_MAX tokens and documents
 # fewer than MASK_DOCUMENT in the mean, under one (t, t) mask:
@@ -131,43 +132,6 @@ class Context:
     mask: Tensor | None = None
     documents: list[list[int]] | None = None
     routing: Routing | None = None
-
-
-class Normalize(torch.autograd.Function):
-    """x / rms(x) * weight, its gradient in closed form: half of autograd's passes over x."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # (..., 1)
-        scale = (square / x.shape[-1] + eps).rsqrt()  # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        # scale depends on x: d scale / d x = -scale^3 x / d
-        both = (grad * x).reshape(-1, len(weight))  # (n, d)
-        pull = (both @ weight).view(scale.shape) * scale**3 / -len(weight)  # (..., 1)
-        grad_x = (grad * weight).mul_(scale).addcmul_(x, pull)
-        return grad_x, scale.flatten() @ both, None
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in at least fp32."""
-
-    def __init__(self, width: int, eps: float, weight_in_fp32: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.weight_in_fp32 = eps, weight_in_fp32
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = upcast(x)
-        if self.weight_in_fp32 or x.dtype == wide.dtype:  # the two agree where nothing is cast
-            if torch.is_grad_enabled():
-                return Normalize.apply(wide, upcast(self.weight), self.eps).to(x.dtype)
-            return F.rms_norm(wide, wide.shape[-1:], upcast(self.weight), self.eps).to(x.dtype)
-        return F.rms_norm(wide, wide.shape[-1:], None, self.eps).to(x.dtype) * self.weight
 
 
 def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanocascade.model.mamba2 import upcast
+from nanocascade.model.layers import MLP, activate, upcast
 
 
 class Routing:
@@ -45,25 +45,6 @@ def group_ends(sorted_experts: Tensor, num_experts: int) -> Tensor:
     ids = torch.arange(num_experts, device=sorted_experts.device)  # (e,)
     ids = ids.expand(*sorted_experts.shape[:-1], -1).contiguous()  # (..., e)
     return torch.searchsorted(sorted_experts, ids, right=True)
-
-
-def activate(up: Tensor, gate: Tensor | None = None) -> Tensor:
-    """relu(up)^2 (nemotron_h) or SwiGLU silu(gate) * up (qwen3, llama)."""
-    return F.relu(up).square() if gate is None else F.silu(gate) * up
-
-
-class MLP(nn.Module):
-    """down(act(up x)): the dense `-` mixer and the shared expert."""
-
-    def __init__(self, width: int, hidden: int, gated: bool):
-        super().__init__()
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.gate_proj = nn.Linear(width, hidden, bias=False) if gated else None
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor, ctx=None, layer=None) -> Tensor:
-        gate = None if self.gate_proj is None else self.gate_proj(x)  # (b, t, f)
-        return self.down_proj(activate(self.up_proj(x), gate))  # (b, t, d)
 
 
 class Experts(nn.Module):

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nanocascade.engine.distributed import EXPERT_TOKENS, Dist, parallelize, unsharded
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.experts import EXPERT_TOKENS
+from nanocascade.engine.layout import parallelize, unsharded
 from nanocascade.model import mamba2
 from nanocascade.model.cache import Cache
 from nanocascade.model.logprobs import token_logprobs

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from nanocascade.checkpoint.hf_config import load_config
-from nanocascade.checkpoint.weights import KEEP_FP32
 from nanocascade.cli import describe
 from nanocascade.engine.distributed import LAYOUT, Dist, find_device
 from nanocascade.model.cache import Cache
+from nanocascade.model.layers import KEEP_FP32
 from nanocascade.model.mamba2 import SPAN
 from nanocascade.model.model import Model
 from nanocascade.plan.meter import (

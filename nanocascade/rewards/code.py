@@ -19,12 +19,13 @@ that it changes in place, and modules beside the library and the program's own.
 import hashlib
 import json
 import math
-import os
 import re
 import threading
 
+from nanocascade.environments.base import MAX_PROGRAM
+from nanocascade.environments.repository import HUNK, edited, modules_of, patched
+from nanocascade.environments.shop import MAX_CALLS
 from nanocascade.rewards.base import Reward
-from nanocascade.rewards.tools import MAX_CALLS
 from nanocascade.rewards.unit_tests import (
     check_seconds,
     check_unit_tests,
@@ -32,28 +33,13 @@ from nanocascade.rewards.unit_tests import (
     read_calls,
 )
 from nanocascade.sandbox.jail import encode
-from nanocascade.sandbox.sandbox import Limits, Sandbox
+from nanocascade.sandbox.sandbox import Limits, read_reply, shared_sandbox
 
-MAX_PROGRAM, MAX_PATCH = 1 << 18, 1 << 16  # characters; Codeforces takes 65,536 bytes
 MAX_VERDICTS = 20_000
-HUNK = re.compile(r"^@@ -\d+(?:,(\d{1,6}))? \+\d+(?:,(\d{1,6}))? @@", re.MULTILINE)
-PATH = re.compile(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*")  # of a new file
 PYTHON = ("python", "py", "python3")
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")  # "2.50", "1e-3"; not "2"
 
 lock, verdicts = threading.Lock(), {}  # digest -> Reward, oldest first
-shared = {}  # process id -> Sandbox; a fork of ours starts its own
-
-
-def shared_sandbox(num_servers=2, allow_unprotected=False):
-    """The sandbox of all rewards, made by the first call: a script's, to set it up and describe it.
-
-    OSError where programs cannot be confined and the script does not allow that.
-    """
-    with lock:
-        if os.getpid() not in shared:
-            shared[os.getpid()] = Sandbox(num_servers, allow_unprotected=allow_unprotected)
-        return shared[os.getpid()]
 
 
 def last_program(text, languages=PYTHON):
@@ -116,22 +102,6 @@ def same_value(expected, data):
     if isinstance(expected, float) and isinstance(data, float):
         return expected == data or close(expected, data)
     return expected == data
-
-
-def read_reply(outcome, number):
-    """(data, None), or (None, reason) for an error, a missing reply, or one that is no reply."""
-    if number >= len(outcome.replies):
-        return None, outcome.ended or "ended early"
-    try:
-        ((kind, body),) = json.loads(outcome.replies[number]).items()
-        if kind == "value":
-            return body, None
-        error = re.sub(r"\W", "", body[0])[:60]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        error = "NoReply"
-    if error in ("SyntaxError", "IndentationError", "TabError"):
-        return None, "syntax error"
-    return None, "memory" if error == "MemoryError" else f"crashed: {error}"
 
 
 def judge_calls(sandbox, modules, entry, tests, limits):
@@ -216,82 +186,6 @@ def verify_program(row, message):
     return Reward(0.0, reason) if reason else judge({"solution": program}, "solution", row)
 
 
-def block_edits(lines):
-    """[(path, old lines, new lines)] of the blocks of an answer; None if one has no end. A block:
-
-        path, <<<<<<< SEARCH, old lines, =======, new lines, >>>>>>> REPLACE
-
-    each on a line of its own.
-    """
-    edits, place = [], 0
-    for _ in range(lines.count("<<<<<<< SEARCH")):
-        try:
-            start = lines.index("<<<<<<< SEARCH", place)
-            middle = lines.index("=======", start)
-            place = lines.index(">>>>>>> REPLACE", middle)
-        except ValueError:
-            return None
-        path = lines[start - 1].strip().strip("`") if start else ""
-        edits.append((path, lines[start + 1 : middle], lines[middle + 1 : place]))
-    return edits
-
-
-def diff_edits(lines):
-    """The same of a unified diff's hunks, read by the counts in their headers and not by place."""
-    edits, path, rest = [], "", iter(lines)
-    for line in rest:
-        if line.startswith("+++ "):
-            path = line[4:].partition("\t")[0].strip().removeprefix("b/")
-        elif head := HUNK.match(line):
-            num_old, num_new = (int(count or 1) for count in head.groups())
-            old, new = [], []
-            while len(old) < num_old or len(new) < num_new:
-                line = next(rest, "end")
-                if line[:1] not in ("", " ", "-", "+", "\\"):
-                    return None
-                if line[:1] in ("", " ", "-"):  # editors strip a blank line's space
-                    old.append(line[1:])
-                if line[:1] in ("", " ", "+"):
-                    new.append(line[1:])
-            edits.append((path, old, new))
-    return edits
-
-
-def patched(files, text):
-    """(files with the edits of an answer applied in order, None), or (None, reason). The old lines
-    of an edit, whole, must occur exactly once."""
-    files, lines = dict(files), text.split("\n")
-    if len(text) > MAX_PATCH:
-        return None, "patch too long"
-    edits = block_edits(lines) if "<<<<<<< SEARCH" in lines else diff_edits(lines)
-    if not edits:
-        return None, "unfinished patch" if edits is None else "no patch"
-    for path, old, new in edits:
-        if path not in files:
-            return None, "patch of a file that is not there"
-        body = files[path].split("\n")
-        found = [k for k in range(len(body)) if old and body[k : k + len(old)] == old]
-        if len(found) != 1:
-            return None, f"lines to replace found {len(found)} times"
-        body[found[0] : found[0] + len(old)] = new
-        files[path] = "\n".join(body)
-    return files, None
-
-
-def modules_of(files):
-    """({dotted name: source} of the Python files, {path: dotted name})."""
-    names = {
-        path: re.sub(r"(/__init__)?\.py$", "", path).replace("/", ".")
-        for path in files
-        if path.endswith(".py")
-    }
-    modules = {name: files[path] for path, name in names.items()}
-    for name in list(modules):  # folders are packages, with or without __init__.py
-        for parent in (name[: dot.start()] for dot in re.finditer(r"\.", name)):
-            modules.setdefault(parent, "")
-    return modules, names
-
-
 def judge_files(files, row):
     """The entry module of a repository against the row's tests."""
     modules, names = modules_of(files)
@@ -312,24 +206,6 @@ def verify_repair(row, message):
     """What the row's tests say to its files as the answer repairs them."""
     files, reason = repaired(row, message)
     return Reward(0.0, reason) if reason else judge_files(files, row)
-
-
-def edited(files, arguments):
-    """(new files, what was done), or (files, why nothing was), of one call of the tool edit.
-
-    path, old, new: a text that occurs exactly once is replaced; an empty old makes a new file.
-    """
-    path, old, new = (arguments.get(key, "") for key in ("path", "old", "new"))
-    if not all(isinstance(x, str) and len(x) <= MAX_PATCH for x in (path, old, new)):
-        return files, f"error: path, old and new are texts of at most {MAX_PATCH} characters"
-    if not old and path not in files and PATH.fullmatch(path):
-        return {**files, path: new}, f"made {path}"
-    if path not in files:
-        return files, f"error: no file {path}"
-    found = files[path].count(old) if old else 0
-    if found != 1:
-        return files, f"error: old was found {found} times in {path}, not once"
-    return {**files, path: files[path].replace(old, new)}, f"edited {path}"
 
 
 def verify_episode(row, message):

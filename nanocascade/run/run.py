@@ -10,124 +10,34 @@ import os
 import platform
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from nanocascade.checkpoint.hf_config import load_config
-from nanocascade.checkpoint.state import (
-    check_out_dir,
-    load_state,
-    read_json,
-    remove_state,
-    save_state,
-    sha256_of,
-    write_json_atomic,
-)
+from nanocascade.checkpoint.state import check_out_dir, load_state, remove_state, save_state
 from nanocascade.checkpoint.weights import save_model
-from nanocascade.data.rows import (
-    PromptStream,
-    conversation,
-    read_references,
-    read_rows,
-    sft_conversation,
-)
-from nanocascade.engine.distributed import LAYOUT, load, parallelize
-from nanocascade.engine.training import (
-    Log,
-    check_settings,
-    commit,
-    evaluation_table,
-    peak_gib,
-    show_rollout,
-)
-from nanocascade.model.model import Model, ModelConfig
+from nanocascade.data.episode import Rollout, Sampling
+from nanocascade.data.rows import conversation, read_references, read_rows, sft_conversation
+from nanocascade.data.stream import PromptStream
+from nanocascade.engine.distributed import LAYOUT
+from nanocascade.engine.layout import load, parallelize
+from nanocascade.files import read_json, sha256_of, write_json_atomic
+from nanocascade.model.layers import widest
+from nanocascade.model.model import Model
 from nanocascade.plan import plan
 from nanocascade.rewards import kind_of, needs_judge
-from nanocascade.rewards.code import shared_sandbox
-from nanocascade.rewards.preference import EndpointJudge, rule_judge
-from nanocascade.rollouts.rollout import Rollout, Sampling, evaluate
-from nanocascade.sampler import widest
-from nanocascade.tokenizer.tokenizer import Tokenizer, build_toy_tokenizer
+from nanocascade.rewards.judge import EndpointJudge
+from nanocascade.run.evaluate import evaluate
+from nanocascade.run.log import Log, commit, evaluation_table, peak_gib, show_rollout
+from nanocascade.run.settings import TOY, check_settings, starts_from_nothing
+from nanocascade.sandbox.sandbox import shared_sandbox
+from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
-
-TOY = "toy"  # as a data source: rows of tasks.py
-
-
-@dataclass
-class RunConfig:
-    """The flags that the three train scripts share; each script adds its own."""
-
-    config: str = "toy"  # toy, small or full: where the defaults come from
-    init: str = ""  # directory of the model to start from; the toy's SFT starts from random weights
-    out: str = ""  # directory of the run and of the trained model
-    data: tuple[str, ...] = ()  # JSONL files of rows; "toy" generates tasks
-    eval_data: tuple[str, ...] = ()  # rows to evaluate on after training; "toy", or none
-    resume: bool = False  # continue the run in --out exactly where its last checkpoint is
-    dry_run: bool = False  # print the resolved run and its plan (memory, time), and exit
-    cluster: str = ""  # of a dry run: 8xH200, 16xH100, ...; this machine if empty
-    seed: int = 0  # of initial weights, data order and sampling
-    # ---- advanced ----
-    bias_rate: float = 1e-3  # step of the experts' correction bias after each update (0 = off)
-    betas: tuple[float, ...] = (0.9, 0.95)  # of AdamW
-    weight_decay: float = 0.0  # of matrices
-    max_norm: float = 1.0  # global gradient norm to clip to
-    micro_tokens: int = 8192  # tokens of a micro-batch; changes memory and speed, not gradients
-    max_rows: int = 512  # rows decoded at once
-    device: str = ""  # cuda, mps or cpu; found if empty
-    shard: bool = False  # FSDP2: weights, gradients and moments in shards over the ranks
-    expert_parallel: int = 1  # ranks that share the experts of one copy (8: within a node)
-    replicas: int = 1  # copies of the sharded weights, one a group of nodes
-    dtype: str = "float32"  # of products: float32, or bfloat16 with fp32 master weights
-    checkpoint_blocks: bool = False  # keep only the blocks' inputs for backward, and recompute
-    offload_blocks: bool = False  # and keep these in host memory
-    offload_optimizer: bool = False  # moments in host memory, on the device one at a time
-    save_every: int = 10  # steps between checkpoints of the training state (0 = none)
-    log_groups: int = 1  # groups a domain and step that go to rollouts.jsonl
-    show_every: int = 10  # steps between rollouts printed in full (0 = never)
-    eval_samples: int = 256  # evaluation prompts of a foreign domain
-    own_eval_samples: int = 2000  # evaluation prompts of the domains trained on
-    eval_max_new_tokens: int = 72  # of a response in evaluations
-    references: str = ""  # JSONL of stored answers that preference answers are compared with
-    judge_url: str = ""  # OpenAI-compatible endpoint of a generative reward model
-    judge_model: str = ""  # its name there
-    toy_rows: int = 1500  # generated rows a domain
-    allow_unprotected: bool = False  # run programs even where the sandbox cannot be enforced
-
-
-def toy_model_config(vocab_size: int, eos_ids) -> ModelConfig:
-    """A real hybrid of a million parameters: Mamba-2, attention, 8 experts and a shared one."""
-    return ModelConfig(
-        vocab_size=-(-vocab_size // 8) * 8,
-        hidden_size=128,
-        pattern="MEM*E",
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        shared_expert_intermediate_size=128,
-        mamba_num_heads=4,
-        mamba_head_dim=32,
-        ssm_state_size=32,
-        chunk_size=32,
-        max_position_embeddings=1024,
-        eos_token_ids=tuple(eos_ids),
-    )
-
-
-def starts_from_nothing(cfg, stage: str) -> bool:
-    return not cfg.init and cfg.config == TOY and stage == "sft"
-
-
-def require_flags(cfg, stage: str) -> None:
-    """Name what a config needs and was not given, before any process is set up for it."""
-    needed = ["out", "data"] if starts_from_nothing(cfg, stage) else ["init", "out", "data"]
-    if missing := [f"--{name}" for name in needed if not getattr(cfg, name)]:
-        raise ValueError(f"--config {cfg.config} needs {', '.join(missing)}")
+from nanocascade.toy.judge import rule_judge
+from nanocascade.toy.start import build_toy_tokenizer, toy_model_config
 
 
 class Run:

@@ -14,12 +14,14 @@ look at it; one that forges replies as well, the limit in all.
 import json
 import os
 import queue
+import re
 import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -259,3 +261,34 @@ class Sandbox:
 
     def __exit__(self, *error):
         self.close()
+
+
+lock = threading.Lock()
+shared = {}  # process id -> Sandbox; a fork of ours starts its own
+
+
+def shared_sandbox(num_servers=2, allow_unprotected=False):
+    """The sandbox of all rewards, made by the first call: a script's, to set it up and describe it.
+
+    OSError where programs cannot be confined and the script does not allow that.
+    """
+    with lock:
+        if os.getpid() not in shared:
+            shared[os.getpid()] = Sandbox(num_servers, allow_unprotected=allow_unprotected)
+        return shared[os.getpid()]
+
+
+def read_reply(outcome, number):
+    """(data, None), or (None, reason) for an error, a missing reply, or one that is no reply."""
+    if number >= len(outcome.replies):
+        return None, outcome.ended or "ended early"
+    try:
+        ((kind, body),) = json.loads(outcome.replies[number]).items()
+        if kind == "value":
+            return body, None
+        error = re.sub(r"\W", "", body[0])[:60]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        error = "NoReply"
+    if error in ("SyntaxError", "IndentationError", "TabError"):
+        return None, "syntax error"
+    return None, "memory" if error == "MemoryError" else f"crashed: {error}"

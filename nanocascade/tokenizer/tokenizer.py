@@ -16,10 +16,9 @@ from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from nanocascade.checkpoint.state import read_json, read_text
-from nanocascade.tokenizer.chat import MARKUP, TEMPLATE, Piece, merge, parse_response, render_pieces
+from nanocascade.files import read_json, read_text
+from nanocascade.tokenizer.chat import MARKUP, Piece, merge, parse_response, render_pieces
 
 # Style <- texts that, all together, only templates of this very behaviour contain. (Nemotron 3
 # Ultra has no newline after </think>, other descendants of Qwen3 another rule for history.)
@@ -256,48 +255,3 @@ def _jinja_pieces(render, messages, thinking, add_generation_prompt):
                 pieces += [Piece(text[at:start]), Piece(text[start : len(done)], loss=True)]
                 at = len(done)
     return [*pieces, Piece(text[at:])]
-
-
-def build_toy_tokenizer(path, words=()):
-    """Writes a tokenizer of 256 bytes (id = byte), one token a word, and the markup, to path.
-
-    words: any strings, " the" or ".\\n" as well; longest match first. Where a word begins or ends
-    with a letter or digit, none may touch it from outside: "the" is not found in "then". Any text
-    round-trips, and a digit is one token unless a word holds it.
-    """
-    # GPT-2's printable stand-ins: visible bytes for themselves, the others from U+0100 on.
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    chars = [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
-    vocab = {char: byte for byte, char in enumerate(chars)}
-    words = sorted({*words} - {""}, key=lambda word: (-len(word), word))
-    for word in words:
-        vocab.setdefault("".join(chars[byte] for byte in word.encode()), len(vocab))
-    # Words are cut out first and looked up whole (ignore_merges); the rest falls to single bytes.
-    cut = "|".join(
-        r"(?<!\w)" * w[0].isalnum() + re.escape(w) + r"(?!\w)" * w[-1].isalnum() for w in words
-    )
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(cut or "(?!)"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(text, normalized=False, special=True)
-            for text in ("<|endoftext|>", *MARKUP[:6])
-        ]
-    )
-    Path(path).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(Path(path) / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": TEMPLATE,
-    }
-    (Path(path) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

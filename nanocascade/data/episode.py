@@ -1,0 +1,83 @@
+"""One episode of a model, and how it is sampled."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sampling:
+    """How pi_inf is drawn from: every log-prob of a stage is of logits / temperature."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_turns: int = 4  # assistant turns of an episode with tools
+    max_rows: int = 512
+    thinking: bool = True
+    return_experts: bool = False  # routing replay
+    max_tokens: int = 0  # of prompt and response together (0 = no limit of its own)
+
+    def room(self, prompt: int) -> int:
+        """Tokens that may follow a prompt of so many."""
+        total = self.max_tokens or prompt + self.max_new_tokens
+        return min(self.max_new_tokens, total - prompt)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What a score depends on, to be stored with it."""
+        return {k: getattr(self, k) for k in ("max_new_tokens", "max_tokens", "max_turns")}
+
+
+@dataclass
+class Rollout:
+    """One episode. tokens, mask and sampler_logprobs have one entry a token, prompt included.
+
+    turns: [{"role": "assistant" | "tool", "content": text}, ...]; reward is what the group's
+    advantage is made of, outcome the raw verdict before any shaping.
+    """
+
+    row: dict
+    tokens: list[int]
+    prompt_length: int
+    mask: list[bool] = field(default_factory=list)
+    sampler_logprobs: list[float] = field(default_factory=list)
+    turns: list[dict] = field(default_factory=list)
+    stop_reason: str = ""
+    experts: Tensor | None = None
+    played: tuple | None = None  # (number of calls, state) of the row's environment
+    reward: float = 0.0
+    outcome: float | None = 0.0  # None: no judge, or no stored answer to compare with
+    reason: str = ""
+    advantage: float = 0.0
+    loss: bool = True  # False: masked out (overlong filter, a prompt nobody solved)
+
+    @property
+    def domain(self) -> str:
+        return self.row["domain"]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(self.mask) if self.loss else 0
+
+    @property
+    def response_length(self) -> int:
+        return sum(self.mask)
+
+    @property
+    def truncated(self) -> bool:
+        return self.stop_reason == "length"
+
+    def extend(self, tokens, logprobs=None) -> None:
+        """Add what the model wrote, or, without logprobs, what a tool or the prompt said."""
+        self.tokens += tokens
+        self.mask += [logprobs is not None] * len(tokens)
+        self.sampler_logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
+
+    def remember(self, experts: Tensor | None) -> None:
+        """The experts (t, l, a) of a turn; earlier turns' stay as chosen when they were sampled."""
+        if self.experts is not None:
+            experts = torch.cat([self.experts, experts[len(self.experts) :]])
+        self.experts = experts

@@ -1,0 +1,21 @@
+"""The device of this process."""
+
+import os
+
+import torch
+
+
+def find_device(name: str) -> str:
+    """The device asked for, or the best there is: cuda, mps (one process only), cpu."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if name and name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: expected cuda, mps or cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch finds no such device")
+    if name == "mps" and not alone:
+        raise ValueError("--device mps: its ranks could not talk to each other, take one or cpu")
+    if name and name != "cuda":  # of several processes each takes its own
+        return name
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "mps" if alone and torch.backends.mps.is_available() else "cpu"

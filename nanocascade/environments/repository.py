@@ -1,0 +1,216 @@
+"""A repository in memory: files to list, read, search, edit and test; patches that answers hold."""
+
+import re
+
+from nanocascade.environments.base import TOLD, make_tool, run
+
+TESTS = (
+    TOLD
+    + """
+import importlib, sys
+passed = failed = 0
+for name in %r:
+    found = {name: lambda: importlib.import_module(name)}
+    try:
+        values = vars(importlib.import_module(name)).items()
+        found = {k: v for k, v in values if k.startswith("test") and callable(v)}
+        if unittest := sys.modules.get("unittest"):
+            for case in [v for _, v in values if isinstance(v, type)]:
+                if issubclass(case, unittest.TestCase):
+                    suite = unittest.defaultTestLoader.loadTestsFromTestCase(case)
+                    found.update({test.id(): test.debug for test in suite})
+    except BaseException as error:
+        pass  # importing it again fails again, as a test
+    for test, run in found.items():
+        try:
+            run()
+            passed += 1
+        except BaseException as error:
+            failed += 1
+            print(f"FAILED {name}: {test}: {told(error)}")
+print(f"{passed} passed, {failed} failed")
+"""
+)
+
+
+# ---- Repositories --------------------------------------------------------------------------------
+
+
+def list_files(files: dict, folder: str = "") -> str:
+    sizes = {x: files[x].count("\n") + 1 for x in sorted(files) if x.startswith(folder)}
+    return "\n".join(f"{path} ({n} lines)" for path, n in sizes.items()) or "no such files"
+
+
+def read_file(files: dict, path: str = "", first: str = "1", last: str = "") -> str:
+    if path not in files:
+        return f"error: no file {path}"
+    lines = files[path].split("\n")
+    if not all(re.fullmatch(r"\d{1,9}", x) for x in (first, last or "0")):
+        return f"error: first and last are line numbers from 1 to {len(lines)}"
+    return "\n".join(lines[max(int(first) - 1, 0) : int(last or len(lines))])
+
+
+def search(files: dict, text: str = "") -> str:
+    """Lines that contain a text as it stands: a pattern of the model's could take for ever."""
+    found = [
+        f"{path}:{i}: {line}"
+        for path in sorted(files)
+        if text in files[path] and text
+        for i, line in enumerate(files[path].split("\n"), 1)
+        if text in line
+    ]
+    return "\n".join(found) or "not found"
+
+
+def run_tests(files: dict, late: int, path: str = ""):
+    """Functions called test* and unittest's cases of one file, or of all that are called tests."""
+    modules, names = modules_of(files)
+    tests = [x for x in sorted(names) if re.search(r"(^|/)test_[^/]*$|_test\.py$", x)]
+    if path and path not in names:
+        return late, f"error: no Python file {path}"
+    chosen = [names[x] for x in ([path] if path else tests)]
+    if not chosen:
+        return late, "no tests"
+    return run({**modules, "run tests": TESTS % chosen}, "run tests", late)
+
+
+LOOKING = {"list": list_files, "read": read_file, "search": search}
+REPOSITORY_TOOLS = [
+    make_tool("list", "Paths of the files.", ("folder",), folder="string"),
+    make_tool(
+        "read",
+        "Lines of a file.",
+        ("first", "last"),
+        path="string",
+        first="integer",
+        last="integer",
+    ),
+    make_tool("search", "Lines that contain a text.", text="string"),
+    make_tool(
+        "edit",
+        "Replace a text that occurs once; an empty old makes a new file.",
+        path="string",
+        old="string",
+        new="string",
+    ),
+    make_tool("test", "Run the tests of a file, or all.", ("path",), path="string"),
+]
+
+
+def repository_step(state: tuple, name: str, arguments: dict):
+    """(files, late) after a call, and what it says; only an edit changes the files."""
+    files, late = state
+    if name == "edit":
+        files, text = edited(files, arguments)
+        return (files, late), text
+    declared = {x["function"]["name"]: x["function"]["parameters"] for x in REPOSITORY_TOOLS}
+    if name not in declared:
+        return state, "error: no such tool"
+    known = {
+        k: str(v)
+        for k, v in arguments.items()
+        if k in declared[name]["properties"] and type(v) in (str, int)
+    }
+    if name == "test":
+        late, text = run_tests(files, late, **known)
+        return (files, late), text
+    return state, LOOKING[name](files, **known)
+
+
+HUNK = re.compile(r"^@@ -\d+(?:,(\d{1,6}))? \+\d+(?:,(\d{1,6}))? @@", re.MULTILINE)
+MAX_PATCH = 1 << 16  # characters; Codeforces takes 65,536 bytes
+PATH = re.compile(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*")  # of a new file
+
+
+def block_edits(lines):
+    """[(path, old lines, new lines)] of the blocks of an answer; None if one has no end. A block:
+
+        path, <<<<<<< SEARCH, old lines, =======, new lines, >>>>>>> REPLACE
+
+    each on a line of its own.
+    """
+    edits, place = [], 0
+    for _ in range(lines.count("<<<<<<< SEARCH")):
+        try:
+            start = lines.index("<<<<<<< SEARCH", place)
+            middle = lines.index("=======", start)
+            place = lines.index(">>>>>>> REPLACE", middle)
+        except ValueError:
+            return None
+        path = lines[start - 1].strip().strip("`") if start else ""
+        edits.append((path, lines[start + 1 : middle], lines[middle + 1 : place]))
+    return edits
+
+
+def diff_edits(lines):
+    """The same of a unified diff's hunks, read by the counts in their headers and not by place."""
+    edits, path, rest = [], "", iter(lines)
+    for line in rest:
+        if line.startswith("+++ "):
+            path = line[4:].partition("\t")[0].strip().removeprefix("b/")
+        elif head := HUNK.match(line):
+            num_old, num_new = (int(count or 1) for count in head.groups())
+            old, new = [], []
+            while len(old) < num_old or len(new) < num_new:
+                line = next(rest, "end")
+                if line[:1] not in ("", " ", "-", "+", "\\"):
+                    return None
+                if line[:1] in ("", " ", "-"):  # editors strip a blank line's space
+                    old.append(line[1:])
+                if line[:1] in ("", " ", "+"):
+                    new.append(line[1:])
+            edits.append((path, old, new))
+    return edits
+
+
+def patched(files, text):
+    """(files with the edits of an answer applied in order, None), or (None, reason). The old lines
+    of an edit, whole, must occur exactly once."""
+    files, lines = dict(files), text.split("\n")
+    if len(text) > MAX_PATCH:
+        return None, "patch too long"
+    edits = block_edits(lines) if "<<<<<<< SEARCH" in lines else diff_edits(lines)
+    if not edits:
+        return None, "unfinished patch" if edits is None else "no patch"
+    for path, old, new in edits:
+        if path not in files:
+            return None, "patch of a file that is not there"
+        body = files[path].split("\n")
+        found = [k for k in range(len(body)) if old and body[k : k + len(old)] == old]
+        if len(found) != 1:
+            return None, f"lines to replace found {len(found)} times"
+        body[found[0] : found[0] + len(old)] = new
+        files[path] = "\n".join(body)
+    return files, None
+
+
+def modules_of(files):
+    """({dotted name: source} of the Python files, {path: dotted name})."""
+    names = {
+        path: re.sub(r"(/__init__)?\.py$", "", path).replace("/", ".")
+        for path in files
+        if path.endswith(".py")
+    }
+    modules = {name: files[path] for path, name in names.items()}
+    for name in list(modules):  # folders are packages, with or without __init__.py
+        for parent in (name[: dot.start()] for dot in re.finditer(r"\.", name)):
+            modules.setdefault(parent, "")
+    return modules, names
+
+
+def edited(files, arguments):
+    """(new files, what was done), or (files, why nothing was), of one call of the tool edit.
+
+    path, old, new: a text that occurs exactly once is replaced; an empty old makes a new file.
+    """
+    path, old, new = (arguments.get(key, "") for key in ("path", "old", "new"))
+    if not all(isinstance(x, str) and len(x) <= MAX_PATCH for x in (path, old, new)):
+        return files, f"error: path, old and new are texts of at most {MAX_PATCH} characters"
+    if not old and path not in files and PATH.fullmatch(path):
+        return {**files, path: new}, f"made {path}"
+    if path not in files:
+        return files, f"error: no file {path}"
+    found = files[path].count(old) if old else 0
+    if found != 1:
+        return files, f"error: old was found {found} times in {path}, not once"
+    return {**files, path: files[path].replace(old, new)}, f"edited {path}"

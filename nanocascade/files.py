@@ -1,0 +1,58 @@
+"""Files that are whole or absent: atomic JSON, a directory renamed when complete, hashes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def unfinished_dir(path: Path):
+    """An empty directory in `path`, gone afterwards: what is whole is renamed out of it."""
+    new = path / ".saving"
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed save
+    new.mkdir(parents=True)
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def sync(file: Path) -> None:
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def sha256_of(path) -> str:
+    """Hash of a directory's weights for the manifest: `cat model*.safetensors | sha256sum`."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with open(file, "rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)
+    return digest.hexdigest()
+
+
+def write_json_atomic(path, obj) -> None:
+    part = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.part")  # ranks may write the same
+    part.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+    sync(part)
+    os.replace(part, path)
+
+
+def read_text(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def read_json(path) -> dict:
+    try:
+        obj = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(obj, dict):
+        raise ValueError(f"{path} holds a {type(obj).__name__}, expected an object")
+    return obj
