@@ -44,7 +44,7 @@ MANIFEST = {
     "versions",
 }
 
-# The README's table: what each script logs at every step.
+# The table of docs/metrics.md: what each script logs at every step.
 ALWAYS = {
     "step",
     "entropy",
@@ -123,7 +123,7 @@ def check_left(out, kind: str, extra=frozenset()) -> dict:
     assert [x["step"] for x in records] == list(range(manifest["config"]["steps"]))
     assert names_of(records) == METRICS[kind]
     assert all(x["tokens_per_s"] > 0 for x in records)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs/metrics.md").read_text()
     assert not {x for x in names_of(records) - {"step"} if x.removesuffix("/TEACHER") not in readme}
     return manifest
 

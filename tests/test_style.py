@@ -182,8 +182,8 @@ def test_shapes_are_in_the_legend():
 
 
 def test_deviations_are_listed():
-    """The README lists every `OURS:` of the code: "grpo.py: N is one count of loss tokens ..."."""
-    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    """docs/choices.md has every `OURS:` of the code: "grpo.py: N is one count of loss tokens"."""
+    text = " ".join((ROOT / "docs/choices.md").read_text("utf-8").split())
     marks = [
         f"{path.name}: {x}".rstrip(' "')
         for path in CODE
