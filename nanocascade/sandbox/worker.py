@@ -6,6 +6,7 @@ line a job. The limit is CPU time, kept by the kernel (ITIMER_PROF ends the proc
 loop), so that a busy machine changes no verdict; wall time is only the backstop.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -89,7 +90,8 @@ def serve():
     pipe = socket.socket(fileno=0).makefile("rw")
     for line in pipe:
         seconds, extra, module, name, args = json.loads(line)
-        __import__(extra)
+        importlib.import_module(extra)
+        importlib.import_module(module)
         print("begun", file=pipe, flush=True)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
