@@ -21,7 +21,15 @@ from nanocascade.model.model import Model, ModelConfig
 from nanocascade.tokenizer.tokenizer import Tokenizer
 
 sft = toy_runs.sft
-FAMILIES = ["nemotron_h-base", "nemotron_h-new", "qwen3-tied", "qwen3_moe-step", "llama-scaled"]
+FAMILIES = [
+    "nemotron_h-base",
+    "nemotron_h-new",
+    "qwen2-base",
+    "qwen2-tied",
+    "qwen3-tied",
+    "qwen3_moe-step",
+    "llama-scaled",
+]
 WEIGHTS = "model.safetensors"
 
 

@@ -17,7 +17,7 @@ from nanocascade.sampler import generate
 
 STORED = load_file(make_parity.FIXTURE)
 CASES = list(make_parity.CONFIGS)
-FAMILIES = ["nemotron_h-groups", "qwen3-wide", "qwen3_moe-dense", "llama-scaled"]
+FAMILIES = ["nemotron_h-groups", "qwen2-tied", "qwen3-wide", "qwen3_moe-dense", "llama-scaled"]
 
 
 def build(case, folder, dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""config.json of the four families to ModelConfig and back: one table of keys serves both ways."""
+"""config.json of the five families to ModelConfig and back: one table of keys serves both ways."""
 
 import math
 import re
@@ -10,7 +10,13 @@ import torch
 from nanocascade.files import read_json
 from nanocascade.model.model import ModelConfig
 
-CLASSES = {"nemotron_h": "NemotronH", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}
+CLASSES = {
+    "nemotron_h": "NemotronH",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "llama": "Llama",
+}
 
 # field=key|key: a field of ModelConfig and its spellings in config.json, by the block that needs it
 # ("" all, "S" the E of nemotron_h). All are read; nemotron_h writes the first, the others the last.
@@ -118,6 +124,7 @@ def parse_config(raw: dict) -> ModelConfig:
         norm_weight_in_fp32=nemotron,
         gated_mlp=not nemotron,
         qk_norm=family.startswith("qwen3"),
+        qkv_bias=family == "qwen2",
         router="sigmoid" if nemotron else "softmax",
         time_step_limit=(low, high),
         pad_token_id=read.get("pad_token_id", 0),

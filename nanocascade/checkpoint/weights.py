@@ -1,4 +1,4 @@
-"""Published checkpoints in and out: tensors by tensors, under the names of the four families.
+"""Published checkpoints in and out: tensors by tensors, under the names of the five families.
 
 A model directory is what transformers and vLLM read: config.json (hf_config.py), safetensors,
 tokenizer. NAMES maps parameters to tensors and serves reading and writing, so what loads is what is
@@ -38,7 +38,7 @@ LAYERED = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head
 LAYERED |= {"* norm": "model.layers.{}.input_layernorm", "* mixer": "model.layers.{}.self_attn"}
 LAYERED |= {f"{kind} norm": "model.layers.{}.post_attention_layernorm" for kind in "E-"}
 LAYERED |= {f"{kind} mixer": "model.layers.{}.mlp" for kind in "E-"}
-NAMES = {"nemotron_h": NEMOTRON, "qwen3": LAYERED, "qwen3_moe": LAYERED, "llama": LAYERED}
+NAMES = {"nemotron_h": NEMOTRON} | dict.fromkeys(("qwen2", "qwen3", "qwen3_moe", "llama"), LAYERED)
 
 # Matrices that a CPU keeps column by column: a product with few rows, as decoding makes them, takes
 # half the time (16 rows of 256: 14 us, by rows 23), one with many as long, and so the gradients.

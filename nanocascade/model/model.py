@@ -35,7 +35,7 @@ class ModelConfig:
     norm_weight_in_fp32: multiply by the norm weight before the cast (nemotron_h), or after it.
     """
 
-    model_type: str = "nemotron_h"  # nemotron_h | qwen3 | qwen3_moe | llama
+    model_type: str = "nemotron_h"  # nemotron_h | qwen2 | qwen3 | qwen3_moe | llama
     vocab_size: int = 512
     hidden_size: int = 128
     pattern: str = "ME*E"
@@ -48,6 +48,7 @@ class ModelConfig:
     rope_theta: float | None = None
     rope_scaling: dict | None = None  # llama3's {factor, low_freq_factor, high_freq_factor, ...}
     qk_norm: bool = False
+    qkv_bias: bool = False  # biases on q, k and v (qwen2); the output projection has none
     intermediate_size: int = 256
     gated_mlp: bool = False  # SwiGLU with a gate projection, or relu(x)^2 without
     num_experts: int = 8
@@ -163,9 +164,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         d, c = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(d, config.num_heads * c, bias=False)
-        self.k_proj = nn.Linear(d, config.num_kv_heads * c, bias=False)
-        self.v_proj = nn.Linear(d, config.num_kv_heads * c, bias=False)
+        self.q_proj = nn.Linear(d, config.num_heads * c, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, config.num_kv_heads * c, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, config.num_kv_heads * c, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * c, d, bias=False)
         norm = (c, config.norm_eps, config.norm_weight_in_fp32)
         self.q_norm = RMSNorm(*norm) if config.qk_norm else None
@@ -252,12 +253,14 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> "Model":
-        """Random weights: normal(initializer_range), norms 1, Mamba's own."""
+        """Random weights: normal(initializer_range), norms 1, biases 0, Mamba's own."""
         torch.manual_seed(seed)
         std = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Router)):
                 nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, Experts):
                 for weight in module.parameters():
                     nn.init.normal_(weight, std=std)
