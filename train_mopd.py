@@ -170,10 +170,9 @@ def train(cfg: Config, dist: distributed.Dist):
             num_tokens, num_responses = torch.full_like(num_tokens, dist.sum(sum(counts[:-1]))), 1
         metrics, load, start = Mean(), no_load(model), 0
         for name, part in taught:  # one teacher resident at a time
-            teacher = teachers.load(name)
+            teacher = teachers.models[name]
             for batch in step_batches(model, dist, part, cfg.micro_tokens, cfg.routing_replay):
-                with torch.no_grad():
-                    teacher_logprobs, _ = score_tokens(teacher, batch, cfg.temperature)
+                teacher_logprobs = teacher.logprobs(batch, cfg.temperature)
                 routing = new_routing(model, batch)
                 train_logprobs, entropy = score_tokens(model, batch, cfg.temperature, routing)
                 loss, values = compute_mopd_loss(
@@ -195,7 +194,7 @@ def train(cfg: Config, dist: distributed.Dist):
                 metrics.add(values, weight=int(batch.mask.sum()))
                 load += routing.load(batch.valid, model.config.num_experts)
             start += len(part)
-        teachers.load()  # out of the way, to host memory
+            teacher.park()
         lr = learning_rate(
             step,
             lr=cfg.lr,

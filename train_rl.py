@@ -19,8 +19,9 @@ from nanocascade import stages
 from nanocascade.cli import parse_args, run_main
 from nanocascade.data.batch import step_batches
 from nanocascade.data.episode import Sampling
-from nanocascade.engine import distributed, layout
+from nanocascade.engine import distributed
 from nanocascade.engine.forward import new_routing, no_load, score_tokens
+from nanocascade.engine.frozen import FrozenModel
 from nanocascade.engine.optim import (
     check_finite,
     freeze_routers,
@@ -133,7 +134,7 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.model
-    reference = layout.load(cfg.init, dist, frozen=True) if cfg.kl_coef else None
+    reference = FrozenModel(cfg.init, dist) if cfg.kl_coef else None
     if not cfg.train_router:
         freeze_routers(model)
     if (cfg.max_pass_rate < 1 or cfg.keep_unsolved < 1) and not run.resumes:
@@ -162,8 +163,6 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         began = time.perf_counter()
         stream.progress = step / max(cfg.steps - 1, 1)
         # Rollouts: pi_inf is the model itself, with a cache (sampler.py).
-        if reference is not None:
-            reference.cpu()  # to be out of the way
         groups, timing = collect_groups(
             model,
             tokenizer,
@@ -192,13 +191,8 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
         num_tokens = max(dist.sum(sum(x.num_loss_tokens for x in rollouts)), 1)
         batches = step_batches(model, dist, rollouts, cfg.micro_tokens, cfg.routing_replay)
         metrics, load = Mean(), no_load(model)
-        if reference is not None:
-            reference.to(dist.device)
         for batch in batches:
-            ref_logprobs = None
-            if reference is not None:
-                with torch.no_grad():
-                    ref_logprobs, _ = score_tokens(reference, batch, cfg.temperature)
+            ref_logprobs = reference.logprobs(batch, cfg.temperature) if reference else None
             routing = new_routing(model, batch)
             train_logprobs, entropy = score_tokens(model, batch, cfg.temperature, routing)
             loss, values = grpo_loss(
@@ -216,6 +210,8 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
             values["entropy"] = masked_mean(entropy, batch.mask)
             metrics.add(values, weight=int(batch.mask.sum()))
             load += routing.load(batch.valid, model.config.num_experts)
+        if reference:
+            reference.park()
         lr = learning_rate(
             step,
             lr=cfg.lr,

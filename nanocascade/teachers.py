@@ -1,11 +1,11 @@
-"""The teachers of MOPD: which checkpoint teaches a domain, and one of them in memory at a time."""
+"""The teachers of MOPD: which checkpoint teaches a domain."""
 
 from collections import Counter
 from pathlib import Path
 
 from nanocascade.checkpoint.weights import open_model
 from nanocascade.data.episode import Rollout
-from nanocascade.engine.layout import load
+from nanocascade.engine.frozen import FrozenModel
 from nanocascade.files import read_json, sha256_of
 from nanocascade.tokenizer.tokenizer import Tokenizer
 
@@ -17,7 +17,6 @@ class Teachers:
     """
 
     def __init__(self, cfg, teacher_of: dict[str, str], dist):
-        self.dist, self.models, self.resident = dist, {}, ""
         names = sorted(set(teacher_of.values()))
         paths = {}
         for item in cfg.teachers:
@@ -36,6 +35,7 @@ class Teachers:
         for name in sorted(set(self.teacher_of.values())):
             domains = [d for d, x in self.teacher_of.items() if x == name]
             self.paths[name] = best_checkpoint(paths[name].split("+"), domains)
+        self.models = {name: FrozenModel(path, dist) for name, path in self.paths.items()}
         known = {x: {"path": path, "sha256": sha256_of(path)} for x, path in self.paths.items()}
         self.manifest = {d: known[x] for d, x in self.teacher_of.items()}
 
@@ -56,15 +56,6 @@ class Teachers:
         """(name, rollouts) of every teacher, on all ranks in one order, with none or many."""
         of = [self.of(x.domain) for x in rollouts]
         return [(t, [x for x, y in zip(rollouts, of, strict=True) if y == t]) for t in self.paths]
-
-    def load(self, name: str = ""):
-        """The teacher's model; the one before it goes to host memory first. "": all of them do."""
-        if self.resident and self.resident != name:
-            self.models[self.resident].cpu()
-        self.resident = name
-        if name and name not in self.models:
-            self.models[name] = load(self.paths[name], self.dist, frozen=True)
-        return self.models[name].to(self.dist.device) if name else None
 
 
 def best_checkpoint(paths: list[str], domains: list[str]) -> str:

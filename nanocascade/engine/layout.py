@@ -47,11 +47,14 @@ def parallelize(model: nn.Module, dist: Dist) -> nn.Module:
     return model
 
 
-def load(path, dist: Dist, frozen=False) -> nn.Module:
-    """The model of a directory, laid out, each rank reading its shards; frozen: teachers."""
-    dtype = dist.dtype if frozen else torch.float32
-    model = load_model(path, dtype, dist.device, partial(parallelize, dist=dist))
-    return model.requires_grad_(False).eval() if frozen else model
+def load(path, dist: Dist, dtype=torch.float32) -> nn.Module:
+    """The model of a directory, laid out over the ranks; each rank reads its shards."""
+    return load_model(path, dtype, dist.device, partial(parallelize, dist=dist))
+
+
+def load_frozen(path, dist: Dist) -> nn.Module:
+    """A model that is never trained: in the dtype of products, without fp32 master weights."""
+    return load(path, dist, dist.dtype).requires_grad_(False).eval()
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

@@ -1,0 +1,36 @@
+"""A model that only scores: a teacher, or the KL reference."""
+
+import torch
+from torch import Tensor
+
+from nanocascade.data.batch import Batch
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.forward import score_tokens
+from nanocascade.engine.layout import load_frozen
+
+
+class FrozenModel:
+    """The checkpoint at `path`, read at its first use and laid out over the ranks like the policy.
+
+    It is on the device while it scores. `park` moves it to host memory: call it before another
+    model needs the room, at the latest before the next rollouts.
+    """
+
+    def __init__(self, path, dist: Dist):
+        self.path, self.dist = path, dist
+        self.model, self.parked = None, True
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> Tensor:
+        """Log-probs (b, t) of the batch's loss tokens under softmax(logits / temperature)."""
+        if self.model is None:
+            self.model = load_frozen(self.path, self.dist)
+        elif self.parked:
+            self.model.to(self.dist.device)
+        self.parked = False
+        return score_tokens(self.model, batch, temperature)[0]
+
+    def park(self) -> None:
+        if self.model is not None:
+            self.model.cpu()
+        self.parked = True
