@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -34,11 +35,16 @@ def sha256_of(path) -> str:
     return digest.hexdigest()
 
 
-def write_json_atomic(path, obj) -> None:
-    part = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.part")  # ranks may write the same
-    part.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+def write_text_atomic(path, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.{platform.node()}.{os.getpid()}.part")  # ranks may write the same file
+    part.write_text(text, encoding="utf-8")
     sync(part)
     os.replace(part, path)
+
+
+def write_json_atomic(path, obj) -> None:
+    write_text_atomic(path, json.dumps(obj, indent=2) + "\n")
 
 
 def read_text(path) -> str:

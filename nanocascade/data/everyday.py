@@ -1,0 +1,290 @@
+"""Rows in plain English for a small pretrained model: four domains, generated, none downloaded.
+
+    python -m nanocascade.data.everyday DIR --rows 1500     DIR/train.jsonl, sft.jsonl, test.jsonl
+
+    if           one or two verifiable instructions (released ids) on an everyday topic
+    math         a word problem of one or two steps with small numbers
+    mcqa         a question about words, numbers or the calendar with four options
+    structured   a sentence to JSON with given keys
+
+A row is held out by a hash of its prompt, so that no test prompt is a training prompt, whatever the
+seed. Every domain but `if` carries a solution for SFT: a pretrained model writes sentences already,
+and what SFT has to teach is where the answer stands.
+"""
+
+import hashlib
+import json
+import random
+import string
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanocascade.cli import parse_args, run_main
+from nanocascade.files import write_text_atomic
+
+TEST_SHARE = 8  # one prompt in so many is held out
+TOPICS = (
+    "a river,a market,the winter,an old bicycle,a train journey,a school garden,a rainy day,bread,"
+    "a lost key,a quiet library,a birthday party,the ocean,a small village,coffee,a football match,"
+    "a kind neighbour,the night sky,a wooden chair,a long walk,an honest friend,a busy kitchen,"
+    "a mountain hut,a letter from home,the first day of school,a broken clock,a summer holiday,"
+    "a farm,a new phone,a street musician,a museum,an apple tree,a family dinner,a snowstorm,"
+    "a lighthouse,a bus driver,a good book,a doctor's visit,a city park,a pet rabbit,a bridge,"
+    "a bakery,a fishing boat,a power cut,a chess game,a wedding,a desert,an orchestra,a tent,"
+    "a hospital,a painter,a lazy Sunday,a cup of tea,a noisy street,an empty house"
+).split(",")
+TASKS = (
+    "Write one sentence about {}.",
+    "Write two sentences about {}.",
+    "Describe {} for a child.",
+    "Give a piece of advice about {}.",
+    "Tell a very short story about {}.",
+    "Explain why people like {}.",
+)
+WORDS = "light,water,time,hand,friend,morning,road,warm,quiet,colour,story,home,green,early".split(
+    ","
+)
+ENDINGS = ("Have a nice day.", "That is all.", "See you soon.", "What do you think?")
+NAMES = "Anna,Ben,Carla,David,Emma,Felix,Grace,Henry,Ines,Jonas,Lena,Omar,Rosa,Tom".split(",")
+GOODS = "apples,books,pencils,eggs,stickers,oranges,candles,coins,marbles,tickets".split(",")
+CITIES = "Lisbon,Oslo,Cairo,Lima,Delhi,Boston,Madrid,Nairobi".split(",")
+JOBS = "teacher,nurse,baker,pilot,farmer,writer,driver,plumber".split(",")
+KINDS = {
+    "an animal": "horse,rabbit,eagle,shark,goat,mouse".split(","),
+    "a fruit": "banana,cherry,lemon,grape,peach,plum".split(","),
+    "a colour": "purple,yellow,orange,brown,grey,pink".split(","),
+    "a tool": "hammer,saw,drill,spade,chisel,wrench".split(","),
+    "a vehicle": "truck,tram,ferry,scooter,van,tractor".split(","),
+    "a musical instrument": "violin,flute,drum,trumpet,harp,piano".split(","),
+}
+DAYS = "Monday,Tuesday,Wednesday,Thursday,Friday,Saturday,Sunday".split(",")
+BOXED = " Put the final answer in \\boxed{}."
+
+
+def user_row(text: str, answer: str | None = None, work: str = "", **fields) -> dict:
+    """A row of one user turn; its solution is `work`, as the thought or before the answer."""
+    row = {"responses_create_params": {"input": [{"role": "user", "content": text}]}, **fields}
+    if answer is not None:
+        thought = {"role": "assistant", "content": answer, "reasoning_content": work}
+        plain = {"role": "assistant", "content": f"{work}\n{answer}".strip()}
+        row["solutions"] = {"on": [thought], "off": [plain]}
+    return row
+
+
+def instruction(rng) -> dict:
+    """One instruction, or two of different slots, each in one of several wordings.
+
+    Two instructions of one slot may contradict each other (upper and lower case, a first word and a
+    bullet). An instruction that a few words satisfy comes with a least number of words: a verifier
+    that pays for the phrase alone teaches the phrase alone.
+    """
+    word, other = rng.sample(WORDS, 2)
+    least, most = rng.randint(6, 15), rng.randint(12, 30)
+    bullets, places, ending = rng.randint(2, 4), rng.randint(1, 3), rng.choice(ENDINGS)
+    known = [  # (slot, id, kwargs, wordings)
+        ("case", "change_case:english_lowercase", {}, ("Use only lowercase letters.",)),
+        ("case", "change_case:english_capital", {}, ("Write everything in capital letters.",)),
+        ("commas", "punctuation:no_comma", {}, ("Do not use any commas.", "Avoid commas.")),
+        (
+            "length",
+            "length_constraints:number_words",
+            {"relation": "less than", "num_words": most},
+            (f"Use less than {most} words.", f"Stay below {most} words."),
+        ),
+        (
+            "words",
+            "keywords:existence",
+            {"keywords": [word, other]},
+            (f"Use the words {word} and {other}.", f"Include the words {word} and {other}."),
+        ),
+        (
+            "words",
+            "keywords:forbidden_words",
+            {"forbidden_words": [word, "the"]},
+            (f"Do not use the words {word} and the.", f"Avoid the words the and {word}."),
+        ),
+        (
+            "places",
+            "detectable_content:number_placeholders",
+            {"num_placeholders": places},
+            (f"Use at least {places} placeholders in square brackets, such as [name].",),
+        ),
+        (
+            "edges",
+            "startend:end_checker",
+            {"end_phrase": ending},
+            (f"End with the exact words: {ending}", f"Finish with this phrase: {ending}"),
+        ),
+        ("edges", "startend:quotation", {}, ("Wrap the answer in double quotation marks.",)),
+        (
+            "edges",
+            "detectable_format:title",
+            {},
+            ("Add a title in double angular brackets, such as <<my title>>.",),
+        ),
+        (
+            "edges",
+            "detectable_format:number_bullet_lists",
+            {"num_bullets": bullets},
+            (f"Answer with exactly {bullets} bullet points that start with *, such as: * A point",),
+        ),
+        (
+            "edges",
+            "first_word:first_word_answer",
+            {"first_word": word},
+            (f"The first word must be {word}.", f"Begin with the word {word}."),
+        ),
+    ]
+    first = rng.choice(known)
+    chosen = [first]
+    if first[1] in ("startend:end_checker", "keywords:existence", "detectable_format:title"):
+        bound = {"relation": "at least", "num_words": least}
+        wordings = (f"Use at least {least} words.", f"Write {least} words or more.")
+        chosen.append(("length", "length_constraints:number_words", bound, wordings))
+    elif rng.random() < 0.5:
+        chosen.append(rng.choice([x for x in known if x[0] not in (first[0], "words", "edges")]))
+    asked = [rng.choice(wordings) for _, _, _, wordings in chosen]
+    prompt = " ".join([rng.choice(TASKS).format(rng.choice(TOPICS)), *asked])
+    ids, kwargs = [x[1] for x in chosen], [x[2] for x in chosen]
+    return user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=kwargs)
+
+
+def word_problem(rng) -> dict:
+    """A story of one or two steps; the solution writes each step down."""
+    name, other = rng.sample(NAMES, 2)
+    goods, kind = rng.choice(GOODS), rng.randrange(6)
+    a, b, c = rng.randint(2, 20), rng.randint(2, 20), rng.randint(2, 9)
+    if kind == 0:
+        story = f"{name} has {a} {goods} and buys {b} more. How many {goods} does {name} have now?"
+        work, result = f"{a} + {b} = {a + b}", a + b
+    elif kind == 1:
+        total = a + b
+        story = f"{name} had {total} {goods} and gave {b} to {other}. How many {goods} are left?"
+        work, result = f"{total} - {b} = {a}", a
+    elif kind == 2:
+        story = f"A box holds {a} {goods}. How many {goods} are in {c} boxes?"
+        work, result = f"{a} * {c} = {a * c}", a * c
+    elif kind == 3:
+        story = f"{name} shares {a * c} {goods} equally among {c} friends. How many does each get?"
+        work, result = f"{a * c} / {c} = {a}", a
+    elif kind == 4:
+        story = f"{name} buys {c} bags of {a} {goods} and finds {b} more. How many {goods} in all?"
+        work, result = f"{a} * {c} = {a * c}, {a * c} + {b} = {a * c + b}", a * c + b
+    else:
+        total = a + b + c
+        story = (
+            f"There were {total} {goods} in a shop. {name} bought {a} and {other} bought {b}. "
+            f"How many are left?"
+        )
+        work, result = f"{total} - {a} = {b + c}, {b + c} - {b} = {c}", c
+    row = user_row(story + BOXED, f"\\boxed{{{result}}}", work)
+    return row | {"question": story, "expected_answer": str(result)}
+
+
+def choice(rng) -> dict:
+    """Four options and one letter: a kind of thing, the largest number, a weekday, the alphabet."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        asked, *others = rng.sample(list(KINDS), 4)
+        right, wrong = rng.choice(KINDS[asked]), [rng.choice(KINDS[x]) for x in others]
+        question, work = f"Which of these is {asked}?", f"The {right} is {asked}."
+    elif kind == 1:
+        largest = rng.random() < 0.5
+        numbers = sorted(rng.sample(range(10, 100), 4), reverse=largest)
+        right, *wrong = map(str, numbers)
+        extreme = "largest" if largest else "smallest"
+        question, work = f"Which number is the {extreme}?", f"{right} is the {extreme}."
+    elif kind == 2:
+        day, step = rng.randrange(7), rng.choice((1, 2, 3, -1, -2))
+        when = f"{abs(step)} day{'s' * (abs(step) > 1)} {'after' if step > 0 else 'before'}"
+        right = DAYS[(day + step) % 7]
+        wrong = rng.sample([x for x in DAYS if x != right], 3)
+        question = f"Which day is {when} {DAYS[day]}?"
+        work = f"{when[0].upper()}{when[1:]} {DAYS[day]} is {right}."
+    else:
+        pool = rng.sample([x for words in KINDS.values() for x in words], 4)
+        right, *wrong = sorted(pool)
+        question, work = "Which word comes first in the alphabet?", f"{right} comes first."
+    values = [right, *wrong]
+    rng.shuffle(values)
+    letters = string.ascii_uppercase[:4]
+    letter = letters[values.index(right)]
+    listed = "".join(f"\n{x}: {value}" for x, value in zip(letters, values, strict=True))
+    row = user_row(
+        question + listed + "\nPut the letter of the right option in \\boxed{}.",
+        f"\\boxed{{{letter}}}",
+        work,
+    )
+    options = [{x: value} for x, value in zip(letters, values, strict=True)]
+    return row | {"options": options, "expected_answer": letter, "grading_mode": "lenient_boxed"}
+
+
+def record(rng) -> dict:
+    """Facts of a sentence as JSON; the schema holds the very values, so copying right matters."""
+    facts = {
+        "name": rng.choice(NAMES),
+        "age": rng.randint(18, 90),
+        "city": rng.choice(CITIES),
+        "job": rng.choice(JOBS),
+    }
+    keys = rng.sample(list(facts), rng.randint(2, 3))
+    text = "{name} is {age} years old, lives in {city} and works as a {job}.".format(**facts)
+    prompt = f"{text}\nAnswer with a JSON object with the keys {', '.join(keys)} and nothing else."
+    schema = {
+        "type": "object",
+        "properties": {key: {"const": facts[key]} for key in keys},
+        "required": keys,
+        "additionalProperties": False,
+    }
+    answer = json.dumps({key: facts[key] for key in keys})
+    return user_row(prompt, answer, schema_str=json.dumps(schema), schema_type="json")
+
+
+GENERATORS = {"if": instruction, "math": word_problem, "mcqa": choice, "structured": record}
+
+
+def make_rows(domain: str, count: int, test: bool, seed: int = 0) -> list[dict]:
+    """`count` rows with different prompts, of the training or of the held-out prompts."""
+    rng, rows, seen = random.Random(f"{domain} {seed}"), [], set()
+    for _ in range(200 * count):
+        row = GENERATORS[domain](rng)
+        prompt = row["responses_create_params"]["input"][0]["content"]
+        held_out = hashlib.sha256(prompt.encode()).digest()[0] % TEST_SHARE == 0
+        if held_out == test and prompt not in seen:
+            seen.add(prompt)
+            rows.append({"id": f"{domain}-{len(rows)}", "domain": domain} | row)
+            if len(rows) == count:
+                return rows
+    raise ValueError(f"--rows {count}: the generator of {domain} has {len(rows)} different prompts")
+
+
+@dataclass
+class Config:
+    """Flags of the command."""
+
+    out: str = ""  # directory for the three files
+    rows: int = 1500  # training rows of each domain
+    test_rows: int = 200  # held-out rows of each domain
+    seed: int = 0  # seed of the generator
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if words and not words[0].startswith("--"):
+        words = ["--out", *words]
+    cfg = parse_args(Config, words)
+    if not cfg.out:
+        raise ValueError("--out DIR is needed: where the rows go")
+    train = [x for d in GENERATORS for x in make_rows(d, cfg.rows, False, cfg.seed)]
+    test = [x for d in GENERATORS for x in make_rows(d, cfg.test_rows, True, cfg.seed)]
+    sft = [row for row in train if "solutions" in row]
+    for name, rows in (("train", train), ("sft", sft), ("test", test)):
+        path = Path(cfg.out) / f"{name}.jsonl"
+        write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        domains = dict.fromkeys(row["domain"] for row in rows)
+        print(f"{path}: {len(rows)} rows of {', '.join(domains)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
