@@ -17,10 +17,16 @@ from typing import get_args, get_type_hints
 
 
 def run_main(main) -> None:
-    """Run a script's main(): an error of the user's making (a value, a file) is one line and exit
-    code 2, a broken invariant (assert) keeps its traceback."""
+    """Run a script's main(). A user's error (a wrong value, a missing file) prints one line and
+    exits with code 2; a broken invariant (assert) keeps its traceback."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has closed the pipe: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:  # OSError: missing file, no permission, disk full
         if os.environ.get("NANOCASCADE_DEBUG"):
             raise

@@ -1,12 +1,17 @@
 """The command line of the scripts: flags, presets, help, and one line for whatever is wrong."""
 
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanocascade.cli import describe, parse_args, run_main
 from nanocascade.engine.device import find_device
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -94,6 +99,17 @@ def test_run_main_turns_user_errors_into_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: open("/nonexistent/model"))
     assert stop.value.code == 2 and "/nonexistent/model" in capsys.readouterr().err
+
+
+def test_closed_pipe_is_no_error():
+    """A reader that closes the pipe early, as in `--help | head`, leaves no message behind."""
+    program = "from nanocascade.cli import run_main; run_main(lambda: print('x' * 10**6))"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
 
 
 def test_describe_holds_every_field():

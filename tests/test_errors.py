@@ -205,13 +205,15 @@ def test_errors_of_one_rank(tmp_path):
     """The process that goes wrong says why; one that waited for it adds a line, no traceback."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from nanocascade import config, distributed, run\n"
+        "from nanocascade.cli import run_main\n"
+        "from nanocascade.engine import distributed\n"
+        "from nanocascade.run.settings import RunConfig\n"
         "def main():\n"
-        "    with distributed.start(run.RunConfig(device='cpu')) as dist:\n"
+        "    with distributed.start(RunConfig(device='cpu')) as dist:\n"
         "        if dist.rank:\n"
         "            raise ValueError('loss is nan at step 2')\n"
         "        dist.sum(1)\n"
-        "config.run_main(main)\n"
+        "run_main(main)\n"
     )
     running = [start(script, env=x) for x in environments(2)]
     lines = [process.communicate()[1].splitlines()[-1:] for process in running]

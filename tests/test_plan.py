@@ -267,6 +267,9 @@ def test_run_dry_refused(short_spans, monkeypatch, capsys):
     ranks, flags = named.groups()
     run_here(monkeypatch, *script, f"{ranks}xH100", *flags.split())
     assert "fits; " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, *script[:-1])
+    assert "--expert_parallel 8 --replicas 1 needs --cluster" in capsys.readouterr().err
     for wrong in ("8xA1", "H100", "0xH100"):
         with pytest.raises(SystemExit):
             run_here(monkeypatch, *script, wrong)

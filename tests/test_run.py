@@ -224,11 +224,13 @@ def test_run_mopd(sft, skilled, tmp_path):
     ],
 )
 def test_run_dry(script, args, sft, tmp_path, monkeypatch, capsys):
-    """--dry_run prints every setting and the sizes, trains nothing and writes nothing."""
+    """--dry_run prints every setting and the sizes, trains nothing, writes nothing, needs no --out
+    and leaves alone one that it is given."""
     args = [x.replace("SFT", str(sft)) for x in args]
-    run_here(monkeypatch, script, *args, "--out", tmp_path / "o", "--toy_rows", 4, "--dry_run")
-    out = capsys.readouterr().out
-    assert re.search(r"^steps +=", out, re.M) and "parameters: 874,392 in all" in out
+    for out in ((), ("--out", tmp_path / "o")):
+        run_here(monkeypatch, script, *args, *out, "--toy_rows", 4, "--dry_run")
+        printed = capsys.readouterr().out
+        assert re.search(r"^steps +=", printed, re.M) and "parameters: 874,392 in all" in printed
     assert not (tmp_path / "o").exists()
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is 
 ROOT = str(Path(__file__).parents[1])
 IMPORT = """import sys
 sys.path.insert(0, sys.argv[1])
-from nanocascade import jail, sandbox
+from nanocascade.sandbox import jail, sandbox
 """
 TRY = """import ctypes, fcntl, os, resource, signal, socket, subprocess
 libc = ctypes.CDLL(None)

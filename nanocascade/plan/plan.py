@@ -297,9 +297,14 @@ def report(cfg, config=None, prompt: int = PROMPT) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    ranks, name, hw = read_cluster(cfg.cluster, find_device(cfg.device))
+    if ranks < cfg.expert_parallel * cfg.replicas and not cfg.cluster:
+        raise ValueError(
+            f"--dry_run of --expert_parallel {cfg.expert_parallel} --replicas {cfg.replicas} needs "
+            f"--cluster, for example 8xH200: this machine has {ranks} rank(s)"
+        )
     print(describe(cfg))
     config = config or load_config(cfg.init or FULL)
-    ranks, name, hw = read_cluster(cfg.cluster, find_device(cfg.device))
     work = work_of(cfg, config, ranks, prompt)
     layout = {key: getattr(cfg, key) for key in LAYOUT}
     with imaginary_node():

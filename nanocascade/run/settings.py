@@ -92,7 +92,8 @@ def starts_from_nothing(cfg, stage: str) -> bool:
 
 
 def require_flags(cfg, stage: str) -> None:
-    """Name what a config needs and was not given, before any process is set up for it."""
-    needed = ["out", "data"] if starts_from_nothing(cfg, stage) else ["init", "out", "data"]
+    """Raise ValueError for a required flag that is missing, before any process is started."""
+    needed = [] if starts_from_nothing(cfg, stage) else ["init"]
+    needed += ["data"] if cfg.dry_run else ["out", "data"]
     if missing := [f"--{name}" for name in needed if not getattr(cfg, name)]:
         raise ValueError(f"--config {cfg.config} needs {', '.join(missing)}")
