@@ -9,7 +9,8 @@ A step: draw prompts, sample responses from the student, let the teacher of each
 score the very tokens that were sampled, take one gradient step on the log-ratio. Rewards play no
 part in the loss; they are logged where a row has a verifier, or needs a judge and --judge_url names
 one. A teacher may be several directories joined by "+": the one whose manifest shows the best
-scores in the teacher's domains is taken.
+scores in the teacher's domains is taken. default=DIR teaches the domains that have no other
+teacher; with the directory of --init it holds them where they were (self-anchor).
 """
 
 import time
@@ -32,9 +33,9 @@ from nanocascade.engine.optim import (
 )
 from nanocascade.importance import masked_mean
 from nanocascade.model.moe import load_imbalance, update_correction_bias
-from nanocascade.mopd import compute_mopd_loss
+from nanocascade.mopd import compute_mopd_loss, denominators
 from nanocascade.plan import plan
-from nanocascade.rollouts.groups import collect_groups, rollout_metrics
+from nanocascade.rollouts.groups import apply_overlong, collect_groups, rollout_metrics
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.run.log import Mean
 from nanocascade.run.run import Run
@@ -46,8 +47,8 @@ from nanocascade.teachers import Teachers, token_shares
 
 @dataclass
 class Config(RunConfig):
-    teachers: tuple[str, ...] = ()  # name=DIR for each teacher: math, preference, multi_domain
-    # OURS: 52 steps (the text says 40-50) at 2e-6 (the table says 3e-6).
+    teachers: tuple[str, ...] = ()  # NAME=DIR; NAME: a domain, a group of stages.py, or default
+    # Steps and rate of NeMo-RL, mopd-cascade. The report: 52 and 3e-6 (table), 40-50 (text).
     steps: int = 52  # optimizer steps
     prompts: int = 128  # prompts a step, over all ranks
     rollouts: int = 4  # responses a prompt (512 x 1 is as good and steadier)
@@ -58,7 +59,9 @@ class Config(RunConfig):
     min_lr: float = 0.0  # learning rate that the schedule falls towards, unless constant
     domains: tuple[str, ...] = ()  # train on prompts of these domains only (default: all taught)
     balance: bool = False  # draw as many prompts of every domain, however many rows it has
-    denominator: str = "response"  # Eq. 4: a response weighs 1; "token": a token does, as in GRPO
+    denominator: str = "response"  # weighs 1: a response (Eq. 4), or a token (NeMo-RL's re-run)
+    overlong: str = "off"  # responses cut off at the limit: off (in the loss), filter (no loss)
+    max_sequence_error: float = 0.0  # mask responses of a larger mean exp|train - sampler| (0: off)
     gate: str = "zero"  # tokens outside the band: zero (the report), clamp, or none
     gate_low: float = 0.5  # lowest train/sampler ratio inside the band
     gate_high: float = 2.0  # and the highest
@@ -107,7 +110,8 @@ def main():
 
 def train(cfg: Config, dist: distributed.Dist):
     # ---- Setup -----------------------------------------------------------------------------------
-    teachers = Teachers(cfg, stages.TEACHER_OF, dist)
+    drawn = stages.MOPD_SHARES if cfg.data == ("toy",) else stages.DOMAINS
+    teachers = Teachers(cfg.teachers, cfg.domains, drawn, dist)
     run = Run(cfg, "mopd", dist, teachers.manifest)
     teachers.check_tokenizer(run.tokenizer)
     tokenizer = run.tokenizer
@@ -158,16 +162,19 @@ def train(cfg: Config, dist: distributed.Dist):
             dist,
             dynamic=False,
         )
+        apply_overlong(groups, cfg.overlong)
         rollouts = [x for g in groups for x in g]
         taught = teachers.split(rollouts)  # by teacher; response_ids count in this order
         rollouts = [x for _, part in taught for x in part]
 
-        # One gradient step. Both counts of the denominator are known before the first backward.
-        num_responses = max(dist.sum(sum(x.num_loss_tokens > 0 for x in rollouts)), 1)
-        counts = [x.num_loss_tokens for x in rollouts] + [1]  # where an empty last part points
-        num_tokens = torch.tensor(counts, device=dist.device)  # (o,)
-        if cfg.denominator == "token":  # every response divided by all tokens of the step
-            num_tokens, num_responses = torch.full_like(num_tokens, dist.sum(sum(counts[:-1]))), 1
+        # One gradient step. The denominators are counted before the first backward.
+        counts = [x.num_loss_tokens for x in rollouts] + [0]  # an empty last part points at the 0
+        num_tokens, num_responses = denominators(
+            torch.tensor(counts, device=dist.device),  # (o,)
+            dist.sum(sum(counts)),
+            dist.sum(sum(x > 0 for x in counts)),
+            cfg.denominator,
+        )
         metrics, load, start = Mean(), no_load(model), 0
         for name, part in taught:  # one teacher resident at a time
             teacher = teachers.models[name]
@@ -186,6 +193,7 @@ def train(cfg: Config, dist: distributed.Dist):
                     num_tokens=num_tokens,
                     num_responses=num_responses,
                     gate=cfg.gate,
+                    max_sequence_error=cfg.max_sequence_error,
                 )
                 check_finite(loss, step, batch, part)
                 loss.backward()

@@ -78,6 +78,7 @@ class Config(RunConfig):
     # OURS: no gate unless asked for (the Nano recipe masks tokens; Eq. 1 has no ratio to mask by).
     gate_low: float = 0.0  # masked importance sampling: lowest train/sampler ratio (0 = off)
     gate_high: float = 2.0  # and the highest
+    max_sequence_error: float = 0.0  # mask responses of a larger mean exp|train - sampler| (0: off)
     routing_replay: bool = False  # train with the experts chosen while sampling
     train_router: bool = False  # train router weights too (the recipe freezes them in RL)
 
@@ -204,6 +205,8 @@ def train(cfg: Config, stage: stages.Stage, dist: distributed.Dist):
                 ref_logprobs=ref_logprobs,
                 kl_coef=cfg.kl_coef,
                 gate=(cfg.gate_low, cfg.gate_high) if cfg.gate_low else None,
+                max_sequence_error=cfg.max_sequence_error,
+                response_ids=batch.response_ids,
             )
             check_finite(loss, step, batch, rollouts)
             loss.backward()

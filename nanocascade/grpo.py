@@ -7,15 +7,21 @@ step on them, so the importance ratio is 1 and no clipping acts.
 import torch
 from torch import Tensor
 
-from nanocascade.importance import importance_weight, masked_mean, mismatch_metrics
+from nanocascade.importance import (
+    importance_weight,
+    masked_mean,
+    mismatch_metrics,
+    row_ids,
+    sequence_mask,
+)
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6, normalize: bool = True) -> Tensor:
     """A_i = (r_i - mean(r)) / std(r) within a prompt's group (Nemotron-Cascade 2, RL common).
 
-    rewards (p, r) -> (p, r). Population std. A group whose rewards are all equal says nothing about
-    what was better: it gets exact zeros, found by comparison and not by a small std.
-    normalize=False leaves the division out.
+    rewards (p, r) -> (p, r). A group whose rewards are all equal teaches nothing: it gets exact
+    zeros, found by comparison and not by a small std. normalize=False leaves the division out.
+    # OURS: population std and eps 1e-6; the report names neither. NeMo-RL divides by r - 1.
     """
     if not len(rewards):  # a rank that dynamic filtering left without groups
         return rewards
@@ -36,6 +42,8 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     gate: tuple[float, float] | None = None,
+    max_sequence_error: float = 0.0,
+    response_ids: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The negative of Nemotron-Cascade 2, Eq. 1, as a REINFORCE surrogate:
 
@@ -49,6 +57,8 @@ def grpo_loss(
         tokens. mask: (b, t) True where a token carries loss. num_tokens: N, over all micro-batches
         and ranks. sampler_logprobs: (b, t), for the mismatch metrics and the gate. gate: (low,
         high), weigh tokens as in Eq. 3 (masked importance sampling of the Nano recipe); None = off.
+        max_sequence_error: mask responses as sequence_mask does (0 = off). response_ids: (b, t)
+        which response a token belongs to; by default a row is a response.
         ref_logprobs, kl_coef: (b, t) adds kl_coef * k3 of train against reference (RLHF), same N.
     Returns: the loss () and metrics, each a mean (or max) over this call's loss tokens ().
     """
@@ -63,12 +73,17 @@ def grpo_loss(
         weight, ratio = importance_weight(train_logprobs, sampler_logprobs, *gate)
         outside = (ratio < gate[0]) | (ratio > gate[1])  # (b, t)
         metrics["gate/out_of_band"] = masked_mean(outside.to(valid.dtype), valid)
+    ids = row_ids(valid) if response_ids is None else response_ids  # (b, t)
+    kept = sequence_mask(train_logprobs, sampler_logprobs, valid, ids, max_sequence_error)  # (b, t)
+    if max_sequence_error:
+        metrics["mismatch/masked"] = masked_mean(1.0 - kept.to(valid.dtype), valid)
     per_token = -weight * advantages * train_logprobs  # (b, t)
     if kl_coef:
         assert ref_logprobs is not None, "the KL term needs ref_logprobs"
+        # OURS: the k3 estimator of KL(train || reference); the report gives only its coefficient.
         gap = ref_logprobs - train_logprobs  # (b, t)
-        k3 = gap.exp() - 1 - gap  # (b, t) >= 0, its mean estimates KL(train || reference)
+        k3 = gap.exp() - 1 - gap  # (b, t) >= 0
         per_token = per_token + kl_coef * k3  # (b, t)
         metrics["kl/reference"] = masked_mean(k3.detach(), valid)
-    loss = per_token.where(valid > 0, 0.0).sum() / num_tokens  # ()
+    loss = per_token.where(kept, 0.0).sum() / num_tokens  # ()
     return loss, metrics

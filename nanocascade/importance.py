@@ -1,5 +1,6 @@
 """Importance weights between trainer and sampler (Eq. 3), shared by the losses."""
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,33 @@ def importance_weight(train_logprobs, sampler_logprobs, low, high, gate="zero"):
     if gate == "none":
         return ratio, ratio
     raise ValueError(f"gate {gate!r}: expected zero, clamp or none")
+
+
+def sequence_mask(train_logprobs, sampler_logprobs, valid, response_ids, max_error: float):
+    """Mask of the valid tokens (b, t) without the responses that train and sampler disagree on.
+
+    A response stays if exp|train - sampler log-prob|, averaged over its valid tokens, is at most
+    max_error: ratios 1, 2, 4 have the mean 7/3, so max_error = 2 masks all three. NeMo-RL's mopd-cascade and Nemotron 3 Nano use 2. 0 = off, as in the report.
+    # OURS: a masked response leaves the loss but not its denominator, which is counted before the
+    forward pass that finds it. NeMo-RL scores the tokens in an extra pass, masks, and then counts.
+    """
+    if not max_error:
+        return valid > 0
+    gap = (train_logprobs.detach() - sampler_logprobs).where(valid > 0, 0.0)  # (b, t)
+    errors = sum_by_response(gap.abs().exp() * valid, response_ids)  # (o,)
+    num_tokens = sum_by_response(valid, response_ids)  # (o,)
+    return (valid > 0) & (errors <= max_error * num_tokens)[response_ids]
+
+
+def row_ids(valid: Tensor) -> Tensor:
+    """(b, t) response ids of unpacked rows: a row is a response."""
+    return torch.arange(len(valid), device=valid.device)[:, None].expand_as(valid)
+
+
+def sum_by_response(x: Tensor, response_ids: Tensor) -> Tensor:
+    """(b, t) -> (o,): the sum of x over the tokens of each response."""
+    sums = x.new_zeros(int(response_ids.max()) + 1)  # (o,)
+    return sums.scatter_add(0, response_ids.flatten(), x.flatten())
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:

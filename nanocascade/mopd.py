@@ -8,7 +8,27 @@ no group, no full-vocabulary distribution. The expected gradient is that of the 
 import torch
 from torch import Tensor
 
-from nanocascade.importance import importance_weight, masked_mean, mismatch_metrics
+from nanocascade.importance import (
+    importance_weight,
+    masked_mean,
+    mismatch_metrics,
+    row_ids,
+    sequence_mask,
+    sum_by_response,
+)
+
+
+def denominators(num_tokens: Tensor, all_tokens: int, all_responses: int, per: str):
+    """(num_tokens, num_responses) of compute_mopd_loss, from the counts of a step.
+
+    num_tokens: (o,) valid tokens of this rank's responses. all_tokens, all_responses: valid tokens
+    and responses with any, over all ranks. per="response" is Eq. 4: a mean over each response's own
+    tokens, then over responses. per="token" weighs all tokens alike, as NeMo-RL's mopd-cascade does
+    (token_level_loss): [3, 1], 4, 2 -> [4, 4], 1, so that every token is divided by 4.
+    """
+    if per == "token":
+        return torch.full_like(num_tokens, all_tokens), 1
+    return num_tokens, max(all_responses, 1)
 
 
 def compute_mopd_loss(
@@ -23,6 +43,7 @@ def compute_mopd_loss(
     num_tokens: Tensor | None = None,
     num_responses: int | Tensor | None = None,
     gate: str = "zero",
+    max_sequence_error: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Nemotron-Cascade 2, Eq. 2 and Eq. 4:
 
@@ -39,16 +60,15 @@ def compute_mopd_loss(
         tokens, all by default. response_ids: (b, t) which response a token belongs to, where rows
         are packed; by default a row is a response. num_tokens: (o,) valid tokens of each response
         and num_responses: responses of the whole step, for when a response or the step spans
-        micro-batches or ranks; counted from the arguments by default.
+        micro-batches or ranks; counted from the arguments by default. gate: importance_weight's.
+        max_sequence_error: mask responses as sequence_mask does (0 = off).
     Returns: the loss () and metrics, each a mean (or max) over this call's valid tokens ().
     """
     valid = torch.ones_like(student_logprobs) if mask is None else mask.to(student_logprobs.dtype)
     if response_ids is None:
-        rows = torch.arange(len(valid), device=valid.device)  # (b,)
-        response_ids = rows[:, None].expand_as(valid)  # (b, t)
+        response_ids = row_ids(valid)  # (b, t)
     if num_tokens is None:
-        num_tokens = valid.new_zeros(int(response_ids.max()) + 1)  # (o,)
-        num_tokens = num_tokens.scatter_add(0, response_ids.flatten(), valid.flatten())  # (o,)
+        num_tokens = sum_by_response(valid, response_ids)  # (o,)
     if num_responses is None:
         num_responses = (num_tokens > 0).sum().clamp(min=1)  # ()
 
@@ -58,7 +78,10 @@ def compute_mopd_loss(
     weight, ratio = importance_weight(student_logprobs, inf_logprobs, eps_low, eps_high, gate)
     per_token = weight * teacher_advantage * student_logprobs  # (b, t)
     share = valid / num_tokens.clamp(min=1)[response_ids]  # (b, t) 1/|V(y)| on valid tokens
-    loss = -per_token.where(valid > 0, 0.0).mul(share).sum() / num_responses  # ()
+    kept = sequence_mask(
+        student_logprobs, inf_logprobs, valid, response_ids, max_sequence_error
+    )  # (b, t)
+    loss = -per_token.where(kept, 0.0).mul(share).sum() / num_responses  # ()
 
     outside = (ratio < eps_low) | (ratio > eps_high)  # (b, t)
     metrics = {
@@ -66,4 +89,6 @@ def compute_mopd_loss(
         **mismatch_metrics(student_logprobs.detach(), inf_logprobs, valid),
         "gate/out_of_band": masked_mean(outside.to(valid.dtype), valid),
     }
+    if max_sequence_error:
+        metrics["mismatch/masked"] = masked_mean(1.0 - kept.to(valid.dtype), valid)
     return loss, metrics

@@ -142,7 +142,10 @@ FULL_LAYOUT = dict(
     max_rows=112,
 )
 
-# Which teacher scores a prompt of this domain (Nemotron-Cascade 2, MOPD).
+# Every domain that a stage trains.
+DOMAINS = tuple(dict.fromkeys(d for stage in RL_STAGES.values() for d in stage["domains"]))
+
+# The report's teachers: domain -> group of domains that share one (Nemotron-Cascade 2, MOPD).
 TEACHER_OF = {
     "math": "math",
     "if": "multi_domain",
@@ -154,6 +157,8 @@ TEACHER_OF = {
 
 # How many prompts of each domain MOPD draws (Nemotron-Cascade 2, MOPD: the rows it released).
 # OURS: preference prompts come from a second file whose share is not said; here they are a tenth.
+# OURS: the toy also draws the domains that no teacher of the report is for, if --teachers has a
+# default=DIR for them; each is then a twentieth of the prompts.
 MOPD_SHARES = {
     "math": 1853,
     "if": 1854,
@@ -161,6 +166,9 @@ MOPD_SHARES = {
     "tools": 610,
     "structured": 927,
     "preference": 686,
+    "long_context": 400,
+    "code": 400,
+    "swe": 400,
 }
 
 # The order of the toy's run and of the report's pages: (directory, stage, starts from).
@@ -168,7 +176,8 @@ CASCADE = (
     ("sft", "sft", None),
     ("if_rl", "if_rl", "sft"),
     ("multi_domain_rl", "multi_domain_rl", "if_rl"),
-    ("rlhf_side", "rlhf", "sft"),  # the preference teacher: a short side branch from SFT
+    # OURS: the side branch takes RLHF's 25 steps; the report says that it is short.
+    ("rlhf_side", "rlhf", "sft"),  # the preference teacher
     ("mopd", "mopd", "multi_domain_rl"),
     ("rlhf", "rlhf", "mopd"),
     ("long_context_rl", "long_context_rl", "rlhf"),

@@ -1,5 +1,6 @@
 """The teachers of MOPD: which checkpoint teaches a domain."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -7,35 +8,63 @@ from nanocascade.checkpoint.weights import open_model
 from nanocascade.data.episode import Rollout
 from nanocascade.engine.frozen import FrozenModel
 from nanocascade.files import read_json, sha256_of
+from nanocascade.stages import DOMAINS, TEACHER_OF
 from nanocascade.tokenizer.tokenizer import Tokenizer
+
+DEFAULT = "default"  # the teacher of prompts that no other one is named for
+
+
+def read_teachers(items: tuple[str, ...]) -> dict[str, str]:
+    """--teachers: ("math=sft", "default=start") -> {"math": "sft", "default": "start"}.
+
+    NAME is a domain, a group of domains of TEACHER_OF, or DEFAULT.
+    """
+    known = sorted({*DOMAINS, *TEACHER_OF.values()}) + [DEFAULT]
+    paths = {}
+    for item in items:
+        name, _, path = item.partition("=")
+        if name not in known or not path or name in paths:
+            raise ValueError(f"--teachers {item}: expected NAME=DIR once, NAME one of {known}")
+        paths[name] = path
+    if not paths:
+        raise ValueError(f"--teachers is needed: NAME=DIR, NAME one of {known}")
+    return paths
+
+
+def assign_teachers(names, domains) -> dict[str, str]:
+    """{domain: teacher}: the one named after the domain, else after its group, else the default.
+
+    {"math", "default"}, ("math", "code") -> {"math": "math", "code": "default"}. Domains without
+    any of the three are left out.
+    """
+    choices = {domain: (domain, TEACHER_OF.get(domain), DEFAULT) for domain in domains}
+    found = {d: [x for x in choice if x in names] for d, choice in choices.items()}
+    return {domain: x[0] for domain, x in found.items() if x}
 
 
 class Teachers:
-    """name -> directory, domain -> name (stages.TEACHER_OF); checked before anything is trained.
+    """The teacher of each domain, checked before anything is trained.
 
-    Raises ValueError for an unknown teacher's name, a missing directory, or domains nobody teaches.
+    items: --teachers. wanted: --domains, all that have a teacher if empty. drawn: the domains that
+    prompts may come from. A teacher whose directory is the student's start holds a domain where it
+    was (self-anchor). Teachers of one directory share one frozen copy.
+
+    Raises ValueError for an unknown name, a missing directory, or wanted domains without a teacher.
     """
 
-    def __init__(self, cfg, teacher_of: dict[str, str], dist):
-        names = sorted(set(teacher_of.values()))
-        paths = {}
-        for item in cfg.teachers:
-            name, equals, path = item.partition("=")
-            if name not in names or not equals or not path:
-                raise ValueError(f"--teachers {item}: expected NAME=DIR, NAME one of {names}")
-            paths[name] = path
-        if not paths:
-            raise ValueError(f"--teachers is needed: NAME=DIR, NAME one of {names}")
-        taught = {d: name for d, name in teacher_of.items() if name in paths}
-        if untaught := set(cfg.domains) - set(taught):
+    def __init__(self, items: tuple[str, ...], wanted: tuple[str, ...], drawn, dist):
+        given = read_teachers(items)
+        taught = assign_teachers(given, drawn)
+        if untaught := set(wanted) - set(taught):
             raise ValueError(f"--domains {sorted(untaught)}: no teacher given for them")
-        self.teacher_of = {d: x for d, x in taught.items() if not cfg.domains or d in cfg.domains}
+        self.teacher_of = {d: x for d, x in taught.items() if not wanted or d in wanted}
         self.domains = tuple(self.teacher_of)
         self.paths = {}
         for name in sorted(set(self.teacher_of.values())):
             domains = [d for d, x in self.teacher_of.items() if x == name]
-            self.paths[name] = best_checkpoint(paths[name].split("+"), domains)
-        self.models = {name: FrozenModel(path, dist) for name, path in self.paths.items()}
+            self.paths[name] = best_checkpoint(given[name].split("+"), domains)
+        copies = {os.path.realpath(x): FrozenModel(x, dist) for x in self.paths.values()}
+        self.models = {name: copies[os.path.realpath(x)] for name, x in self.paths.items()}
         known = {x: {"path": path, "sha256": sha256_of(path)} for x, path in self.paths.items()}
         self.manifest = {d: known[x] for d, x in self.teacher_of.items()}
 
@@ -49,12 +78,9 @@ class Teachers:
                     "from the student's, so its log-probs would be of other tokens"
                 )
 
-    def of(self, domain: str) -> str:
-        return self.teacher_of[domain]
-
     def split(self, rollouts: list[Rollout]):
-        """(name, rollouts) of every teacher, on all ranks in one order, with none or many."""
-        of = [self.of(x.domain) for x in rollouts]
+        """(teacher, its rollouts) of every teacher, on all ranks in one order, some without any."""
+        of = [self.teacher_of[x.domain] for x in rollouts]
         return [(t, [x for x, y in zip(rollouts, of, strict=True) if y == t]) for t in self.paths]
 
 

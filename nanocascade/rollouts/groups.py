@@ -98,10 +98,12 @@ def in_reach(
 
 
 def apply_overlong(groups: list[list[Rollout]], mode: str) -> None:
-    """What a response cut off at the limit costs: "penalty" = reward 0 (the verifier's own verdict,
-    or the judge's lowest), "filter" = it leaves the loss, and still counts in its group's mean."""
-    if mode not in ("penalty", "filter"):
-        raise ValueError(f"--overlong {mode}: expected penalty or filter")
+    """Mask the responses that were cut off at the limit, if mode is "filter".
+
+    They still count in their group's mean and std. In the other modes they stay in the loss: in
+    RL as a "penalty", since the verifier or the judge gave them their lowest reward, in MOPD
+    ("off") like any response.
+    """
     for rollout in (x for group in groups for x in group):
         if mode == "filter" and rollout.truncated:
             rollout.loss = False

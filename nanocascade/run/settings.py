@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 CHOICES = {
-    "overlong": ("penalty", "filter"),
+    "overlong": ("penalty", "filter", "off"),
     "gate": ("zero", "clamp", "none"),
     "schedule": ("constant", "linear", "cosine"),
     "pairing": ("all", "circle"),
@@ -17,7 +17,8 @@ LEAST = dict.fromkeys(
     1,
 ) | dict.fromkeys(
     "lr min_lr warmup temperature top_k kl_coef weight_decay bias_rate save_every show_every show"
-    " show_mask limit log_groups eval_samples own_eval_samples max_tokens".split(),
+    " show_mask limit log_groups eval_samples own_eval_samples max_tokens"
+    " max_sequence_error".split(),
     0,
 )
 
