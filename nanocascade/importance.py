@@ -27,7 +27,8 @@ def sequence_mask(train_logprobs, sampler_logprobs, valid, response_ids, max_err
     """Mask of the valid tokens (b, t) without the responses that train and sampler disagree on.
 
     A response stays if exp|train - sampler log-prob|, averaged over its valid tokens, is at most
-    max_error: ratios 1, 2, 4 have the mean 7/3, so max_error = 2 masks all three. NeMo-RL's mopd-cascade and Nemotron 3 Nano use 2. 0 = off, as in the report.
+    max_error: ratios 1, 2, 4 have the mean 7/3, so max_error = 2 masks all three tokens. 0 = off,
+    as in the report; Nemotron 3 Nano and NeMo-RL, mopd-cascade, use 2.
     # OURS: a masked response leaves the loss but not its denominator, which is counted before the
     forward pass that finds it. NeMo-RL scores the tokens in an extra pass, masks, and then counts.
     """

@@ -145,7 +145,8 @@ def test_errors_of_teachers(refused, sft, tmp_path):
     os.truncate(tmp_path / "cut" / WEIGHTS, 3000)
     refused("cut/model.safetensors is missing, truncated", *mopd, f"math={tmp_path / 'cut'}")
     refused("manifest.json has no evaluation of math", *mopd, f"math={sft}+{other}")
-    refused("expected NAME=DIR, NAME one of .*math", *mopd, f"maths={sft}")
+    refused("expected NAME=DIR once, NAME one of .*math", *mopd, f"maths={sft}")
+    refused("expected NAME=DIR once", *mopd, f"math={sft},math={sft}")
     refused("--domains .*code.* no teacher", *mopd, f"math={sft}", "--domains", "math,code")
     refused("--teachers is needed", "train_mopd.py", "--init", sft)
 

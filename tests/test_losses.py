@@ -17,7 +17,7 @@ from nanocascade.engine.forward import score_tokens
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.importance import mismatch_metrics
 from nanocascade.model.logprobs import token_logprobs
-from nanocascade.mopd import compute_mopd_loss
+from nanocascade.mopd import compute_mopd_loss, denominators
 from nanocascade.run.log import Mean
 from nanocascade.sft import sft_loss
 
@@ -128,6 +128,49 @@ def test_numbers_mopd(gate, third):
     assert teacher.grad is None
     with pytest.raises(ValueError, match="'clip'"):
         run(MOPD, STUDENT, teacher, SAMPLER, MASK, gate="clip")
+
+
+@pytest.mark.parametrize(
+    "limit, kept", [(0.0, (1, 1)), (2.0, (0, 1)), (2.4, (1, 1)), (1.9, (0, 0))]
+)
+def test_numbers_sequence_mask(limit, kept):
+    """exp|ln r| is 1, 2, 4 in response 1, mean 7/3, and 2 in response 2: the limit 2 masks the
+    first, 1.9 both, 2.4 neither. A masked response has no gradient and stays in the denominators:
+    the other's is as without the mask. Three of the four tokens are masked, or all, or none."""
+    rows = f64(*[[x] * 3 for x in kept])  # (b, t)
+    _, plain, _ = run(MOPD, STUDENT, TEACHER, SAMPLER, MASK, gate="none")
+    masked = partial(MOPD, gate="none", max_sequence_error=limit)
+    _, grad, metrics = run(masked, STUDENT, TEACHER, SAMPLER, MASK)
+    near(grad, plain * rows)
+    packed = [x.flatten()[None] for x in (STUDENT, TEACHER, SAMPLER, MASK)]
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    near(run(masked, *packed, response_ids=ids)[1], (plain * rows).flatten()[None])
+    share = 1 - (3 * kept[0] + kept[1]) / 4
+    assert metrics.get("mismatch/masked", 0) == share and ("mismatch/masked" in metrics) == (
+        limit > 0
+    )
+    args = f64([1] * 3, [1] * 3), MASK  # advantages: gradient -1/4 a token, and the KL term's 1/8
+    kl = {"ref_logprobs": STUDENT + LN2, "kl_coef": 0.5}  # x = 2: 0.5 * (1 - 2) / 4
+    options = {"num_tokens": 4, "sampler_logprobs": SAMPLER, "max_sequence_error": limit}
+    _, grad, metrics = run(grpo_loss, STUDENT, *args, **options, **kl)
+    near(grad, -3 / 8 * MASK * rows)
+    assert metrics.get("mismatch/masked", 0) == share
+    flat = [x.flatten()[None] for x in (STUDENT, *args)]
+    options["sampler_logprobs"] = packed[2]
+    near(run(grpo_loss, *flat, **options, response_ids=ids)[1], (MASK * rows / -4).flatten()[None])
+
+
+def test_numbers_denominators():
+    """Responses of 3 and 1 tokens: by response each has its own and there are 2, so weights are
+    1/6 and 1/2 a token (Eq. 4); by token all four weigh 1/4. Empty steps divide by 1."""
+    counts = torch.tensor([3, 1])
+    for per, expected in (("response", [1 / 6, 1 / 2]), ("token", [1 / 4, 1 / 4])):
+        num_tokens, num_responses = denominators(counts, 4, 2, per)
+        near(1 / (num_tokens * num_responses).double(), expected)
+        given = {"num_tokens": num_tokens, "num_responses": num_responses, "gate": "none"}
+        loss, _, _ = run(MOPD, STUDENT, STUDENT + 1, STUDENT, MASK, **given)  # w = a = 1
+        near(loss, 4 * LN2 * expected[0] + LN2 * expected[1])  # ln train: -(1 + 1 + 2), -1
+    assert denominators(torch.tensor([0]), 0, 0, "response")[1] == 1
 
 
 def test_numbers_mopd_metrics():

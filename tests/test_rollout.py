@@ -200,13 +200,12 @@ def test_numbers_masks(calls):
     the threshold leaves it; rows solved more often than the maximum leave before training."""
     groups = [group({}, *MIXED), group({}, 0.5, 0.0)]
     groups[0][1].stop_reason = "length"
-    for mode, expected in (("penalty", [[1, 1], [1, 1]]), ("filter", [[1, 0], [1, 1]])):
+    kept = [[1, 1], [1, 1]]
+    for mode, expected in (("penalty", kept), ("off", kept), ("filter", [[1, 0], [1, 1]])):
         drawing.apply_overlong(groups, mode)
         assert [[x.num_loss_tokens for x in g] for g in groups] == expected
     drawing.mask_unsolved(groups, 0.5)
     assert [[x.loss for x in g] for g in groups] == [[True, False], [False, False]]
-    with pytest.raises(ValueError, match="--overlong drop"):
-        drawing.apply_overlong(groups, "drop")
 
 
 def test_numbers_in_reach(calls):
@@ -257,7 +256,28 @@ def test_numbers_metrics(calls):
     assert calls == [(5, 2, 5, [0, 1, 2, 3, 4])]
 
 
-def test_numbers_teachers(monkeypatch):
+def test_numbers_teachers(monkeypatch, tmp_path):
+    """A domain's own teacher comes before its group's and that before the default; two names of
+    one directory share one frozen copy; the rollouts of a step are split by teacher."""
+    given = {"if": "a", "multi_domain": "b", "default": "b"}
+    domains = ("math", "if", "tools", "code")
+    of = {"math": "default", "if": "if", "tools": "multi_domain", "code": "default"}
+    assert teachers.assign_teachers(given, domains) == of
+    assert teachers.assign_teachers({"if": "a"}, domains) == {"if": "if"}
+    monkeypatch.setattr(teachers, "sha256_of", str)
+    monkeypatch.chdir(tmp_path)
+    found = teachers.Teachers(("if=a", "multi_domain=b", "default=./b"), (), domains, ALONE)
+    assert found.teacher_of == of and found.models["multi_domain"] is found.models["default"]
+    assert found.models["if"] is not found.models["default"]
+    parts = found.split([Rollout({"domain": d}, [], 0) for d in (*domains, "code")])
+    assert {name: [x.domain for x in part] for name, part in parts} == {
+        "default": ["math", "code", "code"],
+        "if": ["if"],
+        "multi_domain": ["tools"],
+    }
+
+
+def test_numbers_best_teacher(monkeypatch):
     """The checkpoint of the best mean score, and the shares of tokens and prompts."""
     means = {"a": {"if": 0.9, "mcqa": 0.1}, "b": {"if": 0.5, "mcqa": 0.6}, "c": {"if": 0.4}}
     evaluations = {k: {d: {"after": {"mean": y}} for d, y in x.items()} for k, x in means.items()}

@@ -182,37 +182,34 @@ def test_run_rl(stage, sft, tmp_path, monkeypatch):
     )
 
 
-def test_run_mopd(sft, skilled, tmp_path):
-    """Of A+B the teacher whose manifest shows better scores in its domains; the report's shares."""
+def test_run_mopd(sft, skilled, tmp_path, monkeypatch):
+    """Of A+B the teacher whose manifest shows better scores in its domains; the report's shares,
+    and with a default teacher also those of the domains that have no other."""
     for name, mean in (("a", 0.4), ("b", 0.6)):
         shutil.copytree(skilled, tmp_path / name)
         manifest = json.loads((sft / "manifest.json").read_text())
         for domain, x in manifest["evaluation"].items():
             x["after"]["mean"] = mean if domain != "code" else 0.9 - mean  # code is not taught
         (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
-    teachers = f"math={sft},preference={skilled},multi_domain={tmp_path / 'a'}+{tmp_path / 'b'}"
-    run(
-        "train_mopd.py",
-        "--init",
-        sft,
-        "--teachers",
-        teachers,
-        "--out",
-        tmp_path / "out",
-        *TINY_RL,
-        "--prompts",
-        24,
-    )
-    manifest = check_left(tmp_path / "out", "mopd")
-    paths = {"math": str(sft), "preference": str(skilled)}
-    found = {domain: x["path"] for domain, x in manifest["teachers"].items()}
-    assert found == {d: paths.get(t, str(tmp_path / "b")) for d, t in TEACHER_OF.items()}
-    last = metrics_of(tmp_path / "out")[-1]
-    assert last["grad_norm"] > 0 and last["mopd/reverse_kl/preference"] > 0.1
-    assert abs(sum(last[f"mopd/prompt_share/{d}"] for d in TEACHER_OF) - 1) < 1e-6
-    for domain, rows_of_it in MOPD_SHARES.items():  # of 24 prompts, to the next whole one
-        expected = rows_of_it / sum(MOPD_SHARES.values())
-        assert abs(last[f"mopd/prompt_share/{domain}"] - expected) < 1 / 24, domain
+    given = f"math={sft},preference={skilled},multi_domain={tmp_path / 'a'}+{tmp_path / 'b'}"
+    paths = {"math": str(sft), "preference": str(skilled), "multi_domain": str(tmp_path / "b")}
+    paths = {domain: paths[name] for domain, name in TEACHER_OF.items()}
+    for anchor in (False, True):
+        out = tmp_path / f"out{anchor}"
+        teachers = f"{given},default={sft}" if anchor else given
+        words = ("--init", sft, "--teachers", teachers, "--out", out, *TINY_RL, "--prompts", 24)
+        run_here(monkeypatch, "train_mopd.py", *words)
+        manifest = check_left(out, "mopd")
+        found = {domain: x["path"] for domain, x in manifest["teachers"].items()}
+        untaught = {d: str(sft) for d in MOPD_SHARES if d not in TEACHER_OF}
+        assert found == (paths | untaught if anchor else paths)
+        last = metrics_of(out)[-1]
+        assert last["grad_norm"] > 0 and last["mopd/reverse_kl/preference"] > 0.1
+        assert abs(sum(last[f"mopd/prompt_share/{d}"] for d in found) - 1) < 1e-6
+        for domain in found:  # of 24 prompts, to the next whole one
+            expected = MOPD_SHARES[domain] / sum(MOPD_SHARES[d] for d in found)
+            assert abs(last[f"mopd/prompt_share/{domain}"] - expected) < 1 / 24, domain
+    assert last["mopd/reverse_kl/default"] < last["mopd/reverse_kl/preference"]
 
 
 @pytest.mark.parametrize(
