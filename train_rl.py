@@ -63,7 +63,7 @@ class Config(RunConfig):
     max_tokens: int | None = None  # of prompt and response together (0 = no limit of its own)
     max_turns: int | None = None  # assistant turns of an episode with tools
     temperature: float | None = None  # of sampling; all log-probs are of logits / temperature
-    thinking: bool = True  # responses open with a thought, in training and evaluation
+    thinking: bool | None = None  # responses open with a thought, in training and evaluation
     top_p: float | None = None  # nucleus of sampling; the loss scores the full distribution
     overlong: str | None = None  # penalty (cut off = reward 0) or filter (cut off = no loss)
     dynamic_filtering: bool | None = None  # replace groups that are all right or all wrong

@@ -39,6 +39,7 @@ def train(out: Path, arm: str) -> None:
     seed = read_json(out / "multi_domain_rl" / "manifest.json")["seed"]
     words = ["--init", out / "multi_domain_rl", "--out", out / "anchor" / arm, "--seed", seed]
     words += ["--teachers", teachers, "--eval_data", "", "--show_every", 0, "--resume"]
+    words += ["--references", out / "sft" / "references.jsonl"]  # where the cascade stands now
     subprocess.run([sys.executable, "train_mopd.py", *map(str, words)], check=True)
 
 

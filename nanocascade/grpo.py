@@ -80,7 +80,7 @@ def grpo_loss(
     per_token = -weight * advantages * train_logprobs  # (b, t)
     if kl_coef:
         assert ref_logprobs is not None, "the KL term needs ref_logprobs"
-        # OURS: the k3 estimator of KL(train || reference); the report gives only its coefficient.
+        # OURS: the k3 estimator of the KL term; the report gives only its coefficient.
         gap = ref_logprobs - train_logprobs  # (b, t)
         k3 = gap.exp() - 1 - gap  # (b, t) >= 0
         per_token = per_token + kl_coef * k3  # (b, t)

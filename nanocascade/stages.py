@@ -34,11 +34,13 @@ class Stage:
     pass_samples: int = 4  # tries a prompt that tell how often it is solved
     kl_coef: float = 0.0  # k3 against the start of the stage
     pairing: str = "all"  # preference: all pairs, or the circle of the Nano recipe
+    thinking: bool = True  # responses open with a thought
     max_turns: int = 1  # assistant turns of an episode
     max_tokens: int = 0  # of prompt and response together, where the report limits their sum
 
 
 # (report, toy). Toy learning rates are for a model of 1M parameters; steps are for minutes.
+# OURS: no warm-up in RL, except in agentic SWE; the report does not say (Nano: 10 steps from 3e-7).
 RL_STAGES = {
     "if_rl": dict(  # dynamic filtering, overlong penalty, thinking mode only
         domains={"if": 1.0},
@@ -81,6 +83,7 @@ RL_STAGES = {
     ),
     # OURS: code problems that the stage's own start always solves are dropped.
     # The report asks a strong model. Strict binary reward.
+    # OURS: with top-p 0.95 the loss still scores the full distribution, a bias towards the nucleus.
     "code_rl": dict(
         domains={"code": 1.0},
         prompts=(128, 48),
@@ -106,6 +109,7 @@ RL_STAGES = {
     # Episodes in a repository (environments.py), its tests the reward; off the toy's cascade. What
     # is solved 16 of 16 times is removed, what never is kept with probability 0.1.
     # OURS: of the report's 256K tokens of context 16K are the prompt's; 40 steps (it does not say).
+    # OURS: non-thinking, as agentic SWE's SFT data and evaluation are; RL's mode is not said.
     "swe_agentic_rl": dict(
         domains={"swe_agentic": 1.0},
         prompts=(16, 16),
@@ -116,6 +120,7 @@ RL_STAGES = {
         warmup=(10, 2),
         schedule="linear",
         temperature=(0.8, 1.0),
+        thinking=False,
         max_turns=(200, 4),
         max_pass_rate=(0.99, 1.0),
         keep_unsolved=(0.1, 1.0),

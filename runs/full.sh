@@ -52,7 +52,7 @@ case "$STAGE" in
   mopd)
     SCRIPT=train_mopd.py
     FLAGS+=(--init "$OUT/multi_domain_rl" --offload_blocks --max_rows 64 --teachers
-      "math=$OUT/sft,preference=$OUT/rlhf_side,multi_domain=$OUT/if_rl+$OUT/multi_domain_rl") ;;
+      "math=$OUT/sft,preference=$OUT/rlhf_side,multi_domain=$OUT/if_rl+$OUT/multi_domain_rl,default=$OUT/multi_domain_rl") ;;
   rlhf) rl rlhf mopd ;;
   long_context_rl) rl long_context_rl rlhf ;;
   code_rl) rl code_rl long_context_rl; FLAGS+=(--offload_blocks --max_rows 48) ;;

@@ -37,7 +37,7 @@ rl if_rl if_rl sft
 rl multi_domain_rl multi_domain_rl if_rl
 rl rlhf_side rlhf sft                        # the preference teacher, a short side branch
 stage train_mopd.py mopd --init "$OUT/multi_domain_rl" ${MOPD[@]+"${MOPD[@]}"} ${EVAL[@]+"${EVAL[@]}"} \
-  --teachers "math=$OUT/sft,preference=$OUT/rlhf_side,multi_domain=$OUT/if_rl+$OUT/multi_domain_rl"
+  --teachers "math=$OUT/sft,preference=$OUT/rlhf_side,multi_domain=$OUT/if_rl+$OUT/multi_domain_rl,default=$OUT/multi_domain_rl"
 rl rlhf rlhf mopd --lr 1.5e-4                 # gentler than the side branch: MOPD left little to learn
 rl long_context_rl long_context_rl rlhf
 rl code_rl code_rl long_context_rl

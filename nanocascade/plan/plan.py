@@ -71,7 +71,8 @@ def work_of(cfg, config, ranks: int, prompt: int) -> Work:
     rows = parts(-(-cfg.prompts // ranks), cfg.rollouts, cfg.max_rows)[1]
     frozen = int(getattr(cfg, "kl_coef", 0) > 0)
     if hasattr(cfg, "teachers"):
-        frozen = len(cfg.teachers) or len({*TEACHER_OF.values()})
+        copies = {x.partition("=")[2] for x in cfg.teachers}  # one a directory
+        frozen = len(copies) or len({*TEACHER_OF.values()})
     micro = max(longest, min(cfg.micro_tokens, int(tokens / ranks)))
     return Work(
         longest, max(longest, 256), micro, tokens, new, rollouts, rows, frozen, cfg.routing_replay

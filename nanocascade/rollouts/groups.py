@@ -11,7 +11,8 @@ from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import NOT_SCORED
 from nanocascade.sampler import step_seed
 
-MAX_DRAWS = 4  # dynamic filtering tries at most this many times the prompts of a step
+# OURS: dynamic filtering draws at most 4 times the prompts of a step; the report has no limit.
+MAX_DRAWS = 4
 
 
 def collect_groups(

@@ -62,7 +62,8 @@ class RunConfig:
     seed: int = 0  # of initial weights, data order and sampling
     # ---- advanced ----
     bias_rate: float = 1e-3  # step of the experts' correction bias after each update (0 = off)
-    betas: tuple[float, ...] = (0.9, 0.95)  # of AdamW
+    # OURS: AdamW in every stage; two rows of the report's table say Adam, equal without decay.
+    betas: tuple[float, ...] = (0.9, 0.95)  # decay rates of AdamW's two moments
     weight_decay: float = 0.0  # of matrices
     max_norm: float = 1.0  # global gradient norm to clip to
     micro_tokens: int = 8192  # tokens of a micro-batch; changes memory and speed, not gradients
