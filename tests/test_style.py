@@ -29,6 +29,7 @@ LAYERS = (
     ("data", "engine"),
     ("rollouts", "teachers", "plan", "toy"),
     ("run",),
+    ("show",),
 )
 
 

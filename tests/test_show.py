@@ -1,0 +1,313 @@
+"""The page of a run or a cascade: what it reads, what it leaves out, and that texts stay texts."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from fixtures.browser import CHROMIUM, Browser
+from fixtures.toy_runs import ROOT
+
+from nanocascade.show.__main__ import main, render_page
+from nanocascade.show.read import (
+    MAX_CHARS,
+    cut,
+    healthy_range,
+    metric_table,
+    place_runs,
+    read_page,
+    sample_groups,
+    split_turns,
+)
+
+OPEN = "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n<think>\n"
+HOSTILE = (
+    "</script><script>document.title = 'owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\"><iframe src='file:///etc/passwd'></iframe>",
+    "<!--<script>{{DATA}}{{POLICY}}\u2028\x00\ud800]]></style><link href=//example.org/x>",
+)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(x) + "\n" for x in records))
+
+
+def token_values(texts, **more):
+    """Token records of a response: values grow from token to token, the last one has no loss."""
+    grow = [round(0.1 * i - 0.2, 4) for i in range(len(texts))]
+    values = {"text": texts, "loss": "1" * (len(texts) - 1) + "0", "logprob": [-1.0] * len(texts)}
+    return values | {"log_ratio": [x * 1e-7 for x in grow], "entropy": [0.3] * len(texts)} | more
+
+
+def write_run(
+    path, name, parent="", teachers=None, groups=2, size=2, text="a</think>b", domain="math"
+):
+    """A finished run of three steps whose groups have rewards 0, 1, 0, 1, ..."""
+    out = path / name
+    out.mkdir(parents=True)
+    scores = {"before": {"mean": 0.4, "n": 9, "interval": 0.1}} if parent else {"before": None}
+    scores["after"] = {"mean": 0.8, "n": 9, "interval": 0.1}
+    manifest = {
+        "stage": name,
+        "parent": {"path": f"/elsewhere/{parent}", "sha256": ""} if parent else None,
+        "teachers": {d: {"path": f"/elsewhere/{x}"} for d, x in (teachers or {}).items()},
+        "seed": 0,
+        "config": {"steps": 3},
+        "evaluation": {"math": scores},
+        "seconds": 60.0,
+        "commit": "0123456789abcdef",
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    steps = [{"step": i, "reward/mean/math": 0.5, "entropy": 0.1 * i} for i in range(3)]
+    write_lines(out / "metrics.jsonl", steps)
+    texts = re.findall(r"</think>|.", text, re.S)
+    teacher = {"teacher": [-0.5] * len(texts)} if teachers else {}
+    rollouts = [
+        {
+            "step": i % 3,
+            "domain": domain,
+            "prompt": OPEN % f"question {i}",
+            "response": text,
+            "reward": float(j % 2),
+            "reason": "correct" if j % 2 else "wrong answer",
+            "advantage": 0.0 if size == 1 else 2.0 * (j % 2) - 1,
+            "stop_reason": "stop",
+            "tokens": token_values(texts, **teacher),
+        }
+        for i in range(groups)
+        for j in range(size)
+    ]
+    write_lines(out / "rollouts.jsonl", rollouts)
+    return out
+
+
+@pytest.fixture
+def cascade(tmp_path):
+    out = tmp_path / "out"
+    write_run(out, "sft")
+    write_run(out, "rl", "sft")
+    write_run(out, "side", "sft", text=HOSTILE[0], domain=HOSTILE[1])
+    write_run(out, "mopd", "rl", {"math": "sft", "preference": "side"})
+    return out
+
+
+def test_metric_table():
+    """The package's table is the one of docs/metrics.md; ranges at the start of a text are read."""
+    document = (ROOT / "docs/metrics.md").read_text().splitlines()
+    copy = (ROOT / "nanocascade/show/metrics.md").read_text().splitlines()
+    table = [x for x in document if x.startswith("|")]
+    assert table == copy, "grep '^|' docs/metrics.md > nanocascade/show/metrics.md"
+    known = {x["name"]: (x["low"], x["high"]) for x in metric_table()}
+    assert known["group/all_right"] == (None, 0.5) and known["ratio/mean"] == (0.99, 1.01)
+    assert known["mismatch/prob_error"] == (None, 1e-5) and known["lr"] == (None, None)
+    assert healthy_range("above 0: more") == (0.0, None) and healthy_range("3") == (None, None)
+
+
+def test_size():
+    """Its Python has at most 350 lines, and the template with its script and style 500."""
+    lines = {
+        x: len(x.read_text().splitlines())
+        for x in (ROOT / "nanocascade/show").iterdir()
+        if x.is_file()
+    }
+    assert sum(n for path, n in lines.items() if path.suffix == ".py") <= 350
+    assert sum(n for path, n in lines.items() if path.suffix == ".html") <= 500
+
+
+def test_turns():
+    """Turns add up to the text; a thought that the prompt opened ends at its tag or never."""
+    call = "lookup\n</think>\n<tool_call>\n</tool_call>\n<|im_end|>\n"
+    result = "<|im_start|>user\n<tool_response>\n6\n</tool_response>\n<|im_end|>\n"
+    last = "<|im_start|>assistant\n<think>\nsix\n</think>\n6<|im_end|>"
+    turns = split_turns(call + result + last, "thought")
+    assert [kind for kind, _ in turns] == ["thought", "answer", "tool", "thought", "answer"]
+    assert "".join(text for _, text in turns) == call + result + last
+    assert turns[3][1] == "<|im_start|>assistant\n<think>\nsix\n</think>\n"
+    assert split_turns("never closed", "thought") == [["thought", "never closed"]]
+    prompt = split_turns("<|im_start|>system\nS<|im_end|>\n" + OPEN % "Q", "user")
+    assert [kind for kind, _ in prompt] == ["system", "user", "thought"]
+
+
+def test_bounds():
+    """Long texts are cut and say so; too many groups are thinned out evenly."""
+    turns = cut([["thought", "a" * 10], ["answer", "b" * MAX_CHARS]])
+    assert turns[1:] == [["answer", "b" * (MAX_CHARS - 10)], ["cut", "10 characters more"]]
+    groups = [{"step": i} for i in range(10)]
+    assert sample_groups(groups, 10_000) == groups
+    assert sample_groups(groups, 50) == [{"step": i} for i in (0, 3, 6, 9)]  # 11 bytes each
+    assert sample_groups(groups, 1) == groups[:1]
+
+
+def test_place_runs():
+    """The longest chain of parents is the cascade; a side run lies between its sources and pupils;
+    a parent that is not there is shown as outside, with the scores that its child began with."""
+    empty = {"teachers": {}, "evaluation": {}}
+    runs = [
+        empty | {"name": "sft", "parent": "base", "evaluation": {"math": {"before": 0.1}}},
+        empty | {"name": "rl", "parent": "sft"},
+        empty | {"name": "mopd", "parent": "rl", "teachers": {"math": "sft", "if": "side"}},
+        empty | {"name": "side", "parent": "sft"},
+        empty | {"name": "other", "parent": "rl", "teachers": {"if": "side"}},
+    ]
+    place_runs(runs)
+    places = {run["name"]: (run["col"], run["lane"]) for run in runs}
+    main_chain = {"base": (0, 0), "sft": (1, 0), "rl": (2, 0), "mopd": (3, 0)}
+    assert places == main_chain | {"side": (2, 1), "other": (3, 2)}
+    base = next(run for run in runs if run["name"] == "base")
+    assert base["outside"] and base["evaluation"] == {"math": {"after": 0.1}}
+
+
+def test_read_page(cascade):
+    """Runs, curves, groups with their rewards, and scores come from the files of the directory."""
+    page = read_page(cascade)
+    runs = {run["name"]: run for run in page["runs"]}
+    assert set(runs) == {"sft", "rl", "side", "mopd"} and page["title"] == "out"
+    assert runs["mopd"]["teachers"] == {"math": "sft", "preference": "side"}
+    assert runs["rl"]["parent"] == "sft" and runs["rl"]["trained"] == ["math"]
+    assert runs["rl"]["curves"]["entropy"] == [0.0, 0.1, 0.2] and runs["rl"]["steps"] == [0, 1, 2]
+    assert [[x["reward"] for x in g["rollouts"]] for g in runs["rl"]["groups"]] == [[0.0, 1.0]] * 2
+    shown = {x["name"]: x["names"] for x in page["metrics"]}
+    assert shown == {"reward/mean/DOMAIN": ["reward/mean/math"], "entropy": ["entropy"]}
+
+
+def test_unfinished_run(tmp_path):
+    """A run that goes on is shown from its state/run.json, without the line that is half written;
+    what is no JSON number (NaN) is a gap."""
+    (tmp_path / "run/state").mkdir(parents=True)
+    identity = {"stage": "if_rl", "init": "out/sft", "steps": 9, "teachers": {}, "seed": 3}
+    (tmp_path / "run/state/run.json").write_text(json.dumps(identity))
+    lines = (
+        '{"step": 0, "entropy": NaN, "new/metric": [1.0, 2.0]}\n{"step": 1, "entropy": 0.5}\n{"st'
+    )
+    (tmp_path / "run/metrics.jsonl").write_text(lines)
+    page = read_page(tmp_path / "run")
+    run = next(x for x in page["runs"] if x["name"] == "run")
+    assert not run["finished"] and (run["done"], run["num_steps"], run["seed"]) == (2, 9, 3)
+    assert run["curves"] == {"entropy": [None, 0.5], "new/metric": [2.0, None]}
+    assert [x["name"] for x in page["metrics"]] == ["entropy", "new/metric"]
+    assert {x["name"] for x in page["runs"]} == {"run", "sft"}
+    render_page(page)
+
+
+def test_command(cascade, tmp_path, capsys):
+    """The command writes page.html beside the runs, or --out; without runs it is refused."""
+    main([str(cascade)])
+    assert (cascade / "page.html").stat().st_size > 10_000
+    main([str(cascade / "rl"), "--out", str(tmp_path / "x.html"), "--watch"])  # finished: no wait
+    assert "written" in capsys.readouterr().out and (tmp_path / "x.html").exists()
+    assert not list(tmp_path.rglob("*.part"))
+    with pytest.raises(ValueError, match="no metrics.jsonl"):
+        main([str(tmp_path / "nothing")])
+    with pytest.raises(ValueError, match="usage"):
+        main(["--watch"])
+
+
+class Elements(HTMLParser):
+    """All start tags with their attributes, and the text of each script and style."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.bodies, self.inside = [], [], False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag in ("script", "style")
+        self.bodies += [""] * self.inside
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.bodies[-1] += data
+
+
+def test_hostile_texts(tmp_path):
+    """Texts of a model add no element, no attribute and no link to the page, and arrive unchanged;
+    the policy permits only the template's own script and style, and no request at all."""
+    write_run(tmp_path / "plain", "rl")
+    hostile = write_run(tmp_path / "hostile", "rl", text="".join(HOSTILE), domain=HOSTILE[0])
+    pages = {}
+    for name in ("plain", "hostile"):
+        pages[name] = Elements()
+        pages[name].feed(render_page(read_page(tmp_path / name)))
+    assert pages["hostile"].tags == pages["plain"].tags
+    style, data, script = pages["hostile"].bodies
+    group = json.loads(data)["runs"][0]["groups"][0]
+    assert "".join(text for _, text in group["rollouts"][0]["turns"]) == "".join(HOSTILE)
+    assert group["domain"] == HOSTILE[0]
+    links = {"src", "href", "action", "srcset", "onclick", "onerror"}
+    assert not [attrs for _, attrs in pages["hostile"].tags if links & attrs.keys()]
+    assert "url(" not in style and "innerHTML" not in script
+    policy = next(x["content"] for _, x in pages["hostile"].tags if "http-equiv" in x)
+    for kind, body in (("style", style), ("script", script)):
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+    assert {x.name for x in hostile.iterdir()} == {
+        "manifest.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+    }
+
+
+# ---- In a browser ----
+
+BACKGROUNDS = """[...document.querySelectorAll("#cards .token")].map((x) => x.style.background)"""
+COUNT = """document.querySelectorAll("#list button").length"""
+
+
+def pick(browser, name, value):
+    """Choose an option as a person does, and say how many groups are listed then."""
+    script = f"""(() => {{ const box = document.getElementById({json.dumps(name)});
+        box.value = {json.dumps(value)}; box.onchange(); return {COUNT}; }})()"""
+    return browser.run(script)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_browser(cascade, tmp_path):
+    """In a real browser: no console message, the switch recolours tokens, filters filter, texts
+    stay texts, and 2,000 rollouts are listed and scrolled to the last."""
+    write_run(cascade, "many", "rl", groups=2000, size=1)
+    main([str(cascade)])
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(cascade / "page.html")
+        assert browser.run("document.title") == "out - nanocascade"
+        assert browser.run("document.querySelectorAll('.node').length") == 5
+        assert browser.run("document.querySelectorAll('.arrow.teacher').length") == 2
+        assert browser.run(COUNT) == 2008
+        # Every group of "many" has the one reward 0; elsewhere 0 and 1 differ.
+        assert pick(browser, "reward", "differ in the group") == 8
+        assert pick(browser, "stage", "mopd") == 2
+        assert pick(browser, "step", "1") == 1 and pick(browser, "domain", "math") == 1
+        assert browser.run("document.querySelectorAll('.card').length") == 2
+        assert browser.run("document.querySelectorAll('.turn.thought').length") == 2
+        seen = {}
+        for mode in ("teacher", "advantage", "ratio", "entropy", "off"):
+            browser.run(f"document.querySelector('[data-mode={mode}]').click()")
+            seen[mode] = browser.run(BACKGROUNDS)
+        # a_t = -0.5 + 1 on tokens with loss; the last token of each response has none.
+        assert seen["teacher"][0] == seen["teacher"][1] != "" and seen["teacher"][-1] == ""
+        assert "--up" in seen["advantage"][0] and "--down" in seen["advantage"][-2]
+        assert len(set(seen["ratio"])) > 2 and "--heat" in seen["entropy"][0]
+        assert set(seen["off"]) == {""} and len({str(x) for x in seen.values()}) == 5
+        tip = "document.querySelector('.token').onpointermove({clientX: 5, clientY: 5})"
+        browser.run(f"void {tip}")
+        assert "log-prob teacher" in browser.run("document.getElementById('tip').textContent")
+        pick(browser, "reward", "")
+        assert pick(browser, "stage", "side") == 2
+        assert HOSTILE[0] in browser.run("document.querySelector('.card').textContent")
+        assert pick(browser, "stage", "many") == 2000
+        last = "document.querySelector('#list li:last-child')"
+        browser.run(f"{last}.scrollIntoView(); {last}.firstChild.click()")
+        assert "question 1999" in browser.run("document.getElementById('detail').textContent")
+        bounds = f"{last}.getBoundingClientRect().bottom <= innerHeight + 1"
+        assert browser.run(bounds)
+        # Reloaded, as in --watch, the page shows the same group.
+        browser.call("Page.reload")
+        browser.run("new Promise((done) => setTimeout(done, 500))")
+        assert "question 1999" in browser.run("document.getElementById('detail').textContent")
+        assert browser.problems == []
