@@ -1,4 +1,4 @@
-"""Cores are shared in CI: idle OpenMP threads sleep soon, torch takes two unless told otherwise."""
+"""Idle OpenMP threads sleep soon, and torch takes at most two threads: cores may be shared."""
 
 import os
 
@@ -6,4 +6,5 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read once, when torch is impo
 
 import torch  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, len(affinity(0))))))

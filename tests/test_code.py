@@ -2,19 +2,19 @@
 
 import json
 import random
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fixtures.machine import allowance, needs_landlock
 
 from nanocascade.rewards import code
 from nanocascade.sandbox.jail import encode
 from nanocascade.sandbox.sandbox import Outcome
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
+pytestmark = needs_landlock  # which implies the rest; programs import modules
 DATA = Path(__file__).parents[2] / "shared" / "data" / "nemo_gym" / "code_gen.jsonl"
 RIGHT = "all tests pass"
 ADD = {"inputs": [[1, 2], [-3, 3]], "outputs": [3, 0], "fn_name": "add"}
@@ -137,7 +137,7 @@ def test_forms_of_function_tests(inputs, outputs, program):
         ("def add(x, y):\n    while x < 0: pass\n    return x + y", "time limit on test 2"),
         # what must not help: objects that equal all, leaving early, patches, forged replies
         (EQUAL % "int", "wrong output on test 1"),
-        (EQUAL % "", "wrong output on test 1"),
+        (EQUAL % "", "crashed: TypeError on test 1"),  # it is no plain data
         ("exit(0)", "crashed: SystemExit on test 1"),
         (FORGE % ("", 0), "ended early on test 1"),
         (
@@ -206,7 +206,7 @@ def test_assert_verdicts():
         ("def add(x, y): raise StopIteration", "crashed: RuntimeError on test 2"),
         ("exit()", "crashed: RuntimeError on test 2"),
         (FORGE % ("", 0), "ended early on test 2"),
-        (EQUAL % "", "wrong output on test 2"),
+        (EQUAL % "", "crashed: TypeError on test 2"),
         (EQUAL % "int", "wrong output on test 2"),
         ("__builtins__['all'] = abs\nadd = lambda x, y: x + 1", "wrong output on test 3"),
         ("while 1: pass", "time limit on test 2"),
@@ -222,14 +222,14 @@ def test_assert_verdicts():
 
 
 def test_assert_values():
-    """Tests may pass complex numbers, ask whether an object is true, use a module that only the
-    program imports, and call what the program names as a built-in; but no other is replaced."""
+    """Tests may pass complex numbers, use a module that only the program imports, and call what the
+    program names as a built-in; but no other is replaced. Only plain data is returned to a test."""
     half = "import re, sys\ndef f(x): return x * 0.5j if x else re.search('a', 'b')\n"
     tests = ["assert f(2j) == -1 and sys.maxsize > f(2) .imag", "assert not f(0)"]
     assert grade({"asserts": tests}, half).reason == RIGHT
     found = "import re\ndef f(x): return re.search('a', x)"
-    assert grade({"asserts": ["assert f('a')", "assert f('a') != 1"]}, found).reason == RIGHT
-    assert grade({"asserts": ["assert f('b')"]}, found).reason == "wrong output on test 1"
+    assert grade({"asserts": ["assert f('b') is None"]}, found).reason == RIGHT
+    assert grade({"asserts": ["assert f('a')"]}, found).reason == "crashed: TypeError on test 1"
     counts = "def f(n):\n    yield from range(n)\ndef g(n): return range(n)"
     assert grade({"asserts": ["assert list(f(2)) == [*g(2)] == [0, 1]"]}, counts).reason == RIGHT
     assert grade({"asserts": ["assert f(2) == [0, 1]"]}, counts).value == 0
@@ -392,7 +392,7 @@ def test_any_text(num):
         reply = Outcome(b"", ["".join(rng.choices(tokens, k=rng.randint(2, 8))).encode()], "", 0.0)
         box = SimpleNamespace(run_calls=lambda *_, reply=reply: reply)
         assert next(code.judge_calls(box, {}, "", row, code.Limits()))
-    assert time.process_time() - begin < 20 * num / 2000
+    assert time.process_time() - begin < allowance(20 * num / 2000)
 
 
 WORDS = """

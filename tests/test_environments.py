@@ -13,6 +13,7 @@ from statistics import median
 import packaging
 import pytest
 from fixtures import toy_runs
+from fixtures.machine import allowance, needs_landlock
 from fixtures.toy_runs import run_here, start
 
 from nanocascade import sampler
@@ -29,7 +30,7 @@ from nanocascade.tokenizer.chat import render_pieces
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
+pytestmark = needs_landlock  # which implies the rest; tests import modules that are not loaded yet
 MAIN = "from a.ops import op\n\n\ndef f(x):\n    return op(x)\n"
 TESTS = """import unittest
 from a.main import f
@@ -256,7 +257,7 @@ def test_any_call():
             played, result = answer(row, played if i % 150 else None, call)
             assert len(result.encode()) < 4 * MAX_RESULT + 100
         assert row == before
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < allowance(20)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +517,7 @@ def test_run_leaves_nothing(stage, worker, tmp_path):
     assert median(memory[1]) < median(memory[0]) + 4096
     ended = time.monotonic()
     while left := {x for _, family in seen.values() for x in family if alive(x)}:
-        assert time.monotonic() < ended + 5, left
+        assert time.monotonic() < ended + 60, left
     left = [x for x in (tmp_path / "tmp").iterdir() if not x.name.startswith("torchinductor_")]
     assert not left  # but for torch's own cache folder, one a user and empty here
     assert not (tmp_path / "out" / "state").exists()

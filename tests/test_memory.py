@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import make_parity
+from fixtures.machine import allowance
 
 from nanocascade.checkpoint.hf_config import load_config, parse_config
 from nanocascade.checkpoint.weights import disk_names, experts_of, load_model, save_model
@@ -88,15 +89,15 @@ def write_sparse(path, config, without=()):
     ],
 )
 def test_numbers_full_size_refused(last, words, tmp_path):
-    """63 GB without an expert, or with a config that calls for another block, are refused in under
-    a second and 64 MiB."""
+    """63 GB without an expert, or with a config that calls for another block, are refused
+    within 64 MiB, in the time for its header alone."""
     write_sparse(tmp_path, FULL, without=["backbone.layers.51.mixer.experts.77.up_proj.weight"])
     pattern = FULL["hybrid_override_pattern"][:-1] + last
     (tmp_path / "config.json").write_text(json.dumps(FULL | {"hybrid_override_pattern": pattern}))
     began = time.process_time()
     with Peak() as peak, pytest.raises(ValueError, match=words):
         load_model(tmp_path, torch.bfloat16)
-    assert time.process_time() - began < 1 and peak.bytes < 64 * MIB
+    assert time.process_time() - began < allowance(1) and peak.bytes < 64 * MIB
 
 
 def test_invariance_load_memory(tmp_path):

@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)
         fault = self.server.faults.pop(0) if self.server.faults else None
-        time.sleep(0.5 if fault == "slow" else 0)
+        time.sleep(2.5 if fault == "slow" else 0)
         texts = {message["role"]: message["content"] for message in body["messages"]}
         if "response_1" in texts:
             scores = by_digit(texts["user"], texts["response_1"], texts["response_2"])
@@ -166,7 +166,7 @@ def server(monkeypatch):
 def test_rewards_are_right_in_the_end(server):
     """Drops, 429, 500, time-outs and nonsense are asked again; both orders undo the liking."""
     server.faults = ["drop", 429, 500, "slow", "no JSON", "no verdict"]
-    judge = EndpointJudge(server.url, "m", workers=3, timeout=0.2, pause=0.01, seed=1)
+    judge = EndpointJudge(server.url, "m", workers=3, timeout=2, pause=0.01, seed=1)
     for _ in range(2):  # the second time from the cache
         given = values(["1 a", "4 b", "2 c"], judge, both_orders=True, **PLAIN)
         assert given == [1.25, 4.25, 2.25]  # half a point in half of the matches of each
@@ -178,10 +178,10 @@ def test_rewards_are_right_in_the_end(server):
 def test_a_judge_that_is_away_is_an_error_and_no_reward(server, capsys):
     """The run waits, says so, and after max_wait stops; a request that is refused stops at once."""
     server.faults = [503] * 50
-    judge = EndpointJudge(server.url, "m", pause=0.01, max_wait=0.2)
+    judge = EndpointJudge(server.url, "m", pause=0.01, max_wait=1)
     with pytest.raises(ConnectionError, match="no verdict in .*503"):
         values(["1", "2"], judge)
-    assert "waiting" in capsys.readouterr().err and len(server.bodies) > 2
+    assert "waiting" in capsys.readouterr().err and len(server.bodies) > 1
     server.faults = [404]
     with pytest.raises(ValueError, match="404"):
         values(["1", "2"], judge)

@@ -1,9 +1,9 @@
 """Formal proofs: coqc's word for it, on the statement that was given, from nothing assumed."""
 
 import shutil
-import time
 
 import pytest
+from fixtures.machine import confinement
 
 from nanocascade.rewards import Reward, check_row, kind_of, proof, score
 
@@ -14,7 +14,9 @@ DATUM = {
     "header": "(* Axiom a : False. *) Declare Scope s. Definition Class := 1.",
 }
 STATED, PROOF = ROW["formal_statement"], "Proof. induction n; simpl; congruence. Qed."
-needs_coq = pytest.mark.skipif(not shutil.which("coqc"), reason="coqc is not installed")
+needs_coq = pytest.mark.skipif(
+    not (shutil.which("coqc") and confinement()[1]), reason="needs coqc, and Landlock to confine it"
+)
 
 
 def grade(row, source):
@@ -158,10 +160,8 @@ def test_attacks(row, source, reason):
     ids=["context", "loop", "recursion", "compute", "term"],
 )
 def test_endless(source):
-    """Tactics without an end are ended at the CPU limit, and nothing of them is left."""
-    begin = time.monotonic()
+    """Tactics without an end are ended at the CPU limit."""
     assert grade(HARD | {"cpu_seconds": 1}, source).reason.startswith(REFUSED)
-    assert time.monotonic() - begin < 30  # 1.5 on an idle machine
 
 
 @needs_coq

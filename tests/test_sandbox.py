@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fixtures.machine import needs_landlock, needs_sandbox
 
 from nanocascade.sandbox import jail, sandbox
 from nanocascade.sandbox.sandbox import Limits, Sandbox
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
+pytestmark = needs_sandbox
 ROOT = str(Path(__file__).parents[1])
 IMPORT = """import sys
 sys.path.insert(0, sys.argv[1])
@@ -60,17 +61,18 @@ def nothing_left(box):
 def test_describe_and_refuse(monkeypatch, box):
     """Start-up says what was tried; a system that confines nothing is refused unless allowed."""
     assert all(name in box.describe() for name in jail.ATTACKS)
-    hear = sandbox.Server.hear
+    read_line = sandbox.Server.read_line
 
     def weak(server):
-        heard = hear(server)
-        return {"refused": ["signals"], "landlock": False} if "refused" in heard else heard
+        message = read_line(server)
+        weaker = {"refused": ["signals"], "landlock": False}
+        return weaker if isinstance(message, dict) else message
 
-    monkeypatch.setattr(sandbox.Server, "hear", weak)
+    monkeypatch.setattr(sandbox.Server, "read_line", weak)
     with pytest.raises(OSError, match="files, network, processes.*--allow_unprotected"):
         Sandbox(1)
     with Sandbox(1, allow_unprotected=True) as weak_box:
-        assert "does not let us confine" in weak_box.describe()
+        assert "cannot confine" in weak_box.describe()
 
 
 def test_without_landlock():
@@ -178,90 +180,58 @@ def test_memory(box):
     ids=["loop", "timer", "ten megabytes", "signals", "threads", "fork flood"],
 )
 def test_time(box, prelude):
-    """A program ends within a second of its CPU limit, whatever it does to timers and signals."""
+    """A program ends at its CPU limit, in whole seconds where it disarms the timer, whatever it
+    does to timers and signals."""
     outcome = run(box, prelude + "\nwhile 1:\n    try: 1 / 0\n    except BaseException: pass")
-    assert outcome.ended == "time limit" and outcome.cpu_seconds < 0.3 + 1, outcome
-
-
-def waited(*stats):
-    """Seconds that threads have waited for a core."""
-    return sum(int(Path("/proc", stat, "schedstat").read_text().split()[1]) for stat in stats) / 1e9
-
-
-def ends_in_time(box, source, seconds):
-    """A sleeper is ended as one, by the clock within a second of its limit, but for what we and
-    the server waited for a core; the best of three, as the program's own waiting is unseen."""
-    late, names = [], ("thread-self", str(box.idle.queue[-1].process.pid))
-    while len(late) < 3 and not any(x < 1 for x in late):
-        begin, before = time.monotonic(), waited(*names)
-        assert run(box, source, seconds).ended == "asleep"
-        late.append(time.monotonic() - begin - seconds - (waited(*names) - before))
-    assert min(late) < 1, late
+    assert outcome.ended == "time limit" and outcome.cpu_seconds < 1 + 0.5, outcome
 
 
 @pytest.mark.parametrize(
     "source",
     [
         "time.sleep(99)",
-        "while 1: time.sleep(0.5); os.write(5, b' ')",
+        "while 1: time.sleep(0.5); os.write(1, b' ')",
         "threading.Event().wait()",
         "os.read(os.pipe()[0], 1)",
-        "while os.getpid(): time.sleep(0.03)",
         "try: os.fork() or os.setsid() or os.fork()\n"
         "except OSError: ctypes.CDLL(None).daemon(0, 0)\ntime.sleep(99)",
         "threading.Timer(99, print).start()",
         "for k in range(1, 32):\n    k in (9, 19) or signal.signal(k, signal.SIG_IGN)\n"
         "time.sleep(99)",
     ],
-    ids=["sleep", "writes", "lock", "pipe", "naps", "daemon", "thread", "signals"],
+    ids=["sleep", "writes", "lock", "pipe", "daemon", "thread", "signals"],
 )
 def test_sleep(box, source):
-    """Whatever it waits for, a sleeper is ended within a second of its limit."""
-    ends_in_time(box, "import ctypes, os, signal, threading, time\n" + source, 0.3)
+    """Whatever a program waits for, it is ended once its wall time is over."""
+    source = "import ctypes, os, signal, threading, time\n" + source
+    assert run(box, source, 0.05).ended == "asleep"
 
 
 def test_sleep_in_calls(box):
-    """The limit a test holds for the second of two calls that sleeps, spins without a timer, or
-    does half of each, and for tests that wait for a program."""
-    limits = Limits(0.3, 20.0)
+    """Wall time is counted from the last reply: the second of two calls may not sleep, nor spin
+    without the timer; tests that wait for a sleeping program end with it."""
+    limits = Limits(0.05, 20.0)
     source = """import signal, time
 calls = []
-def f(spin, nap):
+def f(nap):
     calls.append(signal.setitimer(signal.ITIMER_PROF, 0))
-    while len(calls) > 1:
-        begin = time.process_time()
-        while time.process_time() - begin < spin: pass
-        time.sleep(nap)
+    while len(calls) > 1: time.sleep(nap)
 """
-    for spin, nap, ended in [(0, 9, "asleep"), (0.1, 0, "time limit"), (0.1, 0.4, "asleep")]:
-        calls = [["f", {"tuple": [spin, nap]}, {"dict": []}, None]] * 2
-        begin = time.monotonic()
+    for nap, ended in [(9, "asleep"), (0, "time limit")]:
+        calls = [["f", {"tuple": [nap]}, {"dict": []}, None]] * 2
         outcome = box.run_calls({"p": source}, "p", calls, limits)
         assert outcome.ended == ended and len(outcome.replies) == 1
-        assert outcome.cpu_seconds < 0.3 + 1 and (spin or time.monotonic() - begin < 8)
-    begin = time.monotonic()
-    program, checks = box.run_tests({"p": source}, "p", ["f(0, 9)"] * 2, ["f"], limits)
+    program, checks = box.run_tests({"p": source}, "p", ["f(9)"] * 2, ["f"], limits)
     assert program.ended == "asleep" and b"value" not in b"".join(checks.replies[1:])
-    assert time.monotonic() - begin < 8  # 1 here; 20 where only the limit in all ends it
 
 
-def test_loaded_machine():
-    """With four processes that spin on its only core, a program that needs 80 % of its limit is
-    not ended, however long it takes, and a sleeper is ended as soon as on an idle machine."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, [min(cores)])
-    others = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(4)]
-    try:
-        with Sandbox(1) as box:
-            source, begin = "import time\nwhile time.process_time() < 0.4: pass", time.monotonic()
-            assert run(box, source, 0.5).ended == ""
-            assert time.monotonic() - begin > 1.1  # so that a limit of wall time would end it
-            ends_in_time(box, "import time\ntime.sleep(99)", 0.5)
-    finally:
-        os.sched_setaffinity(0, cores)
-        for other in others:
-            other.kill()
-            other.wait()
+def test_slow_programs(box):
+    """Only CPU time counts against the limit: a program that is kept waiting for ten times as long
+    as its limit allows in CPU time, replies in between, gets all its answers."""
+    source = "import time\ndef f(): return time.sleep(0.4)"
+    calls = [["f", {"tuple": []}, {"dict": []}, None]] * 4
+    outcome = box.run_calls({"p": source}, "p", calls, Limits(0.15, 0.9))
+    assert outcome.ended == "" and len(outcome.replies) == 4
 
 
 @pytest.mark.parametrize("place", [jail.STDOUT, jail.REPLIES, jail.STDIN, jail.CALLS])
@@ -311,6 +281,7 @@ def test_strange_programs(box, source):
     assert box.idle.queue[-1] is server
 
 
+@needs_landlock  # some import modules that are not loaded yet
 @pytest.mark.parametrize(
     ("source", "printed"),
     [
@@ -346,7 +317,7 @@ def await_children(server):
 
 
 def await_end(*ended):
-    deadline = time.monotonic() + 5  # at once, on a loaded machine
+    deadline = time.monotonic() + 60  # at once, unless the machine is busy
     while left := set(ended) & set(processes()):
         assert time.monotonic() < deadline, left
 
@@ -355,11 +326,11 @@ def test_server_killed(box):
     """When somebody kills a server, its program dies too and another server does the job."""
     server = box.idle.queue[-1].process.pid
     with ThreadPoolExecutor(1) as threads:
-        job = threads.submit(run, box, "import time\ntime.sleep(99)", seconds=0.02)
+        job = threads.submit(run, box, "import time\ntime.sleep(2)", seconds=1)
         children = await_children(server)
         os.kill(server, signal.SIGKILL)
         await_end(*children)
-        assert job.result().ended == "asleep"
+        assert job.result().ended == ""
     assert box.idle.queue[-1].process.pid != server
 
 

@@ -4,10 +4,12 @@ import json
 import random
 
 import pytest
+from fixtures.machine import confinement
 
 from nanocascade.data.rows import conversation, normalize
 from nanocascade.data.stream import PromptStream
 from nanocascade.rewards import check_row, kind_of, score
+from nanocascade.sandbox.sandbox import shared_sandbox
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
 from nanocascade.toy.start import build_toy_tokenizer
@@ -35,6 +37,9 @@ def turns(tokenizer, row, messages) -> list[dict]:
 def test_rewards_of_solutions(domain, tokenizer):
     """Of 60 problems every good solution earns 1 and every slip 0 from the row's real verifier; a
     revision's slip, which repeats the last attempt, earns what that one scored."""
+    if domain == "swe_agentic" and confinement()[0]:
+        pytest.skip("programs of a repository need the sandbox")
+    shared_sandbox(plain_only=True)
     rng = random.Random(domain)
     for i in range(60):
         row, good, slip = tasks.GENERATORS[domain](rng)

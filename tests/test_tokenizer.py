@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fixtures.machine import allowance
 
 from nanocascade.tokenizer.chat import MARKUP, parse_response, render_pieces
 from nanocascade.tokenizer.tokenizer import Tokenizer, _jinja, _jinja_pieces
@@ -285,14 +286,14 @@ def test_parse_never_raises():
         "\n",
         "\x00",
     ]
-    rng, start = random.Random(0), time.perf_counter()
+    rng, start = random.Random(0), time.process_time()
     for _ in range(2000):
         message = parse_response("".join(rng.choices(parts, k=rng.randrange(12))))
         assert list(message) == [*said(""), "unfinished"]
     for part in parts:
         many = (part * 20_000)[:200_000]
         parse_response(f"<tool_call><function=f>{many}</function></tool_call>")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < allowance(5)
 
 
 def test_toy_encodes_any_text(toy):

@@ -3,7 +3,7 @@ r"""Formal proofs: the last ```coq block of an answer must prove the row's `form
     {"formal_statement": "Theorem t : forall n, n + 0 = n.", "header": "Require Import Arith."}
 
 The block is a whole file with a theorem of that name; what is in it cannot change what is asked.
-Three runs of coqc, each confined by jail.launch, with a folder of its own to write:
+Three runs of coqc, each confined by sandbox/launch.py, with a folder of its own to write:
     given    the header and the statement, admitted: what the names mean where the model had no say
     answer   the model's file
     check    ours: `answer`'s theorem has the type of `given`'s, and Print Assumptions finds, but
@@ -25,8 +25,8 @@ from tempfile import TemporaryDirectory
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.code import last_program
 from nanocascade.rewards.unit_tests import check_seconds
-from nanocascade.sandbox import jail
 
+LAUNCH = str(Path(__file__).parents[1] / "sandbox" / "launch.py")
 CPU_SECONDS, MEMORY, FILE_BYTES = 30, 2 << 30, 16 << 20  # of a run; row["cpu_seconds"] comes first
 NAME = re.compile(r"\s*(?:Theorem|Lemma|Fact|Remark|Corollary|Proposition)\s+([A-Za-z_][\w']*)\b")
 DECLARED = re.compile(  # as a sentence begins, comments and attributes aside
@@ -64,7 +64,7 @@ def compile_file(folder, name, source, seconds):
         sys.executable,
         "-I",
         "-S",
-        jail.__file__,
+        LAUNCH,
         str(seconds),
         str(MEMORY),
         str(FILE_BYTES),

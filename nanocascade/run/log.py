@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import subprocess
+import sys
 from itertools import groupby
 from operator import itemgetter
 
@@ -98,7 +99,8 @@ def peak_gib(device: str) -> float:
     """The most memory this process has used: of its device, or resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def commit() -> str:

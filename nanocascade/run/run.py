@@ -105,10 +105,16 @@ class Run:
         return self.rows
 
     def check_sandbox(self, rows: list[dict]) -> None:
-        """Where programs will be run, say how they are confined, or refuse: now, not at the end."""
-        run_programs = {"code", "swe", "swe_agentic"}
-        if any(kind_of(x) in run_programs or "python" in str(x.get("environment")) for x in rows):
-            sandbox = shared_sandbox(allow_unprotected=self.cfg.allow_unprotected)
+        """If the rows run programs, print how these are confined, or raise OSError: before the
+        training. The toy's functions of one number run everywhere (see Sandbox)."""
+        cfg, run_programs = self.cfg, {"code", "swe", "swe_agentic"}
+        rows = [
+            x for x in rows if kind_of(x) in run_programs or "python" in str(x.get("environment"))
+        ]
+        if rows:
+            toy = cfg.data == (TOY,) and cfg.eval_data in ((), (TOY,))
+            plain = toy and not any("environment" in x for x in rows)
+            sandbox = shared_sandbox(allow_unprotected=cfg.allow_unprotected, plain_only=plain)
             if self.dist.is_main:
                 print(sandbox.describe())
 

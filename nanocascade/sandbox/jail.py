@@ -1,20 +1,21 @@
 """The inside of the sandbox: a server that forks, and its children, which run the programs.
 
-sandbox.py starts it as `python -P -s -S jail.py FD`. A job costs a fork, about a millisecond, not
-the start of an interpreter. A program is compiled and run only after its child is confined:
+sandbox.py starts it as `python -P -s -S jail.py FD`. A job costs a fork, about a millisecond, and
+not the start of an interpreter. A child is confined before it compiles its program:
 
     memory and time     rlimits: CPU seconds, address space, file size, open files, no core dump
     other processes     seccomp allow-list: threads, but no fork, exec, signal, ptrace, priority
     network             no socket in the allow-list
-    files               Landlock: the standard library and shared objects can be read, nothing can
-                        be written (a kernel without Landlock: no file opens at all)
-    root                no capabilities, and a user id of its own to count threads against
+    files               Landlock: the standard library and shared objects are readable, nothing is
+                        writable (on a kernel without Landlock: no file can be opened)
+    root                all capabilities dropped
 
-The server never reads a job, so a child finds no other job in the memory that it inherits. A child
-dies with its server (PR_SET_PDEATHSIG), the server with us (its socket closes).
+The server never reads a job, so the memory that a child inherits holds no other job. A child dies
+with its server (PR_SET_PDEATHSIG), and the server with us (its socket closes). Landlock and seccomp
+are Linux's: elsewhere only the rlimits hold, which the server finds out by trying (`probe`).
 
-Not covered: kernel bugs, timing channels, whether a path exists (stat), what else lies in the
-directories that can be read. Without root, threads are bounded by memory alone.
+Not covered: kernel bugs, timing channels, whether a path exists (stat), the contents of the
+readable directories. The number of threads is limited only by the memory of their stacks.
 """
 
 import atexit
@@ -23,7 +24,6 @@ import ctypes
 import errno
 import fcntl
 import gc
-import glob
 import importlib.abc
 import importlib.util
 import inspect
@@ -41,12 +41,13 @@ import types
 from collections.abc import Iterator
 from contextlib import suppress
 
-# Loaded once in the server: what programs import most. The rest of the library loads when asked.
+# Imported once, in the server: the modules that programs use most.
 PRELOAD = "collections.abc copy dataclasses datetime decimal fractions hashlib random string typing"
-# A child's files; DONE is held, never used: that it closes tells the parent that the child is gone.
+# File descriptors of a child. DONE is a pipe that only the child holds open: when it closes, the
+# child is gone.
 STDIN, STDOUT, STDERR, JOB, CALLS, REPLIES, DONE = range(7)
-MAX_THREADS, MAX_FILES = 64, 64
-MAX_FRAMES, MAX_STACK = 50_000, 100 << 20  # deep recursion is common, and goes through C at times
+MAX_FILES = 64
+MAX_FRAMES, MAX_STACK = 50_000, 100 << 20  # deep recursion is common, sometimes through C frames
 
 # System calls that a program may make, name:x86_64:aarch64, as numbered in the kernel's unistd.h.
 ALLOWED = """read:0:63 write:1:64 close:3:57 fstat:5:80 lseek:8:62 mmap:9:222 mprotect:10:226
@@ -59,16 +60,12 @@ getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177 getppid:110:173 ex
 exit_group:231:94 set_robust_list:273:99 rseq:334:293 setitimer:38:103 getitimer:36:102 select:23:
 pselect6:270:72 poll:7: ppoll:271:73 pipe2:293:59 dup:32:23 dup2:33: dup3:292:24 uname:63:160
 sysinfo:99:179 getrusage:98:165 times:100:153 restart_syscall:219:128 readv:19:65 writev:20:66"""
-OPENAT = " openat:257:56"  # where Landlock decides which paths
-LAUNCH = (
-    OPENAT + " execve:59:221 pread64:17:67 readlink:89: readlinkat:267:78 chdir:80:49"
-    " arch_prctl:158: set_tid_address:218:96"
-)  # what a compiler needs besides
+OPENAT = " openat:257:56"  # only with Landlock, which decides about the paths
 MACHINES = {  # column above; audit architecture; clone, clone3, fcntl
     "x86_64": (1, 0xC000003E, 56, 435, 72),
     "aarch64": (2, 0xC00000B7, 220, 435, 25),
 }
-ATTACKS = {  # what a confined child of the server's tries when the server starts
+ATTACKS = {  # tried by a confined child when the server starts; each must be refused
     "network": socket.socket,
     "files": lambda: os.listdir("/"),
     "processes": lambda: os.fork() or os._exit(0),
@@ -80,7 +77,7 @@ ATTACKS = {  # what a confined child of the server's tries when the server start
 
 
 def checked(result):
-    """The result of a C function, or OSError for its -1."""
+    """The result of a C function; OSError if it is -1."""
     if result == -1:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -89,9 +86,10 @@ def checked(result):
 def seccomp_filter(allowed):
     """BPF for the allow-list; an instruction is {u16 code, u8 jump if true, u8 if false, u32 k}.
 
-    All else is EPERM. Of clone only threads: the C library tries clone3 first, whose flags a filter
-    cannot read, and falls back on ENOSYS. Of fcntl only flags and duplicates (1030 is
-    F_DUPFD_CLOEXEC), not F_SETOWN, with which the kernel sends signals for one.
+    Any other call fails with EPERM. clone may only start threads; clone3 fails with ENOSYS, since a
+    filter cannot read its flags, and the C library falls back on clone. fcntl may only duplicate
+    files (1030 is F_DUPFD_CLOEXEC) and read or set flags: F_SETOWN would make the kernel send
+    signals.
     """
     column, arch, clone, clone3, fcntl_number = MACHINES[platform.machine()]
     load, equal, above, any_bit, ret = 0x20, 0x15, 0x25, 0x45, 0x06
@@ -109,20 +107,22 @@ def seccomp_filter(allowed):
 
 
 class Confinement:
-    """Made in the server, which gives up files and capabilities itself; a child inherits that."""
+    """Created in the server, which gives up files and capabilities; its children inherit that.
+
+    NANOCASCADE_UNCONFINED in the environment makes Linux behave like a system that has neither
+    Landlock nor seccomp. Tests use it; programs are then refused like there.
+    """
 
     def __init__(self, grants=(), calls=OPENAT):
         self.libc, self.server = ctypes.CDLL(None, use_errno=True), os.getpid()
         self.landlock, self.filter = False, None
-        if sys.platform == "linux" and platform.machine() in MACHINES:
-            with suppress(OSError):  # no filter then, and the probe says so
+        supported = sys.platform == "linux" and platform.machine() in MACHINES
+        if supported and not os.environ.get("NANOCASCADE_UNCONFINED"):
+            with suppress(OSError):  # without a filter the probe reports what is not confined
                 self.give_up_rights(grants, calls)
 
     def give_up_rights(self, grants, calls):
         if os.geteuid() == 0:
-            with suppress(OSError):  # an id that this container does not map: threads uncounted
-                os.setresuid(40_000 + self.server % 20_000, 0, 0)  # RLIMIT_NPROC spares root
-                resource.setrlimit(resource.RLIMIT_NPROC, (MAX_THREADS, MAX_THREADS))
             nothing = ctypes.create_string_buffer(24)
             checked(self.libc.capset(struct.pack("Ii", 0x20080522, 0), nothing))
         checked(self.libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
@@ -130,8 +130,8 @@ class Confinement:
         self.filter = ctypes.create_string_buffer(seccomp_filter(ALLOWED + calls * self.landlock))
 
     def restrict_files(self, grants):
-        """Landlock (system calls 444 to 446): take away every right that this kernel knows of, but
-        the reading of libraries and what `grants` lists: (path, rights as their bits)."""
+        """Landlock (system calls 444 to 446): remove every file right that this kernel knows, but
+        reading libraries and the `grants`: (path, bit mask of rights). False without Landlock."""
         version = self.libc.syscall(444, None, 0, 1)
         if version < 1:
             return False
@@ -152,24 +152,19 @@ class Confinement:
         return True
 
     def put_on(self, job):
-        """In a child, for good. At the CPU limit, in whole seconds, the kernel kills."""
-        for name, most in [
-            ("CPU", math.ceil(job["total_seconds"])),
-            ("AS", job["memory"]),
-            ("CORE", 0),
-            ("FSIZE", job["output"]),
-            ("NOFILE", MAX_FILES),
-            ("STACK", MAX_STACK),
-        ]:
+        """Confine this child for good. At the CPU limit, in whole seconds, the kernel kills it."""
+        limits = {"CPU": math.ceil(job["total_seconds"]), "AS": job["memory"]}
+        limits |= {"FSIZE": job["output"], "CORE": 0, "NOFILE": MAX_FILES, "STACK": MAX_STACK}
+        for name, value in limits.items():
             limit = getattr(resource, "RLIMIT_" + name)
-            ours = resource.getrlimit(limit)[1]
-            most = most if ours == resource.RLIM_INFINITY else min(most, ours)
+            hard = resource.getrlimit(limit)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             with suppress(*[] if self.filter else [ValueError, OSError]):  # macOS has no AS
-                resource.setrlimit(limit, (most, most))
+                resource.setrlimit(limit, (value, value))
         if self.filter:
             checked(self.libc.prctl(1, signal.SIGKILL, 0, 0, 0))  # PR_SET_PDEATHSIG
             if os.getppid() != self.server:
-                os._exit(1)  # it died before it could be noticed
+                os._exit(1)  # the server died before the call above
             length, start = (len(self.filter) - 1) // 8, ctypes.addressof(self.filter)
             checked(self.libc.prctl(22, 2, struct.pack("HP", length, start), 0, 0))  # SECCOMP
 
@@ -178,10 +173,12 @@ class Confinement:
 
 
 def encode(value):
-    """Plain data as JSON that keeps Python's types: (1, {2}) -> {"tuple": [1, {"set": [2]}]}."""
+    """Plain data as JSON that keeps Python's types: (1, {2}) -> {"tuple": [1, {"set": [2]}]}.
+
+    TypeError for anything else."""
     if value is None or isinstance(value, (bool, float, str)):
         return value
-    if isinstance(value, int):  # hexadecimal: linear time, and no limit of digits
+    if isinstance(value, int):  # hexadecimal takes linear time and has no limit of digits
         return value if abs(value) < 1 << 63 else {"int": hex(value)}
     if isinstance(value, list):
         return [encode(item) for item in value]
@@ -192,23 +189,13 @@ def encode(value):
             return {kind.__name__: [encode(item) for item in value]}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
-    if isinstance(value, (range, Iterator)):  # to be gone through; equal to no list
+    if isinstance(value, (range, Iterator)):  # can be iterated, and equals no list
         return {"iter": [encode(item) for item in value]}
-    raise TypeError(f"a {type(value).__name__} is no plain data")
-
-
-class Opaque:
-    """Stands for a result that is no plain data, a re.Match say: true or not, equal to nothing."""
-
-    def __init__(self, truth):
-        self.truth = list(truth) == [True]
-
-    def __bool__(self):
-        return self.truth
+    raise TypeError(f"a {type(value).__name__} is not plain data")
 
 
 def decode(data):
-    """What `encode` was given."""
+    """The inverse of `encode`."""
     if isinstance(data, list):
         return [decode(item) for item in data]
     if not isinstance(data, dict):
@@ -216,16 +203,11 @@ def decode(data):
     ((kind, body),) = data.items()
     if kind == "int":
         return int(body, 16)
-    kinds = {
-        "tuple": tuple,
-        "set": set,
-        "frozenset": frozenset,
-        "dict": dict,
-        "opaque": Opaque,
-        "complex": lambda parts: complex(*parts),
-        "iter": iter,
-    }
-    return kinds[kind](map(decode, body))
+    items = map(decode, body)
+    if kind == "complex":
+        return complex(*items)
+    types = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "iter": iter}
+    return types[kind](items)
 
 
 class Files(importlib.abc.InspectLoader):
@@ -233,7 +215,7 @@ class Files(importlib.abc.InspectLoader):
 
     def __init__(self, sources):
         self.sources = sources
-        for name in sources:  # a file called random.py comes before the library's
+        for name in sources:  # a program's random.py takes precedence over the library's
             sys.modules.pop(name, None)
         sys.meta_path.insert(0, self)
 
@@ -248,10 +230,10 @@ class Files(importlib.abc.InspectLoader):
 
 
 def remote(name, asking, answers):
-    """In the tests' child: a function of the program, which runs in another.
+    """In the tests' child: a function that calls the program's function in the other child.
 
-    Its exception is raised here if Python has it; StopIteration could end a test's loop early, as
-    if all had been well.
+    A built-in exception of the program is raised here again. StopIteration becomes RuntimeError:
+    it could end a test's loop early without failing the test.
     """
 
     def call(*args, **kwargs):
@@ -268,23 +250,23 @@ def remote(name, asking, answers):
 
 
 def attempt(run, replies, seconds):
-    """Do a piece of a job under a CPU limit of its own, and write down how that went."""
+    """Run one piece of a job under its own CPU limit and write its value or error as a reply."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         reply = {"value": run()}
-    except BaseException as error:  # SystemExit too: what a program raises is its own affair
+    except BaseException as error:  # a program may raise anything, SystemExit included
         reply = {"error": [type(error).__name__, str(error)[:200]]}
     print(json.dumps(reply), file=replies, flush=True)
     return "value" in reply
 
 
 def run_sources(job, replies):
-    """Whole programs, as __main__; or test code, one text a test, whose names are `remote`, as is
-    all that it imports from `entry`."""
+    """Run whole programs as __main__, or test code with one source a test. In test code the names
+    of the job, and all that it imports from `entry`, are `remote` functions."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["solution.py"]
     if "entry" in job:
-        asking, sys.stdout = sys.stdout, sys.stderr  # what a test prints goes nowhere
+        asking, sys.stdout = sys.stdout, sys.stderr  # the output of a test is dropped
         program = sys.modules[job["entry"]] = types.ModuleType(job["entry"])
         program.__getattr__, program.__all__ = lambda name: remote(name, asking, sys.stdin), []
         main.__dict__.update({name: getattr(program, name) for name in job["names"]})
@@ -295,11 +277,11 @@ def run_sources(job, replies):
         except SystemExit as stop:
             if stop.code not in (None, 0):
                 raise
-        if number == len(job["sources"]) - 1:  # what the interpreter does when a program is over
+        if number == len(job["sources"]) - 1:  # as the interpreter does at the end of a program
             threading._shutdown()
             atexit._run_exitfuncs()
             main.__dict__.clear()
-            gc.collect()  # files that nobody closed are written now
+            gc.collect()  # flushes files that the program left open
             sys.stdout.flush()
             sys.__stdout__.flush()
 
@@ -309,10 +291,10 @@ def run_sources(job, replies):
 
 
 def answer_calls(job, replies):
-    """Calls of a module's functions, a JSON line each: [name, args, kwargs, other args or null].
+    """Calls of a module's functions, one JSON line each: [name, args, kwargs, other args or null].
 
-    A name that the module lacks is a method of a new Solution(). The other args are another reading
-    of the test's text, taken if the function cannot be called with the first.
+    A name that the module lacks is a method of a new Solution(). The other args are a second
+    reading of the test's text, used if the function cannot be called with the first.
     """
 
     def answer(line):
@@ -326,19 +308,15 @@ def answer_calls(job, replies):
                     inspect.signature(function).bind(*args)
                 except TypeError:
                     args = other
-        value = function(*args, **kwargs)
-        try:
-            return encode(value)
-        except TypeError:
-            return {"opaque": [bool(value)]}
+        return encode(function(*args, **kwargs))
 
-    os.dup2(STDERR, STDOUT)  # what a function prints goes nowhere
+    os.dup2(STDERR, STDOUT)  # the output of a function is dropped
     for line in open(CALLS):
         attempt(lambda: answer(line), replies, job["test_seconds"])  # noqa: B023
 
 
 def run_child(confinement, received):
-    """A job, from its files to its end. Never returns."""
+    """Run a job, from reading its files to the end of the process. Never returns."""
     try:
         os.setsid()
         high = [fcntl.fcntl(file, fcntl.F_DUPFD, 64) for file in received]
@@ -349,7 +327,7 @@ def run_child(confinement, received):
             job = json.load(file)
         Files(job["modules"])
         sys.setrecursionlimit(MAX_FRAMES)
-        sys.set_int_max_str_digits(0)  # printing a long integer is bounded by time and output
+        sys.set_int_max_str_digits(0)  # time and output limits bound long integers already
         gc.enable()
         confinement.put_on(job)
         (run_sources if "sources" in job else answer_calls)(job, open(REPLIES, "w"))
@@ -358,31 +336,15 @@ def run_child(confinement, received):
         os._exit(1)
 
 
-def launch(seconds, memory, output, writes, reads, *command):
-    """Become a program that is no Python, confined: it executes nothing but itself, reads libraries
-    and the folder `reads`, and writes the files that stand in the folder `writes`, each of at most
-    `output` bytes."""
-    loaders = glob.glob("/lib*/ld-linux*")  # which the kernel executes to load a program
-    grants = [(os.path.realpath(path), 1 | 4) for path in (command[0], *loaders)]
-    grants += [("/etc/ocamlfind.conf", 4), (writes, 2 | 4 | 8 | 16384), (reads, 4 | 8)]
-    confinement = Confinement(grants, LAUNCH)
-    if not confinement.landlock:
-        sys.exit("this system has no Landlock: programs that write files cannot be confined")
-    confinement.server = os.getppid()
-    limits = {"total_seconds": float(seconds), "memory": int(memory), "output": int(output)}
-    confinement.put_on(limits)
-    os.execve(command[0], command, {})
-
-
 # ---- the server -----------------------------------------------------------------------------
 
 
 def probe(confinement):
-    """The attacks that a confined child is refused here, found by trying them."""
+    """The ATTACKS that fail in a confined child on this system, found by trying them."""
     reading, writing = os.pipe()
     if os.fork() == 0:
         refused = []
-        with suppress(BaseException):  # whatever fails, what was not refused is not enforced
+        with suppress(BaseException):  # an attack that was not tried counts as not refused
             confinement.put_on({"total_seconds": 5, "memory": 1 << 30, "output": 1 << 16})
             for name, attack in ATTACKS.items():
                 try:
@@ -396,7 +358,7 @@ def probe(confinement):
 
 
 def end(child):
-    """Kill a child and what is left of its session; [wait status, CPU seconds]."""
+    """Kill a child and the rest of its session; returns [wait status, CPU seconds]."""
     for kill in (os.kill, os.killpg):
         with suppress(ProcessLookupError):
             kill(child, signal.SIGKILL)
@@ -405,15 +367,16 @@ def end(child):
 
 
 def serve(control):
-    """b"j" with a job's files: fork it a child, tell which. b"k": end all, tell how they ended."""
+    """Answer requests: b"j" with a job's files starts a child and returns its process id, b"k" ends
+    all children and returns how they ended."""
     for name in PRELOAD.split():
         importlib.import_module(name)
-    builtins.exit = builtins.quit = sys.exit  # programs use them; Python adds them without -S
+    builtins.exit = builtins.quit = sys.exit  # missing because of -S, and programs use them
     confinement, children = Confinement(), []
     about = {"refused": probe(confinement), "landlock": confinement.landlock}
     control.sendall(json.dumps(about).encode() + b"\n")
     gc.disable()
-    gc.freeze()  # collecting would touch, and so copy, every page that a child shares with us
+    gc.freeze()  # a collection would write to, and so copy, every page shared with a child
     while True:
         message, files, _, _ = socket.recv_fds(control, 1, 7)
         if message == b"j":
@@ -426,14 +389,12 @@ def serve(control):
             continue
         ended = [end(child) for child in children]
         if not message:
-            return  # whoever started us is gone
+            return  # the process that started us is gone
         control.sendall(json.dumps(ended).encode() + b"\n")
         children = []
 
 
-if __name__ == "__main__" and len(sys.argv) > 2:
-    launch(*sys.argv[1:])
-elif __name__ == "__main__":
-    place = fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD, 64)  # out of the way of a child's files
+if __name__ == "__main__":
+    place = fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD, 64)  # above the numbers of a child's files
     os.close(int(sys.argv[1]))
     serve(socket.socket(fileno=place))

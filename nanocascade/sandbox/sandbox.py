@@ -1,17 +1,18 @@
-"""Runs programs that nobody vouches for and hands back what they left, as plain data.
+"""Runs untrusted programs and returns their output as plain data.
 
-`Sandbox` lends jail.py's servers to threads, one job at a time each. Files go in and files come
-out: job, input, output and replies are memory files that we made, and that we read when the child
-is dead and can change them no more. Expected outputs never go in, so a program that forges replies
-still has to know the right values.
+`Sandbox` lends jail.py's servers to threads, one job at a time each. Job, input, output and replies
+are memory files that we create; we read them when the child is dead and cannot change them any
+more. Expected outputs are never passed in, so a program that forges replies still has to know the
+right values.
 
-Limits are CPU time, kept by the kernel, and time asleep, found by looking ten times a second.
-Waiting for a core is free, so a loaded machine changes no verdict, and yet a sleeper ends within a
-second of its limit. The limit a test ends an honest program early; one that disarms that timer, our
-look at it; one that forges replies as well, the limit in all.
+Limits are CPU time, enforced by the kernel, so a loaded machine changes no verdict. Wall time is
+only the backstop against programs that sleep: one that needs SLEEP_FACTOR times its CPU limit
+without finishing a test is ended as "asleep".
 """
 
+import ast
 import json
+import math
 import os
 import queue
 import re
@@ -22,39 +23,39 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import NamedTuple
 
 from nanocascade.sandbox import jail
 
+PASSED_ON = ("LD_LIBRARY_PATH", "NANOCASCADE_UNCONFINED")  # environment of a server
+SLEEP_FACTOR = 10  # wall time allowed for a test, in multiples of its CPU limit
+
 
 class Limits(NamedTuple):
-    """What one child may use."""
+    """Resource limits of one child."""
 
-    test_seconds: float = 4.0  # CPU, or asleep
-    total_seconds: float = 40.0
+    test_seconds: float = 4.0  # CPU time of one test
+    total_seconds: float = 40.0  # CPU time of the child
     memory: int = 1 << 30  # bytes of address space
     output: int = 1 << 20  # bytes of standard output, and of replies
 
 
 LIMITS = Limits()
-TICK, GRACE = 0.1, 0.25  # seconds: between two looks; beyond a limit, as a look is only a sample
 
 
 class Outcome(NamedTuple):
-    """What a child left, and how it ended."""
+    """The output of a child, and how it ended."""
 
     stdout: bytes
-    replies: list  # of bytes, a line for each piece of the job; JSON if the program left them alone
+    replies: list  # of bytes: a line for each test; JSON unless the program has tampered with it
     ended: str  # "" for status 0, else "time limit", "exit status 3", "crashed: SIGSEGV", ...
     cpu_seconds: float
 
 
 def memory_file(content):
-    """A file that has no name, at its start."""
-    if hasattr(os, "memfd_create"):
+    """An open file without a name that holds `content`, positioned at its start."""
+    if hasattr(os, "memfd_create") and not os.environ.get("NANOCASCADE_UNCONFINED"):
         file = open(os.memfd_create("job"), "r+b", buffering=0)
     else:
         file = tempfile.TemporaryFile(buffering=0)
@@ -63,71 +64,78 @@ def memory_file(content):
     return file
 
 
-def activity(process):
-    """CPU seconds of a process, and whether a thread of it runs, or waits for a core or a disk; 0
-    and no where the system does not say, so that there wall time counts."""
-    used, awake, folder = 0, False, Path(f"/proc/{process}")
-    read = lambda stat: stat.read_text().rpartition(")")[2].split()  # noqa: E731
+def finishes(done, replies, limits):
+    """Wait for the child to finish (`done` is readable). False if it seems to sleep instead: no new
+    reply, or too few, in SLEEP_FACTOR times the CPU limit."""
+    size = 0
+    for _ in range(math.ceil(limits.total_seconds / limits.test_seconds)):
+        if done.poll(1000 * SLEEP_FACTOR * limits.test_seconds):
+            return True
+        before, size = size, os.fstat(replies.fileno()).st_size
+        if size == before:
+            break
+    return False
+
+
+def is_plain(source):
+    """Whether a program only defines functions of arithmetic, comparisons, abs, max and min. It has
+    no attributes, imports, loops, strings or powers, so that it is harmless even unconfined."""
+    allowed = (ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.BinOp)
+    allowed += (ast.UnaryOp, ast.Compare, ast.IfExp, ast.Name, ast.Load, ast.Constant, ast.Call)
+    allowed += (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)
     try:
-        used = sum(map(int, read(folder / "stat")[11:13]))  # user, system
-        awake = any(read(stat)[0] in "RD" for stat in folder.glob("task/*/stat"))
-    except OSError:
-        awake = folder.exists()  # a thread ended while we looked
-    return used / os.sysconf("SC_CLK_TCK"), awake
-
-
-def watch(done, processes, replies, limits):
-    """Wait until `done` is ready: None. Seconds asleep, if their time is over before.
-
-    Processes that wait for each other sleep only when all do; of two the busier one counts.
-    """
-    spent = asleep = used = written = since = 0  # seconds but for `written`, a file's size
-    last = time.monotonic()
-    while max(spent - limits.total_seconds, spent - since - limits.test_seconds) < GRACE:
-        if done.poll(1000 * TICK):
-            return None
-        now, (seconds, awake) = time.monotonic(), zip(*map(activity, processes), strict=True)
-        if not any(awake):
-            asleep += max(now - last - (sum(seconds) - used), 0)
-        last, used, spent = now, sum(seconds), asleep + max(seconds)
-        if (size := os.fstat(replies.fileno()).st_size) > written:
-            written, since = size, spent
-    return asleep
+        nodes = list(ast.walk(ast.parse(source if len(source) < 1000 else "import too_long")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return all(
+        isinstance(x, (*allowed, ast.unaryop, ast.cmpop))
+        and (not isinstance(x, ast.Constant) or type(x.value) in (int, float))
+        and (not isinstance(x, ast.Call) or getattr(x.func, "id", "") in ("abs", "max", "min"))
+        for x in nodes
+    )
 
 
 class Server:
-    """One fork server, for one thread at a time."""
+    """A fork server: runs one job at a time."""
 
     def __init__(self):
-        self.control, theirs = socket.socketpair()
+        self.control, control_of_server = socket.socketpair()
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-X", "utf8", jail.__file__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [
+                sys.executable,
+                "-P",
+                "-s",
+                "-S",
+                "-X",
+                "utf8",
+                jail.__file__,
+                str(control_of_server.fileno()),
+            ],
+            pass_fds=[control_of_server.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
             start_new_session=True,
-            # The seed: a set is printed in one order, also when a run is resumed.
-            env={k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
-            | {"PYTHONHASHSEED": "0"},
+            # With a fixed hash seed a set is printed in the same order when a run is resumed.
+            env={x: os.environ[x] for x in PASSED_ON if x in os.environ} | {"PYTHONHASHSEED": "0"},
         )
-        theirs.close()
+        control_of_server.close()
         self.lines = self.control.makefile("r")
-        self.about = self.hear()
+        self.about = self.read_line()
 
-    def hear(self):
-        """The next line that the server says."""
+    def read_line(self):
+        """The server's next message."""
         line = self.lines.readline()
         if not line:
             raise ConnectionError("a sandbox server died; was it killed, or is memory short?")
         return json.loads(line)
 
     def run(self, jobs, limits):
-        """A child for each (header, input, calls); an Outcome each, once the last one is done.
+        """Run a child for each job (header, input, calls); their Outcomes, once the last is done.
 
-        Two jobs are a program that answers calls and the tests that make them: the calls are what
-        the tests print, the answers what they read.
+        Two jobs are a program that answers calls and the tests that make them. The program's calls
+        are then a pipe from the tests' standard output, its replies one to their standard input.
         """
         with ExitStack() as stack:
             null = stack.enter_context(open(os.devnull, "r+b", 0))
@@ -147,91 +155,104 @@ class Server:
                 children[0][jail.CALLS], children[1][jail.STDOUT] = pipes[1]
                 children[1][jail.STDIN], children[0][jail.REPLIES] = pipes[2]
             done, children[-1][jail.DONE] = pipes[0]
-            processes = []
             for files in children:
                 socket.send_fds(self.control, [b"j"], [file.fileno() for file in files])
-                processes.append(self.hear())
+                self.read_line()
             for file in sum(pipes, []):
                 if file is not done:
-                    file.close()  # so that the child's is the only one
+                    file.close()  # now only the child holds it open
             waiting = select.poll()
             waiting.register(done)
-            asleep = watch(waiting, processes, left[-1][1], limits)
+            finished = finishes(waiting, left[-1][1], limits)
             self.control.sendall(b"k")
-            ended = self.hear()
+            ended = self.read_line()
             return [
-                outcome(*how, asleep, limits, *files)
+                outcome(*how, finished, limits, *files)
                 for how, files in zip(ended, left, strict=True)
             ]
 
     def close(self):
         self.lines.close()
         self.control.close()
-        self.process.wait()  # it ends what it runs, then itself
+        self.process.wait()  # it kills its children and exits
 
 
-def outcome(status, cpu_seconds, asleep, limits, stdout, replies):
-    """A dead child's Outcome, from its wait status and its files."""
+def outcome(status, cpu_seconds, finished, limits, stdout, replies):
+    """The Outcome of a dead child, from its wait status and its files."""
     stdout, replies = (os.pread(file.fileno(), limits.output, 0) for file in (stdout, replies))
     code, ended = os.waitstatus_to_exitcode(status), ""
     used = cpu_seconds / limits.total_seconds
-    if asleep is not None:
-        ended = "asleep" if asleep > cpu_seconds else "time limit"
+    if not finished:
+        ended = "asleep" if cpu_seconds < limits.test_seconds else "time limit"
     elif code == -signal.SIGPROF or used > (0.9 if code == -signal.SIGKILL else 1):
         ended = "time limit"
     elif limits.output in (len(stdout), len(replies)):
         ended = "output limit"
-    elif code:  # SIGKILL: memory ran out, or it closed the file that says it is there
+    elif code:  # SIGKILL: the machine's memory ran out, or the child closed jail.DONE
         ended = f"exit status {code}" if code > 0 else f"crashed: {signal.Signals(-code).name}"
     return Outcome(stdout, replies.splitlines(), ended, cpu_seconds)
 
 
 class Sandbox:
-    """Runs programs from any thread, as many at a time as it has servers."""
+    """Runs programs from any thread, as many at a time as it has servers.
 
-    def __init__(self, num_servers=2, *, allow_unprotected=False):
+    Where the system cannot confine them: OSError, unless allow_unprotected is set, or plain_only,
+    which then runs nothing but plain programs (`is_plain`).
+    """
+
+    def __init__(self, num_servers=2, *, allow_unprotected=False, plain_only=False):
         first = Server()
         self.missing = sorted(set(jail.ATTACKS) - set(first.about["refused"]))
+        self.plain_only = bool(self.missing) and plain_only and not allow_unprotected
         self.landlock, self.num_servers = first.about["landlock"], num_servers
-        self.idle = queue.LifoQueue()  # None: a server to be started when needed
+        self.idle = queue.LifoQueue()  # of servers; None for one that is not started yet
         for server in [None] * (num_servers - 1) + [first]:
             self.idle.put(server)
-        if self.missing and not allow_unprotected:
+        if self.missing and not (allow_unprotected or plain_only):
             self.close()
             raise OSError(
-                f"{self.describe()}. Programs that a model wrote are not run without; "
+                f"{self.describe()}. Programs written by a model are not run without that; "
                 "--allow_unprotected runs them all the same."
             )
 
     def describe(self):
-        """What is enforced here, as found by trying when the first server started."""
+        """What is enforced on this system, as tried when the first server started."""
+        if self.plain_only:
+            return (
+                f"Sandbox: this system cannot confine {', '.join(self.missing)}, so only plain "
+                "expressions (numbers, arithmetic, comparisons, abs, max, min) are run; any other "
+                "program earns 0"
+            )
         if self.missing:
-            return f"Sandbox: this system does not let us confine {', '.join(self.missing)}"
+            return f"Sandbox: this system cannot confine {', '.join(self.missing)}"
         files = "Landlock" if self.landlock else "no opening of files"
         return f"Sandbox: seccomp, {files}, rlimits; tried and refused: {', '.join(jail.ATTACKS)}"
 
     def run_script(self, modules, entry, stdin=b"", limits=LIMITS):
-        """modules[entry] as a program. modules: {dotted name: source}. One reply."""
+        """Run modules[entry] as a program. modules: {dotted name: source}. One reply."""
         limits = limits._replace(total_seconds=min(limits.total_seconds, limits.test_seconds))
         header = {"modules": modules, "sources": [modules[entry]], "names": []}
         return self._run([(header, stdin, b"")], limits)[0]
 
     def run_calls(self, modules, entry, calls, limits=LIMITS):
-        """Functions of modules[entry], called; see jail.answer_calls. One reply a call."""
+        """Call functions of modules[entry] (see jail.answer_calls). One reply a call."""
         lines = "".join(json.dumps(call) + "\n" for call in calls)
         return self._run([({"modules": modules, "entry": entry}, b"", lines.encode())], limits)[0]
 
     def run_tests(self, modules, entry, tests, names, limits=LIMITS):
-        """Test code, whose `names` are functions of modules[entry], in a process of its own.
+        """Run test code in a process of its own, where `names` are functions of modules[entry].
 
-        The Outcomes of the program and of the tests; the latter has a reply a test, up to the first
-        that failed, and no program can have touched it.
+        The Outcomes of the program and of the tests. The latter has one reply a test, up to the
+        first that failed, and the program cannot have tampered with it.
         """
         program = {"modules": modules, "entry": entry}
         checks = {"modules": {}, "entry": entry, "sources": tests, "names": names}
         return self._run([(program, b"", b""), (checks, b"", b"")], limits)
 
     def _run(self, jobs, limits):
+        sources = [source for header, *_ in jobs for source in header["modules"].values()]
+        if self.plain_only and not all(map(is_plain, sources)):
+            return [Outcome(b"", [], "not run (no plain expression)", 0.0) for _ in jobs]
         for last_try in (False, False, True):
             server = self.idle.get()
             healthy = None
@@ -240,16 +261,16 @@ class Sandbox:
                 outcomes = server.run(jobs, limits)
                 healthy = server
                 return outcomes
-            except ConnectionError:  # somebody killed the server: another one does the job
+            except ConnectionError:  # the server was killed: another one does the job
                 if last_try:
                     raise
             finally:
                 if server and not healthy:
-                    server.close()  # lost, or we were interrupted: what it runs must not go on
+                    server.close()  # dead, or we were interrupted: its children must not go on
                 self.idle.put(healthy)
 
     def close(self):
-        """Wait for what runs, then end the servers. A later run would start them again."""
+        """Wait for running jobs, then end the servers. A later run starts new ones."""
         servers = [self.idle.get() for _ in range(self.num_servers)]
         for server in filter(None, servers):
             server.close()
@@ -264,22 +285,22 @@ class Sandbox:
 
 
 lock = threading.Lock()
-shared = {}  # process id -> Sandbox; a fork of ours starts its own
+shared = {}  # process id -> Sandbox; a forked process starts its own
 
 
-def shared_sandbox(num_servers=2, allow_unprotected=False):
-    """The sandbox of all rewards, made by the first call: a script's, to set it up and describe it.
+def shared_sandbox(num_servers=2, **options):
+    """The sandbox of all rewards. The first call creates it: a script's, with its options.
 
-    OSError where programs cannot be confined and the script does not allow that.
+    OSError where programs cannot be confined and the options do not allow that.
     """
     with lock:
         if os.getpid() not in shared:
-            shared[os.getpid()] = Sandbox(num_servers, allow_unprotected=allow_unprotected)
+            shared[os.getpid()] = Sandbox(num_servers, **options)
         return shared[os.getpid()]
 
 
 def read_reply(outcome, number):
-    """(data, None), or (None, reason) for an error, a missing reply, or one that is no reply."""
+    """(data, None), or (None, reason) for an error, a missing reply, or a malformed one."""
     if number >= len(outcome.replies):
         return None, outcome.ended or "ended early"
     try:
