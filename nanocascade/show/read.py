@@ -41,7 +41,7 @@ def read_page(path: Path) -> dict:
         for x in sorted(names - known)
     ]
     return {
-        "title": path.resolve().name,
+        "title": "/".join(path.resolve().parts[-2:]),
         "metrics": [x for x in table if x["names"]],
         "runs": runs,
     }
