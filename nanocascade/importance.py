@@ -14,8 +14,8 @@ def importance_weight(train_logprobs, sampler_logprobs, low, high, gate="zero"):
     Raises ValueError for another gate.
     """
     ratio = (train_logprobs.detach() - sampler_logprobs).exp()  # (b, t)
-    if gate == "zero":
-        return ratio * ((ratio >= low) & (ratio <= high)), ratio
+    if gate == "zero":  # where(), since infinity, of a log ratio beyond 88, times 0 is NaN
+        return ratio.where((ratio >= low) & (ratio <= high), 0.0), ratio
     if gate == "clamp":
         return ratio.clamp(low, high), ratio
     if gate == "none":

@@ -59,11 +59,11 @@ def equal(ours, theirs):
 def test_parity_round_trip(source, tmp_path):
     """Loaded and saved, tensors keep names, dtype and bits, and the config its meaning."""
     out = tmp_path / "out"
-    edit_config(source, unknown_key="survives")
+    edit_config(source, _name_or_path="survives")
     save_model(load_model(source), out)
     assert equal(load_file(source / WEIGHTS), load_file(out / WEIGHTS))
     assert load_config(out) == load_config(source)
-    assert read_json(out / "config.json")["unknown_key"] == "survives"
+    assert read_json(out / "config.json")["_name_or_path"] == "survives"
 
 
 @pytest.mark.parametrize("source", ["nemotron_h-base", "qwen3_moe-base"], indirect=True)
@@ -224,42 +224,167 @@ def test_parity_spellings(source, request):
     assert after == before
 
 
-@pytest.mark.parametrize(
-    "source, changes, words",
-    [
-        ("nemotron_h-base", {"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ("nemotron_h-base", {"attention_bias": True}, "attention_bias True"),
-        ("nemotron_h-base", {"mlp_hidden_act": "gelu"}, "mlp_hidden_act 'gelu'"),
-        (
-            "nemotron_h-base",
-            {"n_routed_experts": None},
-            "lacks n_routed_experts or num_local_experts",
-        ),
-        ("nemotron_h-base", {"hidden_size": "32"}, "hidden_size is '32'"),
-        ("nemotron_h-base", {"hybrid_override_pattern": "MXE"}, "block pattern 'MXE'"),
-        ("nemotron_h-base", {"layers_block_type": ["lstm"]}, "lstm"),
-        ("nemotron_h-base", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 of num_experts 8"),
-        ("nemotron_h-base", {"n_group": 3}, "8 with n_group 3"),
-        ("nemotron_h-base", {"n_group": 0}, "8 with n_group 0"),
-        ("nemotron_h-base", {"n_group": 8, "topk_group": 4}, "n_group 8 and topk_group 4"),
-        ("nemotron_h-groups", {"topk_group": 5}, "n_group 4 and topk_group 5"),
-        ("nemotron_h-groups", {"topk_group": 1}, "num_experts_per_tok 4 .* topk_group 1"),
-        ("nemotron_h-base", {"time_step_limit": [0.1]}, r"time_step_limit is \[0.1\]"),
-        ("nemotron_h-base", {"time_step_limit": 0.1}, "time_step_limit is 0.1"),
-        ("qwen3_moe-base", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
-        ("qwen3-base", {"sliding_window": 128, "use_sliding_window": True}, "use_sliding_window"),
-        ("qwen3-base", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ("llama-base", {"mlp_bias": True}, "mlp_bias True"),
-        ("llama-base", {"quantization_config": {"bits": 4}}, "quantization_config"),
-    ],
-    indirect=["source"],
-)
+YARN = {"rope_type": "yarn", "factor": 4.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+UNSUPPORTED = [
+    ("nemotron_h-base", {"model_type": "gpt2"}, "model_type 'gpt2'"),
+    ("nemotron_h-base", {"attention_bias": True}, "attention_bias True"),
+    ("nemotron_h-base", {"mlp_hidden_act": "gelu"}, "mlp_hidden_act 'gelu'"),
+    ("nemotron_h-base", {"use_conv_bias": False}, "use_conv_bias False"),
+    ("nemotron_h-base", {"n_routed_experts": None}, "lacks n_routed_experts or num_local_experts"),
+    ("nemotron_h-base", {"num_local_experts": 4}, "n_routed_experts 8, num_local_experts 4"),
+    ("nemotron_h-base", {"hidden_size": "32"}, "hidden_size is '32'"),
+    ("nemotron_h-base", {"hybrid_override_pattern": "MXE"}, "block pattern 'MXE'"),
+    ("nemotron_h-base", {"layers_block_type": ["lstm"]}, "lstm"),
+    ("nemotron_h-base", {"layers_block_type": ["mlp"]}, "do not describe one list of blocks"),
+    ("nemotron_h-base", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 of num_experts 8"),
+    ("nemotron_h-base", {"n_groups": 3}, "mamba_num_heads 4 is not a multiple of its n_groups 3"),
+    ("nemotron_h-base", {"n_group": 3}, "8 with n_group 3"),
+    ("nemotron_h-base", {"n_group": 0}, "8 with n_group 0"),
+    ("nemotron_h-base", {"n_group": 8, "topk_group": 4}, "n_group 8 and topk_group 4"),
+    ("nemotron_h-groups", {"topk_group": 5}, "n_group 4 and topk_group 5"),
+    ("nemotron_h-groups", {"topk_group": 1}, "num_experts_per_tok 4 .* topk_group 1"),
+    ("nemotron_h-base", {"time_step_limit": [0.1]}, r"time_step_limit is \[0.1\]"),
+    ("nemotron_h-base", {"time_step_limit": 0.1}, "time_step_limit is 0.1"),
+    ("nemotron_h-base", {"pad_token_id": "0"}, "pad_token_id is '0'"),
+    ("qwen3_moe-base", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+    ("qwen3_moe-base", {"mlp_only_layers": [2]}, r"mlp_only_layers is \[2\]"),
+    ("qwen2-base", {"attention_bias": False}, "attention_bias False is not supported, only True"),
+    ("qwen3-base", {"sliding_window": 128, "use_sliding_window": True}, "use_sliding_window"),
+    ("llama-base", {"sliding_window": 128}, "sliding_window 128"),
+    ("qwen3-base", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("qwen3-base", {"num_attention_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2"),
+    ("qwen3-base", {"rope_scaling": YARN}, "yarn"),
+    ("qwen3-base", {"rope_scaling": YARN, "rope_parameters": DEFAULT}, "yarn"),
+    ("qwen3-base", {"rope_parameters": DEFAULT | {"factor": 4.0}}, "'factor': 4.0"),
+    ("qwen3-base", {"rope_parameters": {"full_attention": DEFAULT}}, "full_attention"),
+    ("qwen2-base", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor': 0.5"),
+    ("llama-base", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ("llama-base", {"rope_theta": "1e6"}, "'rope_theta': '1e6'"),
+    ("llama-scaled", {"rope_scaling": make_parity.LLAMA3 | {"low_freq_factor": 4.0}}, "llama3"),
+    ("llama-base", {"mlp_bias": True}, "mlp_bias True"),
+    ("llama-base", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("llama-base", {"attention_dropout": 0.1}, "attention_dropout 0.1"),
+    ("llama-base", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("llama-base", {"final_logit_softcapping": 30.0}, "unknown key final_logit_softcapping"),
+    ("llama-base", {"norm_topk_prob": True}, "unknown key norm_topk_prob for a llama"),
+    ("llama-base", {"eos_token_id": "2"}, r"eos_token_id is \['2'\]"),
+]
+
+
+@pytest.mark.parametrize("source, changes, words", UNSUPPORTED, indirect=["source"])
 def test_numbers_unsupported(source, changes, words):
-    """What the model does not compute is refused by name, with the file."""
+    """What the model does not compute, or we do not know, is refused by name, with the file."""
     edit_config(source, **changes)
     with pytest.raises(ValueError, match=words) as error:
         load_model(source)
     assert "config.json" in str(error.value)
+
+
+WITHOUT_EFFECT = [
+    ("llama-base", {"pretraining_tp": 2, "use_cache": False, "torch_dtype": "float16"}),
+    ("llama-base", {"hidden_act": "swish", "bos_token_id": 1, "repetition_penalty": 1.1}),
+    ("qwen3-base", {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}),
+    ("qwen2-base", {"sliding_window": 8, "layer_types": ["full_attention"] * 2}),
+    ("qwen3-base", {"final_logit_softcapping": None}),
+    ("qwen3-base", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    ("qwen3_moe-base", {"output_router_logits": True, "router_aux_loss_coef": 0.1}),
+    ("nemotron_h-base", {"rope_theta": 5.0, "partial_rotary_factor": 0.5, "expand": 4}),
+    ("nemotron_h-base", {"norm_eps": 1e-5, "num_local_experts": 8, "num_nextn_predict_layers": 1}),
+]
+
+
+@pytest.mark.parametrize("source, changes", WITHOUT_EFFECT, indirect=["source"])
+def test_numbers_without_effect(source, changes):
+    """Keys that change nothing load, and mean the same model."""
+    before = load_config(source)
+    edit_config(source, **changes)
+    assert load_config(source) == before
+
+
+@pytest.mark.parametrize("source", ["llama-base"], indirect=True)
+def test_parity_rope_keys(source):
+    """As in transformers rope_scaling replaces rope_parameters, keys beside them are defaults, and
+    llama3's original_max_position_embeddings beside them wins."""
+    llama3 = make_parity.LLAMA3 | {"original_max_position_embeddings": 8}
+    numbers = {key: x for key, x in llama3.items() if key != "rope_type"}
+    without = {key: x for key, x in llama3.items() if key != "original_max_position_embeddings"}
+    for changes, theta, scaling in (
+        ({"rope_parameters": DEFAULT}, 1e4, None),
+        ({"rope_parameters": DEFAULT, "rope_scaling": llama3}, 1e6, numbers),
+        ({"rope_scaling": llama3 | {"rope_theta": 7}}, 7.0, numbers),
+        ({"rope_scaling": make_parity.LLAMA3, "original_max_position_embeddings": 8}, 1e6, numbers),
+        ({"rope_scaling": without, "max_position_embeddings": 8}, 1e6, numbers),
+        ({"rope_scaling": {}, "rope_parameters": llama3}, 1e6, numbers),
+        ({"rope_scaling": {"type": "default"}}, 1e6, None),
+    ):
+        cleared = {"rope_scaling": None, "original_max_position_embeddings": None}
+        cleared["rope_theta"] = 1e6
+        edit_config(source, **cleared | {"rope_parameters": None, "max_position_embeddings": 64})
+        edit_config(source, **changes)
+        config = load_config(source)
+        assert (config.rope_theta, config.rope_scaling) == (theta, scaling), changes
+        save_model(load_model(source), source)
+        assert load_config(source) == config
+
+
+def test_parity_configs_of_transformers(tmp_path):
+    """config.json as transformers writes it, by default or with every key, is read."""
+    transformers = pytest.importorskip("transformers")
+    for name in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe", "NemotronH"):
+        config = getattr(transformers, f"{name}Config")()
+        config.save_pretrained(tmp_path)
+        before = load_config(tmp_path)
+        (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+        assert load_config(tmp_path) == before and before.vocab_size == config.vocab_size
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"eos_token_id": [2, 11], "temperature": 0.7, "repetition_penalty": 1.1}, None),
+        ({"eos_token_id": [2, 11], "stop_strings": None, "suppress_tokens": []}, None),
+        ({"stop_strings": ["###"]}, "stop_strings .* is not supported"),
+        ({"suppress_tokens": [5]}, r"suppress_tokens \[5\] is not supported"),
+        ({"sampler": "mirostat"}, "sampler 'mirostat' is an unknown key"),
+        ({"eos_token_id": -1}, r"eos_token_id is \[-1\]"),
+    ],
+)
+def test_generation_config(source, given, words):
+    """Stop ids come from generation_config.json, or from config.json where it names none; keys that
+    change what is sampled in ways we cannot follow are refused."""
+    edit_config(source, eos_token_id=0)
+    assert load_config(source).eos_token_ids == (0,)
+    file = source / "generation_config.json"
+    file.write_text(json.dumps(given))
+    if words is None:
+        assert load_config(source).eos_token_ids == (2, 11)
+        return
+    with pytest.raises(ValueError, match=words) as error:
+        load_config(source)
+    assert "generation_config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["nemotron_h-base", "qwen2-tied", "llama-tied"], indirect=True)
+def test_tied_head_with_its_own_values(source):
+    """A file may hold a copy of the embedding as its head where config.json ties them, not another
+    head: one of the two would be dropped."""
+    edit_config(source, tie_word_embeddings=True)
+
+    def set_head(change):
+        def edit(tensors):
+            embed = next(x for name, x in tensors.items() if "embed" in name)
+            tensors["lm_head.weight"] = embed + change
+
+        edit_weights(source, edit)
+
+    set_head(0.0)
+    assert load_model(source).head.weight is not None
+    set_head(1e-3)
+    with pytest.raises(ValueError, match="lm_head.weight differs from .*embed.*to false"):
+        load_model(source)
+    edit_config(source, tie_word_embeddings=False)
+    assert not load_model(source).head.weight.equal(load_model(source).embed.weight)
 
 
 def truncate(folder):
@@ -291,6 +416,12 @@ DAMAGE = {
     "integer": (
         lambda x: edit_weights(x, lambda y: y.update({EXPERT: y[EXPERT].to(torch.int8)})),
         f"{EXPERT} is I8",
+    ),
+    "twice": (
+        lambda x: edit_weights(
+            x, lambda y: y.update({EXPERT.replace("backbone", "model"): y[EXPERT]})
+        ),
+        "a second time",
     ),
     "other": (lambda x: edit_config(x, hybrid_override_pattern="ME*M-M"), "layers.5.mixer.A_log"),
     "nan": (lambda x: edit_weights(x, lambda y: y[EXPERT].view(-1)[7:8].fill_(torch.nan)), EXPERT),

@@ -15,7 +15,7 @@ from nanocascade.data.episode import Rollout
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import score_tokens
 from nanocascade.grpo import group_advantages, grpo_loss
-from nanocascade.importance import mismatch_metrics
+from nanocascade.importance import importance_weight, mismatch_metrics
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.mopd import compute_mopd_loss, denominators
 from nanocascade.run.log import Mean
@@ -209,6 +209,26 @@ def test_numbers_band_edges(dtype, sign, edge):
         _, grad, metrics = run(compute_mopd_loss, train, train + 1, sampler)
         torch.testing.assert_close(grad, torch.full_like(train, 0 if beyond else -edge / 9))
         assert metrics["gate/out_of_band"] == (beyond > 0)
+
+
+@pytest.mark.parametrize("gap, ratio", [(80.0, 5.54e34), (89.0, float("inf")), (1e4, float("inf"))])
+def test_numbers_gate_overflow(gap, ratio):
+    """A ratio beyond fp32's range weighs 0 like any other outside the band, and is not NaN.
+
+    Two tokens of ln train = -1/2; the first has r = 1 and advantage 1/5, the second r = exp(gap):
+    L = -(1/5)(-1/2)/2 = 1/20, gradient -(1/5)/2 and 0; GRPO with advantage 1: L = (1/2)/2.
+    """
+    train = torch.full((1, 2), -0.5)
+    sampler = train - torch.tensor([[0.0, gap]])
+    weight, found = importance_weight(train, sampler, 0.5, 2.0)
+    assert weight.tolist() == [[1, 0]] and found[0, 1].item() == pytest.approx(ratio, rel=1e-3)
+    loss, grad, _ = run(compute_mopd_loss, train, train + 0.2, sampler)
+    torch.testing.assert_close(loss, torch.tensor(0.05))
+    torch.testing.assert_close(grad, torch.tensor([[-0.1, 0.0]]))
+    gated = partial(grpo_loss, num_tokens=2, sampler_logprobs=sampler, gate=(0.5, 2.0))
+    loss, grad, _ = run(gated, train, torch.ones(1, 2), torch.ones(1, 2).bool())
+    torch.testing.assert_close(loss, torch.tensor(0.25))
+    torch.testing.assert_close(grad, torch.tensor([[-0.5, 0.0]]))
 
 
 def test_numbers_mopd_layouts():

@@ -46,12 +46,26 @@ MATRIX = re.compile(r"(_proj|head|gate)\.weight$")
 
 
 class Stored(NamedTuple):
-    """Where a published tensor lies; `index` cuts an expert out of a stacked one."""
+    """Where a published tensor lies: a stored tensor, or rows of one expert of a stacked one."""
 
     file: Path
     name: str
-    index: tuple
-    shape: tuple
+    shape: tuple  # of the published tensor
+    expert: int | None = None
+    first_row: int = 0
+
+    def index(self, start: tuple, shape: tuple) -> tuple:
+        """Index into the stored tensor of the block at `start`, of size `shape`, of this one.
+
+        An up_proj of 16 rows behind a gate_proj of 16 in the stacked gate_up_proj of expert 3:
+        index((8, 0), (8, 32)) = (3, rows 24 to 32, columns 0 to 32).
+        """
+        block = [slice(first, first + size) for first, size in zip(start, shape, strict=True)]
+        if self.expert is None:
+            return tuple(block) or (...,)
+        rows, columns = block
+        rows = slice(self.first_row + rows.start, self.first_row + rows.stop)
+        return self.expert, rows, columns
 
 
 def disk_names(model: Model) -> dict[str, list[str]]:
@@ -107,14 +121,17 @@ def read_headers(path: Path) -> tuple[dict[str, Stored], dict]:
             header = files[file].get_slice(name)
             if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise ValueError(f"{file}: {name} is {header.get_dtype()}, want F16, BF16 or F32")
-            for published, *where in unstack(name, tuple(header.get_shape())):
+            for published, *place in unstack(name, tuple(header.get_shape())):
+                if published in stored:
+                    raise ValueError(f"{file}: {name} holds {published} a second time")
                 if not IGNORED.match(published):
-                    stored[published] = Stored(file, name, *where)
+                    stored[published] = Stored(file, name, *place)
     return stored, files
 
 
-def unstack(name: str, shape: tuple) -> Iterator[tuple[str, tuple, tuple]]:
-    """(published name, index, shape) of a tensor, or of each expert of a stacked one.
+def unstack(name: str, shape: tuple) -> Iterator[tuple]:
+    """(published name, shape) of a tensor, or (name, shape, expert, first row) of each expert that
+    is stacked in it.
 
     In memory transformers 5 calls nemotron_h's trunk `model` and stacks experts, SwiGLU's gate and
     up as one gate_up_proj (e, 2f, d); some tools write that to disk.
@@ -123,14 +140,14 @@ def unstack(name: str, shape: tuple) -> Iterator[tuple[str, tuple, tuple]]:
     name = re.sub(trunk, "backbone.", name)
     match = re.fullmatch(r"(.*\.experts)\.(gate_up|gate|up|down)_proj", name)
     if not match or len(shape) != 3:
-        yield name, (), shape
+        yield name, shape
         return
     parts = ("gate", "up") if match[2] == "gate_up" else (match[2],)
-    rows = shape[1] // len(parts)  # f, or d of down_proj
-    for k in range(shape[0]):
+    num_rows = shape[1] // len(parts)  # f, or d of down_proj
+    for expert in range(shape[0]):
         for j, part in enumerate(parts):
-            cut = (k, slice(j * rows, (j + 1) * rows))
-            yield f"{match[1]}.{k}.{part}_proj.weight", cut, (rows, shape[2])
+            published = f"{match[1]}.{expert}.{part}_proj.weight"
+            yield published, (num_rows, shape[2]), expert, j * num_rows
 
 
 def check_fit(path: Path, model: Model, stored: dict[str, Stored]) -> None:
@@ -171,6 +188,23 @@ def open_model(path) -> tuple[Model, dict[str, Stored], dict]:
     return model, stored, files
 
 
+def check_tied_head(model: Model, stored: dict[str, Stored], files: dict) -> None:
+    """Raise ValueError where config.json ties the output head to the embedding, but the file has
+    a head of its own: one of the two would have to be ignored."""
+    names = NAMES[model.config.model_type]
+    head, embed = (stored.get(f"{names[part]}.weight") for part in ("head", "embed"))
+    if head is None or not model.config.tie_word_embeddings:
+        return
+    for first in range(0, head.shape[0], 8192):  # a part at a time, for they may be large
+        rows = slice(first, first + 8192)
+        parts = [files[x.file].get_slice(x.name)[rows].float() for x in (head, embed)]
+        if not parts[0].equal(parts[1]):
+            raise ValueError(
+                f"{head.file}: config.json ties the head to the embedding (tie_word_embeddings),"
+                f" but {head.name} differs from {embed.name}: set it to false to keep both"
+            )
+
+
 def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
     """The model of a published directory, read tensor by tensor into parameters of `dtype`.
 
@@ -178,36 +212,31 @@ def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
     rank then takes memory for its shards, and reads no more than these.
     """
     model, stored, files = open_model(path)
+    check_tied_head(model, stored, files)
     config, names = model.config, disk_names(model)
     model = place(model) if place else model
     layout, state = model.state_dict(), {}
     for name, published in names.items():
-        kept, spec = kept_dtype(name, dtype), layout[name]
-        where = (spec.device_mesh, spec.placements) if isinstance(spec, DTensor) else None
-        shape, start = spec.shape, (0,) * spec.ndim  # this rank's part of the whole
-        if where:
-            shape, start = compute_local_shape_and_global_offset(spec.shape, *where)
-        local = torch.empty(shape, dtype=kept, device=device)
-        if local.device.type == "cpu" and where is None and MATRIX.search(name):
-            local = torch.empty_like(local.T, memory_format=torch.contiguous_format).T
-        first = start[0] * len(published) // len(spec)  # this rank's experts, if it is of experts
-        targets = experts_of(name, local)
-        start = (start[-1], start[1]) if ".experts." in name else start
-        for key, target in zip(published[first:], targets, strict=False):
-            file, inside, index, _ = stored[key]
-            cut = within(index, start, target.shape)
-            target.copy_(files[file].get_slice(inside)[cut])  # casts
-            # Extremes tell as much as isfinite() of every number, without a mask of their size.
-            ends = target.aminmax() if target.numel() else (target.sum(),)
-            if not torch.isfinite(torch.stack(tuple(ends))).all():
-                raise ValueError(f"{file}: {inside} holds NaN or infinity, read as {kept}")
-        state[name] = (
-            local
-            if not where
-            else DTensor.from_local(
-                local, *where, run_check=False, shape=spec.shape, stride=spec.stride()
+        parameter, is_expert = layout[name], ".experts." in name
+        local, start = empty_shard(name, parameter, kept_dtype(name, dtype), device)
+        # This rank's experts: its first row of the stacked parameter is its first expert.
+        first = start[0] * len(published) // len(parameter)
+        offset = (start[-1], start[1]) if is_expert else start  # on disk an expert is (f, d)
+        for key, target in zip(published[first:], experts_of(name, local), strict=False):
+            place_on_disk = stored[key]
+            tensor = files[place_on_disk.file].get_slice(place_on_disk.name)
+            target.copy_(tensor[place_on_disk.index(offset, target.shape)])  # casts
+            check_finite(target, place_on_disk)
+        if isinstance(parameter, DTensor):
+            local = DTensor.from_local(
+                local,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
             )
-        )
+        state[name] = local
     state.setdefault("head.weight", state["embed.weight"])  # tied
     model.load_state_dict(state, assign=True)  # in place of the meta tensors
     if config.tie_word_embeddings:
@@ -215,13 +244,25 @@ def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
     return model
 
 
-def within(index: tuple, start, shape) -> tuple:
-    """The part (start, shape) of a published tensor, itself the cut `index` of a stored one."""
-    rows = [slice(i, i + n) for i, n in zip(start, shape, strict=True)]
-    if index[1:]:  # gate or up of a stacked gate_up_proj: its rows begin further down
-        begin = index[1].start
-        rows[0] = slice(rows[0].start + begin, rows[0].stop + begin)
-    return (*index[:1], *rows) or (...,)
+def empty_shard(name: str, parameter: Tensor, dtype, device) -> tuple[Tensor, tuple]:
+    """Memory for this rank's part of a parameter, and where in the whole that part begins."""
+    if isinstance(parameter, DTensor):
+        shape, start = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        return torch.empty(shape, dtype=dtype, device=device), start
+    local = torch.empty(parameter.shape, dtype=dtype, device=device)
+    if local.device.type == "cpu" and MATRIX.search(name):
+        local = torch.empty_like(local.T, memory_format=torch.contiguous_format).T
+    return local, (0,) * parameter.ndim
+
+
+def check_finite(x: Tensor, stored: Stored) -> None:
+    """Raise ValueError for NaN or infinity. Both show in the extremes, without a mask as large as
+    the tensor."""
+    extremes = x.aminmax() if x.numel() else (x.sum(),)
+    if not torch.isfinite(torch.stack(tuple(extremes))).all():
+        raise ValueError(f"{stored.file}: {stored.name} holds NaN or infinity, read as {x.dtype}")
 
 
 def save_model(model: Model, path, tokenizer=None, *, dtype=None, max_shard_bytes=5_000_000_000):

@@ -80,6 +80,15 @@ class ModelConfig:
         unknown = set(self.pattern) - set("ME*-")
         if unknown or not self.pattern:
             raise ValueError(f"block pattern {self.pattern!r}: want characters of 'M E * -'")
+        if "*" in self.pattern and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if "M" in self.pattern and self.mamba_num_heads % self.mamba_n_groups:
+            raise ValueError(
+                f"mamba_num_heads {self.mamba_num_heads} is not a multiple of its n_groups"
+                f" {self.mamba_n_groups}"
+            )
         kept, size = self.topk_group, self.num_experts // max(self.n_group, 1)  # experts a group
         possible = 1 <= kept <= self.n_group and size * self.n_group == self.num_experts
         possible &= (size > 1 or self.n_group == 1) and 1 <= self.num_experts_per_tok <= kept * size
