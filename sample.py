@@ -14,11 +14,10 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
-
-import torch
+from typing import Annotated, Literal
 
 from nanocascade.checkpoint.weights import load_model
-from nanocascade.cli import parse_args, run_main
+from nanocascade.cli import Count, NonNegative, Positive, parse_args, run_main
 from nanocascade.data.episode import Rollout, Sampling
 from nanocascade.data.rows import conversation, read_rows, sft_conversation
 from nanocascade.engine.device import find_device
@@ -29,8 +28,8 @@ from nanocascade.rewards import kind_of, name_of, needs_judge, score
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.rollouts.strategies import STRATEGIES
+from nanocascade.run.evaluate import mean_interval
 from nanocascade.run.log import show_rollout
-from nanocascade.run.settings import check_settings
 from nanocascade.sampler import generate, step_seed
 from nanocascade.tokenizer.chat import parse_response
 from nanocascade.tokenizer.tokenizer import Tokenizer
@@ -45,43 +44,38 @@ class Config:
     system: str = ""  # system message of prompts and chats
     prompts: str = ""  # text file, one user message a line
     tasks: tuple[str, ...] = ()  # JSONL files of rows with verifiers, or toy:DOMAIN
-    num_samples: int = 1  # responses to each prompt
-    limit: int = 0  # only the first rows of the tasks (0 = all)
+    num_samples: Positive = 1  # responses to each prompt
+    limit: Count = 0  # only the first rows of the tasks (0 = all)
     pass_rates: str = ""  # file for the rows of the tasks, each with how often it was solved
     strategy: str = ""  # of the tasks: single, majority, best-of-n, refine or submit
-    rounds: int = 4  # of a strategy, num_samples new answers in each
-    checks: int = 4  # refine: how often the model checks each answer
-    keep: int = 2  # refine: best answers that the next round revises
-    tools: str = ""  # "python": programs that the model calls for are run, here and in the tasks
-    show: int = 2  # whole responses printed of each domain of the tasks
-    show_mask: int = 0  # print this many SFT conversations of the tasks, loss in green, and exit
+    rounds: Positive = 4  # of a strategy, num_samples new answers in each
+    checks: Positive = 4  # refine: how often the model checks each answer
+    keep: Positive = 2  # refine: best answers that the next round revises
+    tools: Literal["", "python"] = ""  # python: run the programs that the model calls for
+    show: Count = 2  # whole responses printed of each domain of the tasks
+    show_mask: Count = 0  # print this many SFT conversations of the tasks, loss in green, and exit
     thinking: bool = True  # open the answer with a thought
-    temperature: float = 1.0  # 0 = greedy
-    top_p: float = 0.95  # nucleus; evaluations of the toy's report use 1
-    top_k: int = 0  # 0 = off
-    max_new_tokens: int = 256  # of a response
-    max_turns: int = 8  # assistant turns of an episode with tools
+    temperature: NonNegative = 1.0  # 0 = greedy
+    top_p: Annotated[float, 1e-3, 1] = 0.95  # nucleus; evaluations of the toy's report use 1
+    top_k: Count = 0  # 0 = off
+    max_new_tokens: Positive = 256  # of a response
+    max_turns: Positive = 8  # assistant turns of an episode with tools
     seed: int = 0  # of sampling
-    max_rows: int = 256  # rows decoded at once
-    dtype: str = "float32"  # of the parameters: float32 or bfloat16
+    max_rows: Positive = 256  # rows decoded at once
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters
     device: str = ""  # cuda, mps or cpu; found if empty
 
 
 def main():
-    cfg = parse_args(Config)
+    (cfg,) = parse_args(Config)
     if not cfg.model:
         raise ValueError("--model DIR is needed: the checkpoint to sample from")
-    check_settings(cfg)
     tokenizer = Tokenizer(cfg.model)
     if cfg.show_mask:
         return show_mask(cfg, tokenizer)
-    if cfg.tools not in ("", "python"):
-        raise ValueError(f"--tools {cfg.tools}: expected python")
     if cfg.strategy and (cfg.strategy not in STRATEGIES or not cfg.tasks):
         known = ", ".join(STRATEGIES)
         raise ValueError(f"--strategy {cfg.strategy}: expected {known}, and --tasks")
-    if cfg.dtype not in DTYPES:
-        raise ValueError(f"--dtype {cfg.dtype}: expected {' or '.join(DTYPES)}")
     model = load_model(cfg.model, DTYPES[cfg.dtype], find_device(cfg.device)).eval()
     if cfg.strategy:
         evaluate_strategy(cfg, model, tokenizer)
@@ -269,10 +263,9 @@ def evaluate_strategy(cfg: Config, model, tokenizer) -> None:
 
 
 def interval(values: list[float]) -> str:
-    """Mean and 1.96 standard errors: "0.512 +- 0.031"."""
-    x = torch.tensor(values, dtype=torch.float64)
-    error = 1.96 * float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan")
-    return f"{float(x.mean()):.3f} +- {error:.3f}"
+    """Mean and 95 % interval: "0.512 +- 0.031"."""
+    found = mean_interval(values)
+    return f"{found['mean']:.3f} +- {found['interval']:.3f}"
 
 
 def show_mask(cfg: Config, tokenizer) -> None:

@@ -1,19 +1,28 @@
-"""One dataclass is one command line: every field a flag, the comment that ends its line the help.
+"""Dataclasses are a command line: every field a flag, the comment that ends its line the help.
 
-`lr: float = 1e-4  # peak learning rate` makes the flag --lr. Default < preset of --config < flag.
-Wrong input is one line and exit code 2 (with NANOCASCADE_DEBUG=1 in the environment: a traceback).
+`lr: float = 1e-4  # peak learning rate` makes the flag --lr. A type may also hold a condition:
+Literal["zero", "clamp"] is a choice, Annotated[int, 1] is 1 or more, Annotated[float, 0, 1] is
+between 0 and 1. Wrong input is one line and exit code 2 (with NANOCASCADE_DEBUG=1 in the
+environment: a traceback).
 """
 
 import ast
 import difflib
 import inspect
 import io
+import math
 import os
+import re
 import sys
 import textwrap
 import tokenize
-from dataclasses import fields
-from typing import get_args, get_type_hints
+from dataclasses import MISSING, asdict, fields
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+Positive = Annotated[int, 1]
+Count = Annotated[int, 0]
+NonNegative = Annotated[float, 0]
+Share = Annotated[float, 0, 1]
 
 
 def run_main(main) -> None:
@@ -34,32 +43,40 @@ def run_main(main) -> None:
         raise SystemExit(2) from None
 
 
-def parse_args(cls, argv=None, presets=None):
-    """An instance of the dataclass `cls` from argv: ["--lr", "3e-6", "--dry_run", "--data=a,b"].
+def parse_args(*groups, preset=None, argv=None) -> list:
+    """One instance of each dataclass of `groups`, from argv: ["--lr", "3e-6", "--data=a,b"].
 
-    presets: {value of --config: {field: value}}. A bool's flag alone means true, `none` clears an
-    optional one; of a repeated flag the last counts, so that a shell script can end in "$@".
+    preset(values): the fields that --config, --stage and the like set; default < preset < flag.
+    The flag of a bool alone means true; of a repeated flag the last counts, so that a shell script
+    can end in "$@".
     """
     argv = sys.argv[1:] if argv is None else argv
-    hints, comments = get_type_hints(cls), _comments(cls)
+    hints = {name: x for group in groups for name, x in _hints(group).items()}
     flags = _read_flags([word for word in argv if word != "--help"], hints)
-    values = {field.name: field.default for field in fields(cls)} | flags
-    if presets:
-        if values["config"] not in presets:
-            raise ValueError(f"--config {values['config']}: expected one of {', '.join(presets)}")
-        values |= presets[values["config"]] | flags
+    known = [field for group in groups for field in fields(group)]
+    defaults = {field.name: field.default for field in known if field.default is not MISSING}
+    values = defaults | flags
+    if preset:
+        values |= preset(values) | flags
     if "--help" in argv:
-        print(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""))
-        for name, value in values.items():
-            kind = _reader(hints[name])[1]
-            print(f"  --{name} ({kind}; now {value!r})\n        {comments[name]}")
+        print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""))
+        print(_help_text(groups, hints, values))
         raise SystemExit(0)
-    return cls(**values)
+    return [group(**{x.name: values[x.name] for x in fields(group)}) for group in groups]
 
 
-def describe(cfg) -> str:
+def merge(*settings) -> dict:
+    """The fields of several dataclass instances as one dict."""
+    return {name: value for group in settings for name, value in asdict(group).items()}
+
+
+def describe(*settings) -> str:
     """The resolved run, one `name = value` a line."""
-    return "\n".join(f"{field.name:<20} = {getattr(cfg, field.name)}" for field in fields(cfg))
+    return "\n".join(f"{name:<20} = {value}" for name, value in merge(*settings).items())
+
+
+def _hints(group) -> dict:
+    return get_type_hints(group, include_extras=True)
 
 
 def _read_flags(words: list[str], hints: dict) -> dict:
@@ -86,28 +103,62 @@ def _read_flags(words: list[str], hints: dict) -> dict:
 
 
 def _reader(hint):
-    """A field's type -> (function from the flag's text to the value, the type's name)."""
-    if type(None) in get_args(hint):
-        read, name = _reader(next(part for part in get_args(hint) if part is not type(None)))
-        return lambda text: None if text == "none" else read(text), name + " or none"
-    if get_args(hint):  # tuple[str, ...]
-        read, name = _reader(get_args(hint)[0])
-        return lambda text: tuple(read(x.strip()) for x in text.split(",") if x), f"{name},..."
+    """A field's type -> (function from the flag's text to its value, what is expected)."""
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        kind, low, high = (*parts, math.inf)[:3]
+
+        def bounded(text):
+            value = kind(text)
+            if not low <= value <= high:  # nor is a NaN
+                raise ValueError
+            return value
+
+        below = f" and <= {high}" if high < math.inf else ""
+        return bounded, f"{kind.__name__} >= {low}{below}"
+    if get_origin(hint) is Literal:
+        return {x: x for x in parts}.__getitem__, " or ".join(parts)
+    if get_origin(hint) is tuple:  # tuple[str, ...], or of one length: tuple[float, float]
+        read, expected = _reader(parts[0])
+        length = None if parts[-1] is Ellipsis else len(parts)
+
+        def several(text):
+            values = tuple(read(x.strip()) for x in text.split(",") if x)
+            if length not in (None, len(values)):
+                raise ValueError
+            return values
+
+        return several, ",".join([expected] * (length or 1)) + ("" if length else ",...")
     if hint is bool:  # bool("false") is True
         return {"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false"
     return hint, hint.__name__
 
 
-def _comments(cls) -> dict[str, str]:
-    """{"lr": "peak learning rate"}: what follows # after each field, base classes first."""
+def _help_text(groups, hints: dict, values: dict) -> str:
+    """The flags under headings: the docstring of their dataclass, or a `# ---- heading ----` inside
+    it. "Advanced" comes last."""
+    sections = {}
+    for group in groups:
+        for name, (heading, comment) in _comments(group).items():
+            expected = _reader(hints[name])[1]
+            line = f"  --{name} ({expected}; now {values[name]!r})\n        {comment}"
+            sections.setdefault(heading, []).append(line)
+    headings = sorted(sections, key=lambda heading: heading == "Advanced")
+    return "\n".join("\n".join(["", f"{x}:", *sections[x]]) for x in headings)
+
+
+def _comments(group) -> dict[str, tuple[str, str]]:
+    """{"lr": (heading, "peak learning rate")}: what follows # after each field, bases first."""
     found = {}
-    for base in reversed(cls.__mro__[:-1]):
+    for base in reversed(group.__mro__[:-1]):
         source = textwrap.dedent(inspect.getsource(base))
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        ends = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        found |= {
-            node.target.id: ends.get(node.end_lineno, "")
-            for node in ast.parse(source).body[0].body
-            if isinstance(node, ast.AnnAssign)
-        }
+        comments = {x.start[0]: x.string for x in tokens if x.type == tokenize.COMMENT}
+        headings = {n: x[1] for n in comments if (x := re.match("# -+ (.*?) -+$", comments[n]))}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                above = [n for n in headings if n < node.lineno]
+                heading = headings[max(above)] if above else inspect.cleandoc(group.__doc__)
+                comment = comments.get(node.end_lineno, "").lstrip("# ")
+                found[node.target.id] = (heading.split("\n")[0].rstrip(".:"), comment)
     return found

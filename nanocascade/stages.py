@@ -1,45 +1,22 @@
-"""The cascade as data: one row a stage, the report's value and the toy's side by side.
+"""The cascade as data: the settings of every stage, the report's and the toy's side by side.
 
     base -> SFT -> IF-RL -> multi-domain RL -> MOPD -> RLHF -> long-context RL -> code RL -> SWE RL
 
-A pair (report, toy) is read by `settings`; a single value serves both. Sources are the sections of
-the Nemotron-Cascade 2 report; where it prints two values, ours is named beside it.
+First the numbers of each stage, then what each setting means: a field of `SFT`, `RL` or `MOPD` is a
+flag of that script. Sources are the sections of the Nemotron-Cascade 2 report; where it prints two
+values, ours is named beside it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from nanocascade.cli import Count, NonNegative, Positive, Share
 
 THOUSAND = 1024  # the report's 49K is 49,152 tokens
 
-
-@dataclass(frozen=True)
-class Stage:
-    """Settings of one RL stage. Those of SFT and MOPD stand at the top of their scripts."""
-
-    domains: dict[str, float]  # share of each domain in a batch of prompts
-    prompts: int  # a step
-    rollouts: int  # a prompt: the report's G
-    max_new_tokens: int  # of a response; with tools, of the whole episode
-    lr: float
-    steps: int
-    min_lr: float = 0.0  # what a linear schedule falls towards, and would reach after the last step
-    warmup: int = 0  # steps of linear warm-up
-    schedule: str = "constant"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    overlong: str = "penalty"  # cut off at the limit: penalty = reward 0, filter = no loss
-    dynamic_filtering: bool = False  # replace groups that are all right or all wrong
-    mask_unsolved: float = -1.0  # mask prompts none of whose outcomes exceeds this
-    max_pass_rate: float = 1.0  # before training, drop prompts solved more often than this
-    keep_unsolved: float = 1.0  # and keep this share of those never solved
-    pass_samples: int = 4  # tries a prompt that tell how often it is solved
-    kl_coef: float = 0.0  # k3 against the start of the stage
-    pairing: str = "all"  # preference: all pairs, or the circle of the Nano recipe
-    thinking: bool = True  # responses open with a thought
-    max_turns: int = 1  # assistant turns of an episode
-    max_tokens: int = 0  # of prompt and response together, where the report limits their sum
-
-
-# (report, toy). Toy learning rates are for a model of 1M parameters; steps are for minutes.
+# (report, toy), or one value for both. The toy has 1M parameters and minutes. A third value is that
+# of --config small; where there is none it takes the report's. A stage lists what differs from the
+# defaults of its class below.
 # OURS: no warm-up in RL, except in agentic SWE; the report does not say (Nano: 10 steps from 3e-7).
 RL_STAGES = {
     "if_rl": dict(  # dynamic filtering, overlong penalty, thinking mode only
@@ -136,6 +113,41 @@ RL_STAGES = {
     ),
 }
 
+SFT_STAGE = dict(
+    steps=(33000, 800, 200),  # the report stops before the end of its cosine
+    schedule_steps=(40000, 800, 200),
+    batch_tokens=(64 * 256 * THOUSAND, 4096, 16384),
+    row_tokens=(256 * THOUSAND, 256, 2048),
+    micro_tokens=(8192, 8192, 4096),
+    lr=(5e-5, 3e-3, 2e-5),
+    min_lr=(5e-6, 3e-4, 2e-6),
+    warmup=(200, 20, 10),
+    schedule="cosine",
+    betas=((0.9, 0.98), (0.9, 0.95), (0.9, 0.98)),
+    weight_decay=0.1,
+    toy_rows=8000,
+    save_every=(10, 50, 10),
+)
+
+# Steps and rate of NeMo-RL, mopd-cascade. The report: 52 and 3e-6 (table), 40-50 (text).
+# The toy's rate falls to 0: at a constant one Adam's noise costs mathematics (LOG.md).
+MOPD_STAGE = dict(
+    steps=(52, 50),
+    prompts=(128, 768, 32),
+    rollouts=(4, 1),  # 512 x 1 is as good and steadier
+    lr=(2e-6, 8e-4, 1e-6),
+    warmup=(30, 8),  # the first gradients are large
+    warmup_from=(2e-7, 8e-5, 1e-7),
+    schedule=("constant", "linear"),
+    max_new_tokens=(96 * THOUSAND, 72, 512),
+    max_turns=(16, 4),
+    gate_low=0.5,
+    toy_rows=4000,
+)
+
+# What all RL stages do with --config small.
+SMALL_RL = dict(prompts=16, rollouts=8, max_new_tokens=512, lr=1e-6, steps=100)
+
 # How the 30B-A3B lies on a cluster, whatever the stage; --dry_run says what it holds and takes.
 FULL_LAYOUT = dict(
     shard=True,
@@ -146,6 +158,13 @@ FULL_LAYOUT = dict(
     micro_tokens=49152,
     max_rows=112,
 )
+
+# What a --config sets in every stage.
+CONFIGS = {
+    "toy": dict(data=("toy",), eval_data=("toy",)),
+    "small": dict(eval_max_new_tokens=512),
+    "full": FULL_LAYOUT | dict(eval_max_new_tokens=48 * THOUSAND),
+}
 
 # Every domain that a stage trains.
 DOMAINS = tuple(dict.fromkeys(d for stage in RL_STAGES.values() for d in stage["domains"]))
@@ -191,16 +210,100 @@ CASCADE = (
 )
 
 
-def settings(stage: str, toy: bool) -> Stage:
-    """The Stage of a name, with the report's numbers or the toy's; ValueError for another name."""
-    if stage not in RL_STAGES:
-        raise ValueError(f"unknown stage {stage!r}: expected {', '.join(RL_STAGES)}")
-    values = RL_STAGES[stage]
-    return Stage(**{k: v[toy] if isinstance(v, tuple) else v for k, v in values.items()})
+def preset(stage: str, config: str) -> dict:
+    """{field: value} that a stage has in a --config: toy, small or full."""
+    known = {"sft": SFT_STAGE, "mopd": MOPD_STAGE} | RL_STAGES
+    column = ("full", "toy", "small").index(config)
+    values = {
+        name: x[column if column < len(x) else 0] if isinstance(x, tuple) else x
+        for name, x in known[stage].items()
+    }
+    small = SMALL_RL if config == "small" and stage in RL_STAGES else {}
+    return values | small | CONFIGS[config]
 
 
-def apply_stage(cfg, stage: Stage) -> None:
-    """Fill the fields of a script's config that were left at None with the stage's values."""
-    for field in fields(Stage):
-        if hasattr(cfg, field.name) and getattr(cfg, field.name) is None:
-            setattr(cfg, field.name, getattr(stage, field.name))
+@dataclass(kw_only=True)
+class Stage:
+    """Recipe"""
+
+    steps: Positive  # optimizer steps
+    lr: NonNegative  # peak learning rate
+    min_lr: NonNegative = 0.0  # learning rate that a linear or cosine schedule falls to
+    warmup: Count = 0  # steps of linear warm-up
+    warmup_from: NonNegative = 0.0  # learning rate that the warm-up starts from
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the rate after the warm-up
+    schedule_steps: Count = 0  # step at which the rate reaches --min_lr (0 = the last one)
+    # ---- Advanced ----
+    # OURS: AdamW in every stage; two rows of the report's table say Adam, equal without decay.
+    betas: tuple[Share, Share] = (0.9, 0.95)  # AdamW's decay rates of its two moments
+    weight_decay: NonNegative = 0.0  # AdamW's weight decay, of matrices only
+    max_norm: NonNegative = 1.0  # clip the gradients to this global norm
+    bias_rate: NonNegative = 1e-3  # step of the experts' correction bias after an update (0 = off)
+
+
+@dataclass(kw_only=True)
+class SFT(Stage):
+    """Recipe"""
+
+    stage = "sft"
+    batch_tokens: Positive  # tokens a step, over all ranks
+    row_tokens: Positive  # tokens of a packed row, and so of the longest conversation
+    # OURS: no thought is cut short (the Nano recipe does so to 3 % of them, for budget control).
+    strip_thinking: Share = 0.1  # share of conversations shown without their thought
+    reference_samples: Positive = 2000  # stored answers to preference questions (toy)
+
+
+@dataclass(kw_only=True)
+class OnPolicy(Stage):
+    """Recipe"""
+
+    prompts: Positive  # prompts a step, over all ranks
+    rollouts: Positive  # responses a prompt
+    max_new_tokens: Positive  # maximum tokens of a response; with tools, of the whole episode
+    max_turns: Positive = 1  # maximum assistant turns of an episode with tools
+    temperature: Annotated[float, 1e-3] = 1.0  # of sampling; log-probs are of logits / temperature
+    top_p: Annotated[float, 1e-3, 1] = 1.0  # nucleus of sampling; the loss ignores the cut
+    # ---- Advanced ----
+    # OURS: no gate in RL unless asked for (the Nano recipe masks tokens; Eq. 1 has no ratio).
+    gate_low: NonNegative = 0.0  # smallest train/sampler ratio inside the band (RL: 0 = no gate)
+    gate_high: NonNegative = 2.0  # largest train/sampler ratio inside the band
+    max_sequence_error: NonNegative = 0.0  # mask responses of a larger mean exp|train - sampler|
+    routing_replay: bool = False  # train with the experts that were chosen while sampling
+    train_router: bool = False  # train router weights too (the recipe freezes them)
+
+    def __post_init__(self):
+        if self.gate_low >= self.gate_high:
+            raise ValueError(f"--gate_low {self.gate_low}: expected less than --gate_high")
+
+
+@dataclass(kw_only=True)
+class RL(OnPolicy):
+    """Recipe"""
+
+    stage: Literal[tuple(RL_STAGES)] = "math_rl"  # the stage to train, a row of stages.py
+    rollouts: Annotated[int, 2]  # responses a prompt; one alone has no advantage
+    max_tokens: Count = 0  # maximum tokens of prompt plus response (0 = no limit)
+    thinking: bool = True  # open responses with a thought, in training and evaluation
+    overlong: Literal["penalty", "filter"] = "penalty"  # a response cut off: reward 0, or no loss
+    dynamic_filtering: bool = False  # replace groups that are all right or all wrong
+    mask_unsolved: float = -1.0  # mask prompts none of whose outcomes exceeds this
+    max_pass_rate: Share = 1.0  # drop prompts that the stage's start solves more often than this
+    keep_unsolved: Share = 1.0  # share that is kept of the prompts that it never solves
+    pass_samples: Positive = 4  # responses to find that out, for rows without a pass_rate
+    kl_coef: NonNegative = 0.0  # weight of the KL (k3) to the stage's start
+    pairing: Literal["all", "circle"] = "all"  # compare preference answers: all pairs, or a circle
+    # ---- Advanced ----
+    normalize_std: bool = True  # divide advantages by the group's standard deviation
+
+
+@dataclass(kw_only=True)
+class MOPD(OnPolicy):
+    """Recipe"""
+
+    stage = "mopd"
+    teachers: tuple[str, ...] = ()  # NAME=DIR; NAME: a domain, a group of stages.py, or default
+    domains: tuple[str, ...] = ()  # train on prompts of these domains only (default: all taught)
+    balance: bool = False  # draw equally many prompts of every domain, however many rows it has
+    denominator: Literal["response", "token"] = "response"  # what weighs 1: Eq. 4, or NeMo-RL
+    overlong: Literal["off", "filter"] = "off"  # a response cut off: in the loss, or no loss
+    gate: Literal["zero", "clamp", "none"] = "zero"  # tokens outside the band (zero: the report)

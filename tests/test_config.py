@@ -1,14 +1,16 @@
 """The command line of the scripts: flags, presets, help, and one line for whatever is wrong."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from nanocascade.cli import describe, parse_args, run_main
+from nanocascade.cli import NonNegative, Share, describe, parse_args, run_main
 from nanocascade.engine.device import find_device
 
 ROOT = Path(__file__).parents[1]
@@ -17,19 +19,33 @@ ROOT = Path(__file__).parents[1]
 @dataclass
 class Base:
     out: str = ""  # where the run goes
-    config: str = "toy"  # toy or full
+    config: Literal["toy", "full"] = "toy"  # size of the run
 
 
 @dataclass
 class Config(Base):
-    init: str | None = None  # model directory to start from
+    init: str = ""  # model directory to start from
     data: tuple[str, ...] = ()  # JSONL files, joined by commas
-    lr: float = 1e-3  # peak learning rate, # as in Table 2
+    lr: NonNegative = 1e-3  # peak learning rate, # as in Table 2
     steps: int = 3  # optimizer steps
     dry_run: bool = False  # print and exit
 
 
 PRESETS = {"toy": {"out": "x"}, "full": {"lr": 3e-6, "steps": 180}}
+
+
+@dataclass
+class Other:
+    """More"""
+
+    gate: Literal["zero", "none"] = "zero"  # a choice
+    # ---- Rare ----
+    betas: tuple[Share, Share] = (0.9, 0.95)  # two numbers
+
+
+def parse(argv):
+    """An instance of Config; those of the other dataclass are not looked at."""
+    return parse_args(Config, Other, preset=lambda x: PRESETS[x["config"]], argv=argv)[0]
 
 
 @pytest.mark.parametrize(
@@ -38,9 +54,9 @@ PRESETS = {"toy": {"out": "x"}, "full": {"lr": 3e-6, "steps": 180}}
         ([], {}),
         (["--lr", "2e-4", "--steps=7"], {"lr": 2e-4, "steps": 7}),
         (["--dry_run", "--init", "m"], {"dry_run": True, "init": "m"}),
-        (["--dry_run", "false", "--init", "none"], {}),
+        (["--dry_run", "false", "--init", ""], {}),
         (["--steps", "1", "--steps=2"], {"steps": 2}),
-        (["--data", "a.jsonl,b.jsonl", "--lr", "-1"], {"data": ("a.jsonl", "b.jsonl"), "lr": -1.0}),
+        (["--data", "a.jsonl,b.jsonl", "--lr", "0"], {"data": ("a.jsonl", "b.jsonl"), "lr": 0.0}),
         (
             ["--config", "full", "--steps", "9", "--out", "y"],
             {"config": "full", "lr": 3e-6, "steps": 9, "out": "y"},
@@ -49,7 +65,7 @@ PRESETS = {"toy": {"out": "x"}, "full": {"lr": 3e-6, "steps": 180}}
 )
 def test_flags_and_presets(argv, expected):
     """Default < preset < flag, and every type is read as itself."""
-    assert asdict(parse_args(Config, argv, PRESETS)) == asdict(Config("x")) | expected
+    assert asdict(parse(argv)) == asdict(Config("x")) | expected
 
 
 def test_device_is_found(monkeypatch):
@@ -73,25 +89,33 @@ def test_device_is_found(monkeypatch):
         (["--steps"], ["--steps needs", "int"]),
         (["--lr", "--dry_run"], ["--lr needs", "float"]),
         (["--dry_run", "maybe"], ["maybe", "true or false"]),
-        (["--config", "huge"], ["toy, full"]),
+        (["--lr", "-1"], ["--lr -1", "float >= 0"]),
+        (["--lr", "nan"], ["--lr nan", "float >= 0"]),
+        (["--gate", "hard"], ["--gate hard", "zero or none"]),
+        (["--betas", "0.9"], ["--betas 0.9", "float >= 0 and <= 1,float >= 0 and <= 1"]),
+        (["--betas", "0.9,1.1"], ["--betas 0.9,1.1"]),
+        (["--config", "huge"], ["--config huge", "toy or full"]),
     ],
 )
 def test_bad_flags_are_one_line(argv, words, capsys):
     """A wrong flag ends with code 2 and one line that says what would be right."""
     with pytest.raises(SystemExit) as stop:
-        run_main(lambda: parse_args(Config, argv, PRESETS))
+        run_main(lambda: parse(argv))
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
     assert all(word in line for word in words), line
 
 
-def test_help_shows_comments_and_the_presets_values(capsys):
-    """--help prints each field's trailing comment, inherited ones too, and the value in force."""
+def test_help_shows_comments_and_the_presets_values(capsys, monkeypatch):
+    """--help prints the script's docstring and, under the headings of the dataclasses, each field's
+    trailing comment, inherited ones too, with the value in force."""
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "What the script does")
     with pytest.raises(SystemExit) as stop:
-        parse_args(Config, ["--config", "full", "--help"], PRESETS)
+        parse(["--config", "full", "--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "The command line of the scripts" in text
+    assert stop.value.code == 0 and "What the script does" in text
     assert all(x in text for x in ("rate, # as in Table 2", "3e-06", "where the run"))
+    assert re.search(r"\nMore:\n  --gate \(zero or none; now 'zero'\)\n +a choice\n\nRare:\n", text)
 
 
 def test_run_main_turns_user_errors_into_one_line(capsys):
@@ -114,6 +138,6 @@ def test_closed_pipe_is_no_error():
 
 def test_describe_holds_every_field():
     """What is printed is the resolved run: preset and flags, a line each."""
-    cfg = parse_args(Config, ["--data", "a,b", "--config", "full", "--out", "y"], PRESETS)
+    cfg = parse(["--data", "a,b", "--config", "full", "--out", "y"])
     lines = describe(cfg).splitlines()
     assert len(lines) == len(asdict(cfg)) and "lr                   = 3e-06" in lines

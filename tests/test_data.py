@@ -11,7 +11,7 @@ from nanocascade.data import rows as data
 from nanocascade.data.__main__ import main as data_main
 from nanocascade.data.batch import pack
 from nanocascade.data.rows import conversation, read_rows, sft_conversation
-from nanocascade.data.stream import PromptStream, curriculum_weights
+from nanocascade.data.stream import PromptStream
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GSM = {"question": "3+4?", "answer": "It is 3+4=<<3+4=7>>7.\n#### 7"}
@@ -124,34 +124,6 @@ def test_numbers_weights():
     assert counts == {"mcqa": 275, "tools": 150, "structured": 75}
     with pytest.raises(ValueError, match="cannot be drawn"):
         PromptStream(rows, 0, {"mcqa": 1, "math": 1})
-    # Curriculum: two rows share the weight of rate 1; e^-.5 / (1 + e^-.5) = 0.3775.
-    assert curriculum_weights([1, 1, 0], 0.5, 1) == pytest.approx([0.25, 0.25, 0.5])
-    assert curriculum_weights([1, 0.5], 1, 0.5)[1] == pytest.approx(0.3775, abs=1e-4)
-    assert curriculum_weights([0, 1], 99, 0.01) == [0, 1]
-
-
-def test_curriculum():
-    """Drawn rows have the pass rates asked for: near 1 at the start, near 0 at the end, in each
-    domain; a saved state and the progress continue the stream exactly."""
-    rows = [{"domain": d, "id": i, "pass_rate": i / 10} for d in "ab" for i in range(11)]
-
-    def stream(progress):
-        found = PromptStream(rows, 3, {"a": 1, "b": 1}, curriculum=(0.9, 0.2, 0.1))
-        found.progress = progress
-        return found
-
-    for progress, mean in ((0, 0.9), (0.5, 0.55), (1, 0.2)):
-        drawn = [row for _, row in stream(progress).take(1000)]
-        for domain in "ab":
-            rates = [x["pass_rate"] for x in drawn if x["domain"] == domain]
-            assert len(rates) == 500 and sum(rates) / 500 == pytest.approx(mean, abs=0.03)
-    one, other = stream(0), stream(0.5)
-    assert len({x["id"] for _, x in one.take(100)}) > 3
-    other.load_state(json.loads(json.dumps(one.state())))
-    one.progress = 0.5
-    assert one.take(50) == other.take(50) != stream(0.5).take(50)
-    with pytest.raises(ValueError, match="std"):
-        PromptStream(rows, 0, curriculum=(0.9, 0.2, 0.0))
 
 
 def test_pack():

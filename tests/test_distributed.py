@@ -11,7 +11,6 @@ from fixtures.toy_runs import environments, lasting, run_here, start
 
 from nanocascade.checkpoint.weights import load_model
 from nanocascade.engine import distributed
-from nanocascade.run.settings import RunConfig
 
 rows, sft, skilled = toy_runs.rows, toy_runs.sft, toy_runs.skilled  # fixtures
 RL = ("train_rl.py", "--init", "SKILLED", "--data", "ROWS", "--rollouts", 4, "--stage")
@@ -59,7 +58,7 @@ def collectives(rank: int, variables: list[dict]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, x in variables[rank].items():
             patch.setenv(name, x)
-        with distributed.start(RunConfig(device="cpu")) as dist:
+        with distributed.start("cpu") as dist:
             assert (dist.rank, dist.world_size, dist.is_main) == (rank, 2, rank == 0)
             assert dist.shard([10, 11, 12]) == [[10, 12], [11]][rank] and dist.shard([]) == []
             assert dist.shard([1, 7, 6, 2, 9], size=int) == [[1, 6, 9], [7, 2]][rank]
@@ -83,7 +82,7 @@ def test_invariance_collectives():
     """Shares, sums, gathered objects and gradients of two processes; a gradient nobody has counts
     as zero, and what is frozen stays without one."""
     torch.multiprocessing.spawn(collectives, args=(environments(2),), nprocs=2)
-    with distributed.start(RunConfig(device="cpu")) as alone:
+    with distributed.start("cpu") as alone:
         assert alone.is_main and alone.shard([1, 2]) == [1, 2] and alone.gather(3) == [3]
         assert alone.sum(4) == 4 and alone.barrier() is None
 

@@ -14,11 +14,11 @@ from nanocascade.data.batch import make_batches
 from nanocascade.data.episode import Rollout
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import score_tokens
+from nanocascade.engine.update import Mean
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.importance import importance_weight, mismatch_metrics
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.mopd import compute_mopd_loss, denominators
-from nanocascade.run.log import Mean
 from nanocascade.sft import sft_loss
 
 LN2 = log(2)

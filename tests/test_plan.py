@@ -1,13 +1,10 @@
 """The plan of a run against what runs hold: parameters, peaks of memory; the full settings."""
 
 import re
-import runpy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures import toy_runs
 from fixtures.toy_runs import run_here
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +16,7 @@ from nanocascade.model import mamba2
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.model import Model, ModelConfig
 from nanocascade.plan import meter, plan
+from nanocascade.run.settings import read_settings
 
 SMALL = ModelConfig(
     vocab_size=256,
@@ -50,6 +48,12 @@ def short_spans(monkeypatch):
     """Traces of 3,072 tokens instead of 24,576: a few seconds instead of twenty."""
     monkeypatch.setattr(mamba2, "SPAN", 1024)
     monkeypatch.setattr(plan, "TRACED", (2048, 3072))
+
+
+def full(recipe, stage):
+    """The settings of a stage with --config full."""
+    argv = ["--config", "full"] + (["--stage", stage] if recipe is stages.RL else [])
+    return read_settings(recipe, argv)
 
 
 def planned(config, work, layout, ranks=8):
@@ -113,12 +117,12 @@ def test_parity_sharded_step(expert_parallel, node):
 @pytest.mark.parametrize("ranks, name", [(8, "H200"), (16, "H100")])
 def test_numbers_49k(ranks, name, node):
     """A stage of 49K tokens fits on 8 x 141 GB and on 16 x 80 GB, training and rollout."""
-    cfg = runpy.run_path(str(toy_runs.ROOT / "train_rl.py"))
-    cfg = cfg["Config"](stage="if_rl", **cfg["PRESETS"]["full"])
-    stages.apply_stage(cfg, stages.settings("if_rl", toy=False))
-    work = plan.work_of(cfg, FULL, ranks, plan.PROMPT)
-    layout = {key: getattr(cfg, key) for key in LAYOUT}
-    assert plan.Plan(FULL, work, layout, ranks).peak() < plan.HARDWARE[name].memory - plan.RESERVE
+    recipe, run, layout, _ = full(stages.RL, "if_rl")
+    work = plan.work_of(recipe, run.micro_tokens, run.max_rows, FULL, ranks, plan.PROMPT)
+    assert (
+        plan.Plan(FULL, work, vars(layout), ranks).peak()
+        < plan.HARDWARE[name].memory - plan.RESERVE
+    )
 
 
 @pytest.mark.nightly
@@ -189,7 +193,7 @@ REPORT = {  # PAPER.md's table: prompts, rollouts, tokens, total tokens, steps, 
 def test_numbers_settings():
     """The full settings are the report's (our choice where it prints two), stage by stage."""
     for name, row in REPORT.items():
-        x = stages.settings(name, toy=False)
+        x = full(stages.RL, name)[0]
         assert row == (
             x.prompts,
             x.rollouts,
@@ -202,12 +206,11 @@ def test_numbers_settings():
         ), name
         assert (x.lr, x.schedule, x.temperature) == (3e-6, "constant", 1.0)
         assert x.dynamic_filtering == (name == "if_rl")
-    agentic = stages.settings("swe_agentic_rl", toy=False)
+    agentic = full(stages.RL, "swe_agentic_rl")[0]
     assert (agentic.prompts, agentic.rollouts, agentic.max_turns) == (16, 64, 200)
     assert (agentic.lr, agentic.min_lr, agentic.warmup) == (3e-6, 0.0, 10)
     assert (agentic.temperature, agentic.schedule) == (0.8, "linear")
-    scripts = {x: runpy.run_path(str(toy_runs.ROOT / f"train_{x}.py")) for x in ("sft", "mopd")}
-    sft, mopd = (x["Config"](**x["PRESETS"]["full"]) for x in scripts.values())
+    sft, mopd = full(stages.SFT, "sft")[0], full(stages.MOPD, "mopd")[0]
     assert (mopd.prompts, mopd.rollouts, mopd.max_new_tokens, mopd.steps) == (128, 4, 98304, 52)
     assert (mopd.lr, mopd.warmup, mopd.warmup_from, mopd.betas) == (2e-6, 30, 2e-7, (0.9, 0.95))
     assert (mopd.gate, mopd.gate_low, mopd.gate_high) == ("zero", 0.5, 2.0)
@@ -220,15 +223,8 @@ def test_numbers_settings():
 def test_numbers_rows(max_rows, prompts, rows):
     """Of 16 rollouts a prompt, on 8 ranks: whole groups, equal parts of one, or all that there are,
     as the sampler decodes them."""
-    cfg = SimpleNamespace(
-        max_rows=max_rows,
-        prompts=prompts,
-        rollouts=16,
-        max_new_tokens=64,
-        micro_tokens=256,
-        routing_replay=False,
-    )
-    assert plan.work_of(cfg, FULL, 8, plan.PROMPT).rows == rows
+    recipe = stages.RL(steps=1, lr=0.0, prompts=prompts, rollouts=16, max_new_tokens=64)
+    assert plan.work_of(recipe, 256, max_rows, FULL, 8, plan.PROMPT).rows == rows
 
 
 def test_run_dry_full(short_spans, monkeypatch, capsys):

@@ -26,7 +26,6 @@ from nanocascade.grpo import grpo_loss
 from nanocascade.model.mamba2 import Mamba2
 from nanocascade.model.model import Model
 from nanocascade.model.moe import Router, update_correction_bias
-from nanocascade.run.settings import RunConfig
 from nanocascade.sampler import generate
 
 PLAIN = {"shard": True}
@@ -46,7 +45,7 @@ def enter(rank: int, variables: list[dict], layout: dict):
     if variables[rank]:  # a process of its own
         torch.set_num_threads(1)
         os.environ.update(variables[rank])
-    return distributed.start(RunConfig(device="cpu", **layout))
+    return distributed.start("cpu", distributed.Layout(**layout))
 
 
 def documents(n: int) -> list[Rollout]:

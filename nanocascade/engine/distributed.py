@@ -10,8 +10,10 @@ import os
 import re
 import signal
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from itertools import count
+from typing import Literal
 
 import torch
 import torch.distributed as torch_dist
@@ -20,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nanocascade.engine.device import find_device
+from nanocascade.model.layers import widest
 
 # A rank that dies is noticed at once: gloo sees its connection close, torchrun its process end. So
 # the limit of a collective only has to be longer than any honest wait for a slow rank.
@@ -27,50 +30,47 @@ TIMEOUT = timedelta(hours=1)
 LOST = re.compile("(closed|reset) by peer|Broken pipe|Socket closed")
 ASK_EVERY = 16  # decode steps between two questions whether any rank of the group still samples
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LAYOUT = (
-    "shard",
-    "expert_parallel",
-    "replicas",
-    "dtype",
-    "checkpoint_blocks",
-    "offload_blocks",
-    "offload_optimizer",
-)
+
+
+@dataclass
+class Layout:
+    """Memory and speed"""
+
+    shard: bool = False  # FSDP2: weights, gradients and moments in shards over the ranks
+    expert_parallel: int = 1  # ranks that share the experts of one copy (8: within a node)
+    replicas: int = 1  # copies of the sharded weights, one for each group of nodes
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; master weights are float32
+    checkpoint_blocks: bool = False  # keep only the blocks' inputs for backward, and recompute
+    offload_blocks: bool = False  # keep the inputs of --checkpoint_blocks in host memory
+    offload_optimizer: bool = False  # AdamW's moments in host memory, on the device one at a time
+
+
+LAYOUT = tuple(field.name for field in fields(Layout))
 
 
 class Dist:
     """Rank, world size and the few collectives the scripts use; all of them no-ops at one rank."""
 
-    def __init__(
-        self,
-        rank=0,
-        world_size=1,
-        device="cpu",
-        *,
-        shard=False,
-        expert_parallel=1,
-        replicas=1,
-        dtype="float32",
-        checkpoint_blocks=False,
-        offload_blocks=False,
-        offload_optimizer=False,
-    ):
+    def __init__(self, rank=0, world_size=1, device="cpu", **layout):
+        layout = Layout(**layout)
         self.rank, self.world_size, self.device = rank, world_size, device
-        self.expert_parallel, self.replicas = expert_parallel, replicas
-        self.checkpoint_blocks, self.offload_blocks = checkpoint_blocks, offload_blocks
-        self.offload_optimizer = offload_optimizer
-        self.stop_asked = False  # SIGTERM came: finish the step, save, leave
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
-        self.dtype = DTYPES[dtype]
-        if min(expert_parallel, replicas) < 1 or world_size % (replicas * expert_parallel):
+        self.expert_parallel, self.replicas = layout.expert_parallel, layout.replicas
+        self.checkpoint_blocks = layout.checkpoint_blocks
+        self.offload_blocks = layout.offload_blocks
+        self.offload_optimizer = layout.offload_optimizer
+        self.stop_asked = False  # this process got SIGTERM
+        self.stopping = False  # some process did: all save after this step and exit
+        self.dtype = DTYPES[layout.dtype]
+        several = max(self.expert_parallel, self.replicas) > 1
+        copies = self.replicas * self.expert_parallel
+        if min(self.expert_parallel, self.replicas) < 1 or world_size % copies:
             raise ValueError(
-                f"{world_size} ranks do not divide into --replicas {replicas} of "
-                f"groups of --expert_parallel {expert_parallel}"
+                f"{world_size} ranks do not divide into --replicas {self.replicas} of "
+                f"groups of --expert_parallel {self.expert_parallel}"
             )
         # Why not FSDP always: over gloo a collective costs 4 ms however small it is, and a step of
         # the toy would need two a block and micro-batch instead of one.
-        self.sharded = shard or max(expert_parallel, replicas) > 1 or dtype != "float32"
+        self.sharded = layout.shard or several or self.dtype != torch.float32
 
     def make_meshes(self) -> None:
         """Two views of the same ranks: (replica, data) for what all ranks share, and (replica,
@@ -140,6 +140,18 @@ class Dist:
             return bool(x)
         return self.reduce(int(bool(x)), torch_dist.ReduceOp.MAX, self.expert_group) > 0
 
+    def end_step(self, tokens: int, memory: float) -> tuple[float, list[float]]:
+        """The tokens of all ranks and each rank's memory; sets `stopping` on all ranks at once.
+
+        All in one collective, since over gloo each costs 4 ms however small it is.
+        """
+        device = torch.device(self.device)
+        report = torch.zeros(2 + self.world_size, dtype=widest(device), device=device)
+        report[0], report[1], report[2 + self.rank] = tokens, self.stop_asked, memory
+        tokens, stop, *memories = self.sum(report).tolist()
+        self.stopping = stop > 0
+        return tokens, memories
+
     # ---- Gradients ----
 
     def sum_gradients(self, model: nn.Module) -> None:
@@ -185,17 +197,14 @@ class Dist:
 
 
 @contextmanager
-def start(cfg):
-    """The Dist of this process: under torchrun one of several, otherwise the only one.
-
-    cfg: the run's flags; of them --device and those in LAYOUT matter here.
-    """
+def start(device: str, layout: Layout | None = None, dry_run=False):
+    """The Dist of this process: under torchrun one of several, otherwise the only one."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = find_device(cfg.device)
-    if cfg.dry_run:  # whose plan imagines the ranks
+    device = find_device(device)
+    if dry_run:  # its plan only imagines the ranks
         yield Dist(rank, device=device)
         return
-    dist = Dist(rank, size, device, **{name: getattr(cfg, name) for name in LAYOUT})
+    dist = Dist(rank, size, device, **vars(layout or Layout()))
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"

@@ -3,11 +3,10 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nanocascade.data.batch import Batch
-from nanocascade.data.episode import Rollout
 from nanocascade.model.moe import Router
+from nanocascade.stages import Stage
 
 
 def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_host=False):
@@ -37,7 +36,7 @@ class HostAdamW(torch.optim.AdamW):
     def step(self):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params]
-        self.zero_grad()  # AdamW passes over a parameter without a gradient: one at a time has its
+        self.zero_grad()  # AdamW skips parameters whose grad is None, so we set one at a time
         for p, grad in zip(params, grads, strict=True):
             p.grad, state = grad, self.state[p]
             state.update({key: x.to(p.device) for key, x in state.items()})
@@ -53,18 +52,17 @@ def freeze_routers(model: nn.Module) -> None:
             module.weight.requires_grad_(False)
 
 
-def learning_rate(step: int, *, lr, min_lr, warmup, warmup_from=0.0, total, shape) -> float:
-    """Linear warm-up from warmup_from to lr, then "constant", "linear" or "cosine" to min_lr."""
+def learning_rate(step: int, stage: Stage) -> float:
+    """Linear warm-up to the peak, then constant, or linear or cosine down to min_lr."""
+    peak, low, warmup = stage.lr, stage.min_lr, stage.warmup
     if step < warmup:
-        return warmup_from + (lr - warmup_from) * (step + 1) / warmup
-    done = (step - warmup) / max(total - warmup, 1)
-    if shape == "constant":
-        return lr
-    if shape == "linear":
-        return lr + (min_lr - lr) * min(done, 1.0)
-    if shape != "cosine":
-        raise ValueError(f"schedule {shape!r}: expected constant, linear or cosine")
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return stage.warmup_from + (peak - stage.warmup_from) * (step + 1) / warmup
+    if stage.schedule == "constant":
+        return peak
+    done = (step - warmup) / max((stage.schedule_steps or stage.steps) - warmup, 1)
+    if stage.schedule == "linear":
+        return peak + (low - peak) * min(done, 1.0)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def optimizer_step(model, optimizer, lr: float, max_norm: float, dist) -> float:
@@ -79,16 +77,8 @@ def optimizer_step(model, optimizer, lr: float, max_norm: float, dist) -> float:
     if not math.isfinite(norm):
         taken = max((int(x["step"]) for x in optimizer.state.values()), default=0)
         raise ValueError(f"gradient norm is {norm} after {taken} steps, the loss was finite")
-    for p in model.parameters():  # fused AdamW on a CPU walks both through memory, strides unseen
+    for p in model.parameters():  # fused AdamW on a CPU ignores strides
         assert p.grad is None or p.grad.stride() == p.stride(), (p.stride(), p.grad.stride())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def check_finite(loss: Tensor, step: int, batch: Batch, rollouts: list[Rollout]) -> None:
-    """Stop before a NaN reaches the weights, naming the rows; the last checkpoint stays good."""
-    if not torch.isfinite(loss):
-        indices = batch.response_ids[batch.valid].unique().tolist()  # not of padding
-        rows = sorted({str(rollouts[i].row.get("id")) for i in indices})
-        raise ValueError(f"loss is {loss.item()} at step {step}; rows {', '.join(rows[:20])}")

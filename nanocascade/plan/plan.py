@@ -15,7 +15,8 @@ import torch
 
 from nanocascade.checkpoint.hf_config import load_config
 from nanocascade.cli import describe
-from nanocascade.engine.distributed import LAYOUT, Dist, find_device
+from nanocascade.engine.device import find_device
+from nanocascade.engine.distributed import Dist, Layout
 from nanocascade.model.cache import Cache
 from nanocascade.model.layers import KEEP_FP32
 from nanocascade.model.mamba2 import SPAN
@@ -30,7 +31,7 @@ from nanocascade.plan.meter import (
     trace,
 )
 from nanocascade.sampler import PREFILL_TOKENS, parts
-from nanocascade.stages import TEACHER_OF
+from nanocascade.stages import RL, SFT, TEACHER_OF
 
 FULL = Path(__file__).parent / "nemotron3_nano"  # config.json of the 30B-A3B, without weights
 PROMPT = 2048  # tokens of the longest prompt, where no data say
@@ -58,24 +59,33 @@ class Work:
     replay: bool = False  # chosen experts are recorded
 
 
-def work_of(cfg, config, ranks: int, prompt: int) -> Work:
-    if hasattr(cfg, "batch_tokens"):
-        width = cfg.row_tokens
-        micro = max(width, min(cfg.micro_tokens, cfg.batch_tokens // ranks))
-        return Work(width, width, micro, cfg.batch_tokens)
-    limit = getattr(cfg, "max_tokens", 0) or config.max_position_embeddings
-    longest = min(prompt + cfg.max_new_tokens, limit)
-    new = min(cfg.max_new_tokens, longest)
-    rollouts = cfg.prompts * cfg.rollouts
-    tokens = rollouts * (prompt + MEAN * new)
-    rows = parts(-(-cfg.prompts // ranks), cfg.rollouts, cfg.max_rows)[1]
-    frozen = int(getattr(cfg, "kl_coef", 0) > 0)
-    if hasattr(cfg, "teachers"):
-        copies = {x.partition("=")[2] for x in cfg.teachers}  # one a directory
+def work_of(recipe, micro_tokens: int, max_rows: int, config, ranks: int, prompt: int) -> Work:
+    if isinstance(recipe, SFT):
+        width = recipe.row_tokens
+        micro = max(width, min(micro_tokens, recipe.batch_tokens // ranks))
+        return Work(width, width, micro, recipe.batch_tokens)
+    limit = config.max_position_embeddings
+    if isinstance(recipe, RL):
+        limit, frozen = recipe.max_tokens or limit, int(recipe.kl_coef > 0)
+    else:
+        copies = {x.partition("=")[2] for x in recipe.teachers}  # one a directory
         frozen = len(copies) or len({*TEACHER_OF.values()})
-    micro = max(longest, min(cfg.micro_tokens, int(tokens / ranks)))
+    longest = min(prompt + recipe.max_new_tokens, limit)
+    new = min(recipe.max_new_tokens, longest)
+    rollouts = recipe.prompts * recipe.rollouts
+    tokens = rollouts * (prompt + MEAN * new)
+    rows = parts(-(-recipe.prompts // ranks), recipe.rollouts, max_rows)[1]
+    micro = max(longest, min(micro_tokens, int(tokens / ranks)))
     return Work(
-        longest, max(longest, 256), micro, tokens, new, rollouts, rows, frozen, cfg.routing_replay
+        sequence=longest,
+        width=max(longest, 256),
+        micro=micro,
+        tokens=tokens,
+        new=new,
+        rollouts=rollouts,
+        rows=rows,
+        frozen=frozen,
+        replay=recipe.routing_replay,
     )
 
 
@@ -292,24 +302,25 @@ def best(plan: Plan, name: str, hw: Hardware) -> str:
     )
 
 
-def report(cfg, config=None, prompt: int = PROMPT) -> None:
+def report(recipe, run, layout: Layout, evaluation, config=None, prompt: int = PROMPT) -> None:
     """Print the resolved run, what it holds and takes; ValueError, with a layout that fits, if this
     one does not. config: the model's, --init or the 30B-A3B if None; prompt: tokens of the longest.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    ranks, name, hw = read_cluster(cfg.cluster, find_device(cfg.device))
-    if ranks < cfg.expert_parallel * cfg.replicas and not cfg.cluster:
+    ranks, name, hw = read_cluster(run.cluster, find_device(run.device))
+    expert_parallel, replicas = layout.expert_parallel, layout.replicas
+    if ranks < expert_parallel * replicas and not run.cluster:
         raise ValueError(
-            f"--dry_run of --expert_parallel {cfg.expert_parallel} --replicas {cfg.replicas} needs "
+            f"--dry_run of --expert_parallel {expert_parallel} --replicas {replicas} needs "
             f"--cluster, for example 8xH200: this machine has {ranks} rank(s)"
         )
-    print(describe(cfg))
-    config = config or load_config(cfg.init or FULL)
-    work = work_of(cfg, config, ranks, prompt)
-    layout = {key: getattr(cfg, key) for key in LAYOUT}
+    print(describe(recipe, run, layout, evaluation))
+    config = config or load_config(run.init or FULL)
+    work = work_of(recipe, run.micro_tokens, run.max_rows, config, ranks, prompt)
     with imaginary_node():
-        plan = Plan(config, work, layout, ranks, getattr(cfg, "train_router", True))
+        train_router = isinstance(recipe, SFT) or recipe.train_router
+        plan = Plan(config, work, vars(layout), ranks, train_router)
         print(
             f"parameters: {plan.total:,} in all, "
             f"{config.num_parameters(active=True):,} active a token"

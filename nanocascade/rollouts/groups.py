@@ -62,34 +62,35 @@ def collect_groups(
 
 def in_reach(
     model, tokenizer, rows, sampling, scorer, seed, dist, *, samples, max_pass_rate, keep_unsolved
-):
-    """Rows that the model solves at most `max_pass_rate` of the time and, but for a share
-    `keep_unsolved` of the others, at least once: in `samples` tries, or as their `pass_rate` says.
+) -> list[int]:
+    """Indices of the rows that are neither too easy nor too hard for the model.
 
-    The report removes from code RL what a strong model always solves, and from agentic SWE RL what
-    is solved 16 of 16 times and nine tenths of what is never solved.
+    A row is too easy if the model solves it more often than `max_pass_rate`. Of the rows that it
+    never solves, a share `keep_unsolved` is kept. How often is measured in `samples` tries, unless
+    the row has a `pass_rate`. The report removes from code RL what a strong model always solves,
+    and from agentic SWE RL what is solved 16 of 16 times and nine tenths of what is never solved.
     """
-    unknown = [i for i, row in enumerate(rows) if "pass_rate" not in row]
-    mine = dist.shard(unknown)
+    unknown = dist.shard([i for i, row in enumerate(rows) if "pass_rate" not in row])
     groups, _ = roll_out(
         model,
         tokenizer,
-        [rows[i] for i in mine],
+        [rows[i] for i in unknown],
         samples,
         sampling,
         step_seed(seed, -1),
-        mine,
+        unknown,
         scorer,
         dist,
     )
-    rates = {i: mean(x.outcome for x in group) for i, group in zip(mine, groups, strict=True)}
-    rates = {i: rate for part in dist.gather(rates) for i, rate in part.items()}
+    measured = {i: mean(x.outcome for x in group) for i, group in zip(unknown, groups, strict=True)}
+    rates = {i: row["pass_rate"] for i, row in enumerate(rows) if "pass_rate" in row}
+    for part in dist.gather(measured):
+        rates |= part
     kept = []
     for i, row in enumerate(rows):
-        rate = rates.get(i, row.get("pass_rate"))
         lucky = random.Random(f"{seed} {row['id']}").random() < keep_unsolved
-        if rate <= max_pass_rate and (rate > 0 or lucky):
-            kept.append(row)
+        if rates[i] <= max_pass_rate and (rates[i] > 0 or lucky):
+            kept.append(i)
     if not kept:
         raise ValueError(
             f"--max_pass_rate {max_pass_rate}, --keep_unsolved {keep_unsolved}: all"

@@ -1,30 +1,166 @@
-"""Scores of held-out rows, with intervals."""
+"""Scores of held-out rows before and after a run, with intervals."""
+
+import json
+from pathlib import Path
 
 import torch
 
+from nanocascade.data.episode import Sampling
 from nanocascade.engine.distributed import Dist
+from nanocascade.files import write_text_atomic
+from nanocascade.rewards import kind_of, needs_judge
+from nanocascade.rewards.judge import EndpointJudge
 from nanocascade.rollouts.groups import mean
 from nanocascade.rollouts.rollout import roll_out
+from nanocascade.run.rows import References, check_prompts, question_of, read_eval_rows
+from nanocascade.run.settings import TOY, EvalSettings, RunSettings
+from nanocascade.tokenizer.tokenizer import Tokenizer
+from nanocascade.toy import tasks
+from nanocascade.toy.judge import rule_judge
 
 
 def evaluate(model, tokenizer, rows, num_samples, sampling, seed, scorer, dist=None):
-    """({domain: {"mean", "n", "interval"}}, this rank's groups): mean outcome, 95 % interval.
+    """({domain: {"mean", "n", "interval"}}, this rank's groups): mean outcomes of the rows.
 
-    The interval is 1.96 standard errors of the mean over prompts: a prompt's samples are averaged
-    first, since they are not independent.
+    A prompt's samples are averaged first, since they are not independent.
     """
     dist = dist or Dist()
     indices = dist.shard(list(range(len(rows))))
-    mine = [rows[i] for i in indices]
-    groups, _ = roll_out(model, tokenizer, mine, num_samples, sampling, seed, indices, scorer, dist)
+    local_rows = [rows[i] for i in indices]
+    groups, _ = roll_out(
+        model, tokenizer, local_rows, num_samples, sampling, seed, indices, scorer, dist
+    )
     outcomes = [
         (g[0].domain, mean(x.outcome for x in g)) for g in groups if g[0].outcome is not None
     ]
     outcomes = [x for part in dist.gather(outcomes) for x in part]
-    result = {}
-    for domain in sorted({d for d, _ in outcomes}):
-        found = sorted(x for d, x in outcomes if d == domain)  # whatever the number of ranks
-        means = torch.tensor(found, dtype=torch.float64)  # (p,)
-        error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else 1.0
-        result[domain] = {"mean": float(means.mean()), "n": len(means), "interval": 1.96 * error}
-    return result, groups
+    domains = sorted({domain for domain, _ in outcomes})
+    # Sorted, so that the sum does not depend on the number of ranks.
+    return {d: mean_interval(sorted(x for y, x in outcomes if y == d)) for d in domains}, groups
+
+
+def mean_interval(values: list[float]) -> dict:
+    """Mean of values and its 95 % interval: 1.96 standard errors (one value: 1.96)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    error = float(x.std() / len(x) ** 0.5) if len(x) > 1 else 1.0
+    return {"mean": float(x.mean()), "n": len(x), "interval": 1.96 * error}
+
+
+class Evaluation:
+    """The held-out rows of a run by domain, and what its model scores on them.
+
+    domains: those that the run trains. sampling: how the run samples; held-out rows of its own
+    domains get at least as many tokens. results: {domain: {"before": score, "after": score}}.
+    """
+
+    def __init__(
+        self,
+        settings: EvalSettings,
+        domains,
+        sampling: Sampling,
+        tokenizer: Tokenizer,
+        references: References,
+        context: int,
+    ):
+        self.settings, self.domains, self.sampling = settings, domains, sampling
+        self.tokenizer, self.references = tokenizer, references
+        self.results: dict[str, dict] = {}
+        self.rows = read_eval_rows(settings, domains)
+        for domain, rows in self.rows.items():
+            check_prompts(rows, tokenizer, self.sampling_of(domain), context)
+        self.scored_rows()  # references that cannot be read are refused here
+
+    def scored_rows(self) -> dict[str, list[dict]]:
+        """The rows that have a score: a preference row needs an answer to compare with, and SFT
+        has none until its end."""
+        found = {}
+        for domain, rows in self.rows.items():
+            rows = self.references.add_to(rows)
+            rows = [x for x in rows if kind_of(x) != "preference" or "reference" in x]
+            if rows:
+                found[domain] = rows
+        return found
+
+    def sampling_of(self, domain: str) -> Sampling:
+        """How a domain's held-out rows are answered: at temperature 1, without a nucleus."""
+        own, limit = domain in self.domains, self.settings.eval_max_new_tokens
+        return Sampling(
+            max(limit, self.sampling.max_new_tokens) if own else limit,
+            max_turns=max(self.sampling.max_turns, 4),
+            max_tokens=self.sampling.max_tokens if own else 0,
+            max_rows=self.sampling.max_rows,
+            thinking=self.sampling.thinking,
+        )
+
+    def all_rows(self) -> list[dict]:
+        return [row for rows in self.rows.values() for row in rows]
+
+    def measure(self, model, scorer, dist: Dist) -> dict[str, dict]:
+        """{domain: {mean, n, interval, and the limits that the score depends on}}."""
+        scores = {}
+        for domain, rows in self.scored_rows().items():
+            sampling = self.sampling_of(domain)
+            found, _ = evaluate(model, self.tokenizer, rows, 1, sampling, 1, scorer, dist)
+            scores[domain] = found[domain] | sampling.limits
+        return scores
+
+    def before(self, model, scorer, dist: Dist, parent: dict) -> None:
+        """The scores of the run's start: its parent's manifest has them, or they are measured."""
+        if self.results:  # resumed
+            return
+        scores = self.scores_of_parent(parent)
+        if scores is None:
+            scores = self.measure(model, scorer, dist)
+        self.results = {domain: {"before": x} for domain, x in scores.items()}
+
+    def scores_of_parent(self, parent: dict) -> dict[str, dict] | None:
+        """The scores at the end of the parent, if it was evaluated as this run is."""
+        results, config = parent.get("evaluation", {}), parent.get("config", {})
+        scores = {d: x["after"] for d, x in results.items() if x.get("after") and d in self.rows}
+        same = (
+            config.get("eval_data") == list(self.settings.eval_data)
+            and config.get("thinking", True) == self.sampling.thinking
+            and set(self.domains) & set(self.rows) <= set(scores)
+            and all(self.sampling_of(d).limits.items() <= x.items() for d, x in scores.items())
+        )
+        return scores if scores and same else None
+
+    def after(self, model, scorer, dist: Dist) -> None:
+        for domain, score in self.measure(model, scorer, dist).items():
+            self.results.setdefault(domain, {"before": None})["after"] = score
+
+    def store_references(self, model, scorer, dist: Dist, path: Path, num_rows: int) -> None:
+        """Write the SFT model's answers to the preference questions: later stages are judged by
+        how often they are preferred to these."""
+        rows = self.rows.get("preference", [])
+        if not rows:
+            return
+        if self.settings.eval_data == (TOY,):
+            rows = tasks.make_rows("preference", num_rows, "test", 0)
+        sampling = self.sampling_of("preference")
+        _, groups = evaluate(model, self.tokenizer, rows, 1, sampling, 2, scorer, dist)
+        records = [
+            {"question": question_of(g[0].row), "answer": g[0].turns[-1]["content"]} for g in groups
+        ]
+        records = [x for part in dist.gather(records) for x in part]
+        records.sort(key=lambda x: (x["question"], x["answer"]))  # as with any number of ranks
+        if dist.is_main:
+            write_text_atomic(path, "".join(json.dumps(x) + "\n" for x in records))
+        dist.barrier()
+        self.references = References(str(path))
+
+
+def find_judge(settings: RunSettings, rows: list[dict], evaluation: Evaluation, needed=True):
+    """The judge of preference rows: the endpoint of --judge_url, or the toy's rule for its rows.
+
+    None if only rows of --data need a judge and the run can do without (`needed` is false: MOPD
+    has no rewards in its loss).
+    """
+    if settings.judge_url:
+        return EndpointJudge(settings.judge_url, settings.judge_model)
+    trained = settings.data != (TOY,) and any(map(needs_judge, rows))
+    evaluated = any(map(needs_judge, evaluation.all_rows()))
+    toy_eval = evaluation.settings.eval_data == (TOY,)
+    if trained and (needed or evaluated) or evaluated and not toy_eval:
+        raise ValueError("preference rows need --judge_url and --judge_model, so do judged")
+    return None if trained else rule_judge

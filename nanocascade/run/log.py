@@ -1,70 +1,98 @@
-"""metrics.jsonl, rollouts.jsonl, the console, and means over micro-batches and ranks."""
+"""metrics.jsonl, rollouts.jsonl and the console."""
 
 import json
 import os
 import resource
 import subprocess
 import sys
+import time
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from nanocascade.data.episode import Rollout
-
-
-class Mean:
-    """Metrics of a step over micro-batches and ranks: means weighted by tokens, maxima by max."""
-
-    def __init__(self):
-        self.totals: dict[str, float] = {}
-        self.weights: dict[str, float] = {}
-
-    def add(self, metrics: dict, weight: float) -> None:
-        for name, x in metrics.items():
-            x = float(x)
-            if name.endswith("max"):
-                self.totals[name] = max(self.totals.get(name, x), x)
-                self.weights[name] = 1.0
-            else:
-                self.totals[name] = self.totals.get(name, 0.0) + x * weight
-                self.weights[name] = self.weights.get(name, 0.0) + weight
-
-    def result(self, dist) -> dict[str, float]:
-        everyone = Mean()
-        for totals, weights in dist.gather((self.totals, self.weights)):
-            for name, x in totals.items():
-                everyone.add({name: x / max(weights[name], 1e-9)}, weights[name])
-        return {name: x / max(everyone.weights[name], 1e-9) for name, x in everyone.totals.items()}
+from nanocascade.engine.distributed import Dist
+from nanocascade.files import write_text_atomic
 
 
 class Log:
-    """metrics.jsonl and rollouts.jsonl of a run, one object a step or rollout, and the console."""
+    """What a run shows and leaves behind: metrics.jsonl and rollouts.jsonl, one object a step or
+    rollout, the progress bar, the clock. All ranks call it, the main one writes."""
 
-    def __init__(self, out: str, start: int):
-        self.out = out
-        for name in ("metrics.jsonl", "rollouts.jsonl"):  # resuming: later lines never happened
-            path = os.path.join(out, name)
-            kept = []
-            if os.path.exists(path):
-                with open(path) as lines:
-                    kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < start]
-            with open(path + ".part", "w") as file:
-                file.writelines(kept)
-            os.replace(path + ".part", path)
+    def __init__(self, out: str, tokenizer, dist: Dist, log_groups: int, show_every: int):
+        self.out, self.tokenizer, self.dist = out, tokenizer, dist
+        self.log_groups, self.show_every = log_groups, show_every
+        self.earlier, self.started = 0.0, time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this run, those before it was resumed included."""
+        return self.earlier + time.perf_counter() - self.started
+
+    def begin(self, step: int, earlier: float) -> None:
+        """Start at a step, `earlier` seconds into the run. When resuming, drop the log lines of
+        steps that will run again."""
+        self.earlier = earlier
+        for name in ("metrics.jsonl", "rollouts.jsonl") if self.dist.is_main else ():
+            path = Path(self.out) / name
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+            write_text_atomic(path, "".join(lines))
+
+    def steps(self, first: int, total: int, name: str):
+        """The steps left to do. After SIGTERM (preemption) the one that was saved is the last."""
+        self.bar = tqdm(
+            range(first, total),
+            initial=first,
+            total=total,
+            desc=name,
+            disable=not self.dist.is_main,
+            dynamic_ncols=True,
+        )
+        for step in self.bar:
+            self.step_started = time.perf_counter()
+            yield step
+            if self.dist.stopping:
+                raise SystemExit(0)
+
+    def step(self, step: int, values: dict, groups=()) -> None:
+        """metrics.jsonl, rollouts.jsonl, the bar, and now and then whole rollouts."""
+        seconds = time.perf_counter() - self.step_started
+        tokens = sum(len(x.tokens) for group in groups for x in group)
+        tokens, memories = self.dist.end_step(tokens, peak_gib(self.dist.device))
+        tokens = values.get("batch/tokens", tokens)  # SFT has no groups
+        values["memory/peak_gib"] = memories
+        values["tokens_per_s"] = tokens / seconds
+        values["time/train"] = seconds - values.get("time/rollout", 0) - values.get("time/score", 0)
+        values["time/elapsed"] = self.elapsed
+        if not self.dist.is_main:
+            return
+        self.metrics(step, values)
+        shown = ("outcome/drawn", "reward/mean", "mopd/reverse_kl", "loss/token")
+        self.bar.set_postfix({k: f"{values[k]:.3g}" for k in shown if k in values})
+        by_domain: dict[str, list] = {}
+        for group in groups:
+            by_domain.setdefault(group[0].domain, []).append(group)
+        for found in by_domain.values():
+            self.rollouts(step, [x for group in found[: self.log_groups] for x in group])
+            if self.show_every and step % self.show_every == 0:
+                tqdm.write(show_rollout(found[0][0], self.tokenizer, step))
 
     def metrics(self, step: int, values: dict) -> None:
         with open(os.path.join(self.out, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def rollouts(self, step: int, rollouts: list[Rollout], tokenizer) -> None:
+    def rollouts(self, step: int, rollouts: list[Rollout]) -> None:
         with open(os.path.join(self.out, "rollouts.jsonl"), "a") as file:
             for x in rollouts:
                 record = {
                     "step": step,
                     "domain": x.domain,
-                    "prompt": tokenizer.decode(x.tokens[: x.prompt_length]),
-                    "response": tokenizer.decode(x.tokens[x.prompt_length :]),
+                    "prompt": self.tokenizer.decode(x.tokens[: x.prompt_length]),
+                    "response": self.tokenizer.decode(x.tokens[x.prompt_length :]),
                     "reward": x.reward,
                     "reason": x.reason,
                     "advantage": x.advantage,

@@ -1,101 +1,70 @@
-"""The flags that the train scripts share, and what is refused before a run starts."""
+"""The flags that the train scripts share; those of a stage's recipe stand in stages.py."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-CHOICES = {
-    "overlong": ("penalty", "filter", "off"),
-    "gate": ("zero", "clamp", "none"),
-    "schedule": ("constant", "linear", "cosine"),
-    "pairing": ("all", "circle"),
-    "denominator": ("response", "token"),
-}
-# Least value that means something; a flag that is None is set by the stage.
-LEAST = dict.fromkeys(
-    "prompts rollouts steps batch_tokens row_tokens micro_tokens max_new_tokens eval_max_new_tokens"
-    " max_rows max_turns num_samples pass_samples reference_samples toy_rows rounds checks"
-    " keep stop_every".split(),
-    1,
-) | dict.fromkeys(
-    "lr min_lr warmup temperature top_k kl_coef weight_decay bias_rate save_every show_every show"
-    " show_mask limit log_groups eval_samples own_eval_samples max_tokens"
-    " max_sequence_error".split(),
-    0,
-)
+from nanocascade import stages
+from nanocascade.cli import Count, Positive, parse_args
+from nanocascade.engine.distributed import Layout
 
-
-def check_settings(cfg) -> None:
-    """Refuse before any training what would be refused, or divide by zero, in its midst."""
-    for name, known in CHOICES.items():
-        if getattr(cfg, name, known[0]) not in known:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: expected {' or '.join(known)}")
-    for name, least in LEAST.items():
-        x = getattr(cfg, name, least)
-        if not isinstance(x, str) and not x >= least:  # nor is a NaN; sample.py's prompts are text
-            raise ValueError(f"--{name} {x}: expected {least} or more")
-    if hasattr(cfg, "rollouts") and cfg.temperature == 0:
-        raise ValueError("--temperature 0: log-probs of training are of logits / temperature")
-    if hasattr(cfg, "stage") and cfg.rollouts < 2:
-        raise ValueError("--rollouts 1: a group of one has no advantage")
-    if not 0 <= getattr(cfg, "gate_low", 0) < getattr(cfg, "gate_high", 2):
-        raise ValueError(f"--gate_low {cfg.gate_low}: expected less than --gate_high")
-    if not 0 < getattr(cfg, "top_p", 1) <= 1:
-        raise ValueError(f"--top_p {cfg.top_p}: expected more than 0 and at most 1")
-    if len(betas := getattr(cfg, "betas", (0, 0))) != 2 or not all(0 <= x < 1 for x in betas):
-        raise ValueError(f"--betas {betas}: expected two numbers from 0 to below 1")
-
-
-TOY = "toy"  # as a data source: rows of tasks.py
+TOY = "toy"  # as a data source: rows of toy/tasks.py
 
 
 @dataclass
-class RunConfig:
-    """The flags that the three train scripts share; each script adds its own."""
+class RunSettings:
+    """Run and data"""
 
-    config: str = "toy"  # toy, small or full: where the defaults come from
-    init: str = ""  # directory of the model to start from; the toy's SFT starts from random weights
-    out: str = ""  # directory of the run and of the trained model
-    data: tuple[str, ...] = ()  # JSONL files of rows; "toy" generates tasks
-    eval_data: tuple[str, ...] = ()  # rows to evaluate on after training; "toy", or none
-    resume: bool = False  # continue the run in --out exactly where its last checkpoint is
-    dry_run: bool = False  # print the resolved run and its plan (memory, time), and exit
-    cluster: str = ""  # of a dry run: 8xH200, 16xH100, ...; this machine if empty
-    seed: int = 0  # of initial weights, data order and sampling
-    # ---- advanced ----
-    bias_rate: float = 1e-3  # step of the experts' correction bias after each update (0 = off)
-    # OURS: AdamW in every stage; two rows of the report's table say Adam, equal without decay.
-    betas: tuple[float, ...] = (0.9, 0.95)  # decay rates of AdamW's two moments
-    weight_decay: float = 0.0  # of matrices
-    max_norm: float = 1.0  # global gradient norm to clip to
-    micro_tokens: int = 8192  # tokens of a micro-batch; changes memory and speed, not gradients
-    max_rows: int = 512  # rows decoded at once
-    device: str = ""  # cuda, mps or cpu; found if empty
-    shard: bool = False  # FSDP2: weights, gradients and moments in shards over the ranks
-    expert_parallel: int = 1  # ranks that share the experts of one copy (8: within a node)
-    replicas: int = 1  # copies of the sharded weights, one a group of nodes
-    dtype: str = "float32"  # of products: float32, or bfloat16 with fp32 master weights
-    checkpoint_blocks: bool = False  # keep only the blocks' inputs for backward, and recompute
-    offload_blocks: bool = False  # and keep these in host memory
-    offload_optimizer: bool = False  # moments in host memory, on the device one at a time
-    save_every: int = 10  # steps between checkpoints of the training state (0 = none)
-    log_groups: int = 1  # groups a domain and step that go to rollouts.jsonl
-    show_every: int = 10  # steps between rollouts printed in full (0 = never)
-    eval_samples: int = 256  # evaluation prompts of a foreign domain
-    own_eval_samples: int = 2000  # evaluation prompts of the domains trained on
-    eval_max_new_tokens: int = 72  # of a response in evaluations
+    config: Literal["toy", "small", "full"] = "toy"  # size of the run, which sets the defaults
+    init: str = ""  # directory of the model to start from (the toy's SFT needs none)
+    out: str = ""  # directory of this run and of the trained model
+    data: tuple[str, ...] = ()  # JSONL files of rows to train on; "toy" generates them
+    resume: bool = False  # continue the run in --out from its last checkpoint
+    dry_run: bool = False  # print the settings and the plan (memory, time), and exit
+    seed: int = 0  # seed of initial weights, data order and sampling
     references: str = ""  # JSONL of stored answers that preference answers are compared with
     judge_url: str = ""  # OpenAI-compatible endpoint of a generative reward model
-    judge_model: str = ""  # its name there
-    toy_rows: int = 1500  # generated rows a domain
+    judge_model: str = ""  # name of the model at --judge_url
+    # ---- Memory and speed ----
+    device: str = ""  # cuda, mps or cpu (default: the best one found)
+    micro_tokens: Positive = 8192  # tokens of a micro-batch; changes no gradient
+    max_rows: Positive = 512  # rows decoded at once
+    # ---- Advanced ----
+    cluster: str = ""  # cluster that --dry_run plans for: 8xH200, 16xH100 (default: this machine)
+    toy_rows: Positive = 1500  # generated rows of each domain
+    save_every: Count = 10  # steps between checkpoints of the training state (0 = none)
+    log_groups: Count = 1  # groups of each domain and step written to rollouts.jsonl
+    show_every: Count = 10  # steps between rollouts printed in full (0 = never)
     allow_unprotected: bool = False  # run programs even where the sandbox cannot be enforced
 
 
-def starts_from_nothing(cfg, stage: str) -> bool:
-    return not cfg.init and cfg.config == TOY and stage == "sft"
+@dataclass
+class EvalSettings:
+    """Evaluation"""
+
+    eval_data: tuple[str, ...] = ()  # JSONL files of rows to evaluate on; "toy" generates them
+    eval_samples: Count = 256  # evaluation prompts of each domain that is not trained
+    own_eval_samples: Count = 2000  # evaluation prompts of each domain that is trained
+    eval_max_new_tokens: Positive = 72  # maximum tokens of a response in evaluations
 
 
-def require_flags(cfg, stage: str) -> None:
+def read_settings(recipe_class, argv=None) -> list:
+    """[recipe, RunSettings, Layout, EvalSettings] of the command line."""
+
+    def preset(values: dict) -> dict:
+        return stages.preset(values.get("stage", recipe_class.stage), values["config"])
+
+    groups = recipe_class, RunSettings, Layout, EvalSettings
+    return parse_args(*groups, preset=preset, argv=argv)
+
+
+def starts_from_nothing(run: RunSettings, stage: str) -> bool:
+    """Whether the run starts from random weights: the toy's SFT, unless --init names a model."""
+    return not run.init and run.config == TOY and stage == "sft"
+
+
+def require_flags(run: RunSettings, stage: str) -> None:
     """Raise ValueError for a required flag that is missing, before any process is started."""
-    needed = [] if starts_from_nothing(cfg, stage) else ["init"]
-    needed += ["data"] if cfg.dry_run else ["out", "data"]
-    if missing := [f"--{name}" for name in needed if not getattr(cfg, name)]:
-        raise ValueError(f"--config {cfg.config} needs {', '.join(missing)}")
+    needed = [] if starts_from_nothing(run, stage) else ["init"]
+    needed += ["data"] if run.dry_run else ["out", "data"]
+    if missing := [f"--{name}" for name in needed if not getattr(run, name)]:
+        raise ValueError(f"--config {run.config} needs {', '.join(missing)}")

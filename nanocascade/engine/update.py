@@ -1,0 +1,83 @@
+"""One gradient step over micro-batches and ranks, and the means that it logs."""
+
+import torch
+from torch import Tensor
+
+from nanocascade.data.batch import Batch
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.forward import new_routing, no_load, score_tokens
+from nanocascade.engine.optim import learning_rate, optimizer_step
+from nanocascade.importance import masked_mean
+from nanocascade.model.moe import load_imbalance, update_correction_bias
+from nanocascade.stages import Stage
+
+
+class Update:
+    """For each micro-batch `forward`, a loss of the caller's, `backward`; at the end `finish`.
+
+    Losses carry the denominators of the whole step, so that the gradients of micro-batches and
+    ranks are summed.
+    """
+
+    def __init__(self, model, optimizer, stage: Stage, step: int, dist: Dist):
+        self.model, self.optimizer, self.stage = model, optimizer, stage
+        self.step, self.dist = step, dist
+        self.metrics, self.load = Mean(), no_load(model)
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """Log-probs (b, t) of the batch's loss tokens under softmax(logits / temperature)."""
+        self.batch, self.routing = batch, new_routing(self.model, batch)
+        logprobs, self.entropy = score_tokens(self.model, batch, temperature, self.routing)
+        return logprobs
+
+    def backward(self, loss: Tensor, metrics: dict, documents: list) -> None:
+        """Add the gradients of the last forward's loss; `documents` are those of its batches."""
+        self.check_finite(loss, documents)
+        loss.backward()
+        mask = self.batch.mask
+        entropy = masked_mean(self.entropy, mask)
+        self.metrics.add(metrics | {"entropy": entropy}, weight=int(mask.sum()))
+        self.load += self.routing.load(self.batch.valid, self.model.config.num_experts)
+
+    def check_finite(self, loss: Tensor, documents: list) -> None:
+        """Stop before a NaN reaches the weights, naming the rows; the last checkpoint is good."""
+        if not torch.isfinite(loss):
+            indices = self.batch.response_ids[self.batch.valid].unique().tolist()  # not of padding
+            rows = sorted({str(documents[i].row.get("id")) for i in indices})
+            raise ValueError(
+                f"loss is {loss.item()} at step {self.step}; rows {', '.join(rows[:20])}"
+            )
+
+    def finish(self) -> dict[str, float]:
+        """Sum the gradients over ranks, clip, step, move the correction bias; return metrics."""
+        lr = learning_rate(self.step, self.stage)
+        norm = optimizer_step(self.model, self.optimizer, lr, self.stage.max_norm, self.dist)
+        load = self.dist.sum(self.load)
+        update_correction_bias(self.model, load, self.stage.bias_rate)
+        own = {"grad_norm": norm, "lr": lr, "moe/load_max": load_imbalance(load)}
+        return self.metrics.result(self.dist) | own
+
+
+class Mean:
+    """Metrics of a step over micro-batches and ranks: means weighted by tokens, maxima by max."""
+
+    def __init__(self):
+        self.totals: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, metrics: dict, weight: float) -> None:
+        for name, x in metrics.items():
+            x = float(x)
+            if name.endswith("max"):
+                self.totals[name] = max(self.totals.get(name, x), x)
+                self.weights[name] = 1.0
+            else:
+                self.totals[name] = self.totals.get(name, 0.0) + x * weight
+                self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def result(self, dist: Dist) -> dict[str, float]:
+        total = Mean()
+        for totals, weights in dist.gather((self.totals, self.weights)):
+            for name, x in totals.items():
+                total.add({name: x / max(weights[name], 1e-9)}, weights[name])
+        return {name: x / max(total.weights[name], 1e-9) for name, x in total.totals.items()}

@@ -1,0 +1,144 @@
+"""The rows of a run, read or generated, and everything that is checked before training starts."""
+
+from nanocascade.data.episode import Rollout, Sampling
+from nanocascade.data.rows import conversation, read_references, read_rows, sft_conversation
+from nanocascade.engine.distributed import Dist
+from nanocascade.rewards import kind_of
+from nanocascade.run.settings import TOY, EvalSettings, RunSettings
+from nanocascade.sandbox.sandbox import shared_sandbox
+from nanocascade.tokenizer.tokenizer import Tokenizer
+from nanocascade.toy import tasks
+
+
+def read_training_rows(settings: RunSettings, stage: str, domains, dist: Dist) -> list[dict]:
+    """The rows of --data that the stage trains on, or generated ones of its domains."""
+    if settings.data == (TOY,):
+        seed = f"{settings.seed} {stage}"  # each stage draws its own problems
+        return [x for d in domains for x in tasks.make_rows(d, settings.toy_rows, "train", seed)]
+    if stage == "sft":
+        return list(read_rows(settings.data, sft=True))
+    rows = list(read_rows(settings.data))
+    present = {row["domain"] for row in rows}
+    if not present & set(domains):
+        raise ValueError(f"stage {stage} trains {tuple(domains)}; --data holds {present}")
+    if (others := present - set(domains)) and dist.is_main:
+        print(f"left out, not of this stage: rows of {', '.join(sorted(others))}")
+    return [row for row in rows if row["domain"] in domains]
+
+
+def read_eval_rows(settings: EvalSettings, domains) -> dict[str, list[dict]]:
+    """Held-out rows by domain: many of the run's own `domains`, fewer of the others."""
+    rows: dict[str, list[dict]] = {}
+    if settings.eval_data == (TOY,):
+        for domain in dict.fromkeys((*tasks.DOMAINS, *domains)):
+            limit = settings.own_eval_samples if domain in domains else settings.eval_samples
+            if limit:
+                rows[domain] = tasks.make_rows(domain, limit, "test", 0)
+        return rows
+    for row in read_rows(settings.eval_data):
+        limit = settings.own_eval_samples if row["domain"] in domains else settings.eval_samples
+        if len(rows.get(row["domain"], ())) < limit:
+            rows.setdefault(row["domain"], []).append(row)
+    return rows
+
+
+# ---- Lengths -------------------------------------------------------------------------------------
+
+
+def check_prompts(rows: list[dict], tokenizer: Tokenizer, sampling: Sampling, context: int) -> None:
+    """Raise ValueError for a row whose prompt leaves no room: all new tokens must fit in the
+    model's context, or, where --max_tokens limits the sum, at least one token in that."""
+    limit, new_tokens, name = context, sampling.max_new_tokens, "the model's context"
+    if sampling.max_tokens > context:
+        raise ValueError(f"--max_tokens {sampling.max_tokens}: the model's context is {context}")
+    if sampling.max_tokens:
+        limit, new_tokens, name = sampling.max_tokens, 1, "--max_tokens"
+    for row in rows:
+        prompt = (*conversation(row), True, True)
+        # No token is shorter than a byte: text of fewer bytes need not be encoded.
+        if len(tokenizer.render_text(*prompt).encode()) + new_tokens > limit:
+            size = len(tokenizer.render(*prompt)[0])
+            check_size(row, size, new_tokens, limit, name)
+
+
+def check_conversations(
+    rows: list[dict], tokenizer: Tokenizer, row_tokens: int, strip_thinking: float
+) -> None:
+    """Raise ValueError for an SFT row that is too long in a form that may be drawn: with its
+    thought, without it, or in either."""
+    forms = {x and tokenizer.thinks for x in (strip_thinking < 1, strip_thinking == 0)}
+    for row in rows:
+        for thinking in forms:
+            text = tokenizer.render_text(
+                sft_conversation(row, thinking), conversation(row)[1], thinking
+            )
+            if len(text.encode()) > row_tokens:
+                sft_document(row, tokenizer, thinking, row_tokens)
+
+
+def sft_document(row: dict, tokenizer: Tokenizer, thinking: bool, row_tokens: int) -> Rollout:
+    """A conversation as ids and loss mask, up to the last token that carries loss."""
+    ids, mask = tokenizer.render(sft_conversation(row, thinking), conversation(row)[1], thinking)
+    size = max((i for i, has_loss in enumerate(mask) if has_loss), default=-1) + 1
+    check_size(row, size, 0, row_tokens, "--row_tokens")
+    return Rollout(row, ids[:size], 0, mask[:size], [])
+
+
+def check_size(row: dict, size: int, new_tokens: int, limit: int, name: str) -> None:
+    if not 1 < size + new_tokens <= limit:
+        raise ValueError(
+            f"row {row['id']}: {size} tokens + {new_tokens} new ones; {name} is {limit}"
+        )
+
+
+# ---- Verdicts ------------------------------------------------------------------------------------
+
+
+def check_sandbox(rows: list[dict], settings: RunSettings, eval_data, dist: Dist) -> None:
+    """If the rows run programs, print how these are confined, or raise OSError: before the
+    training. The toy's functions of one number run everywhere (see Sandbox)."""
+    run_programs = {"code", "swe", "swe_agentic"}
+    rows = [x for x in rows if kind_of(x) in run_programs or "python" in str(x.get("environment"))]
+    if rows:
+        toy = settings.data == (TOY,) and eval_data in ((), (TOY,))
+        plain = toy and not any("environment" in x for x in rows)
+        sandbox = shared_sandbox(settings.allow_unprotected, plain_only=plain)
+        if dist.is_main:
+            print(sandbox.describe())
+
+
+def check_outcomes(rows: list[dict], **options: bool) -> None:
+    """Reject options that need right and wrong outcomes when preference rows have no reference
+    answers. options: whether each flag is on."""
+    without = [x["id"] for x in rows if kind_of(x) == "preference" and "reference" not in x]
+    for name in [name for name, on in options.items() if on and without]:
+        raise ValueError(
+            f"--{name}: preference rows ({without[0]}, ...) have no outcome without --references"
+        )
+
+
+class References:
+    """Answers of the SFT model, which later answers to preference questions are compared with."""
+
+    def __init__(self, path: str):
+        self.path, self.answers = path, None
+
+    def add_to(self, rows: list[dict]) -> list[dict]:
+        """Rows whose question has stored answers get one of them, by their position.
+
+        The file is read when the first preference row needs it: without such rows, the answers of
+        a parent need not exist any more.
+        """
+        if all(row["domain"] != "preference" for row in rows):
+            return rows
+        if self.answers is None:
+            self.answers = read_references(self.path)
+        found = [self.answers.get(question_of(row)) for row in rows]
+        return [
+            row | {"reference": answers[i % len(answers)]} if answers else row
+            for i, (row, answers) in enumerate(zip(rows, found, strict=True))
+        ]
+
+
+def question_of(row: dict) -> str:
+    return conversation(row)[0][-1]["content"]
