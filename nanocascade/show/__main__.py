@@ -32,7 +32,7 @@ class Config:
 def main(argv: list[str]) -> None:
     if "--help" not in argv and (not argv or argv[0].startswith("--")):
         raise ValueError("usage: python -m nanocascade.show RUN_OR_CASCADE [--out FILE] [--watch]")
-    cfg = parse_args(Config, argv[argv[:1] != ["--help"] :])
+    (cfg,) = parse_args(Config, argv=argv[argv[:1] != ["--help"] :])
     path = Path(argv[0])
     out = Path(cfg.out) if cfg.out else path / "page.html"
     try:
