@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from nanocascade.rewards import instruct, math, score  # noqa: E402
-from nanocascade.rewards.answers import equal  # noqa: E402
+from nanocascade.rewards.compare import equal  # noqa: E402
 from nanocascade.rewards.math import BOX, apart, last_boxed  # noqa: E402
 from nanocascade.rewards.structured import mismatch, mismatch_fully, strict  # noqa: E402
 from nanocascade.sandbox.sandbox import shared_sandbox  # noqa: E402

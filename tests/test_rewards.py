@@ -18,7 +18,7 @@ from fixtures.machine import allowance, confinement
 from nanocascade.data.rows import read_rows
 from nanocascade.environments.shop import run_tool
 from nanocascade.rewards import Reward, check_row, score
-from nanocascade.rewards.math import latex_equal, rational
+from nanocascade.rewards.math import latex_equal
 from nanocascade.sandbox.worker import worker
 
 FIXTURES = Path(__file__).with_name("fixtures") / "rows.jsonl"
@@ -93,10 +93,11 @@ def test_the_last_box_counts():
             r"\boxed{\dfrac{84}{2}}",
             r"\boxed{41} no, \boxed{42}",
             r"\boxed{\boxed{42}}",
-            r"\boxed{41} \boxed{42}",
+            r"\boxed{42} \boxed{42}",
         ],
         [
             r"\boxed{43}",
+            r"\boxed{41} \boxed{42}",
             r"\boxed{42} no, \boxed{41}",
             "42",
             r"\boxed{}",
@@ -111,7 +112,7 @@ def test_the_last_box_counts():
 
 
 def test_numbers_compare_exactly():
-    """Plain numbers are exact rationals; text that is none stays text, whatever it would cost."""
+    """Plain numbers are exact rationals, however they are written."""
     for expected, answer in (
         ("-0.5", r"-\frac{1}{2}"),
         (r"\(\frac{1}{2}\)", r"\frac12"),
@@ -123,12 +124,7 @@ def test_numbers_compare_exactly():
         ("1000.99", "1000,99"),
     ):
         assert value({"expected_answer": expected}, rf"\boxed{{{answer}}}") == 1, answer
-    assert rational("0.1") * 3 == rational("0.3") and rational(r"\frac{-3}{4}") == rational("-.75")
     assert value({"expected_answer": "1.5"}, r"\boxed{15}") == 0
-    for text in ("1 00", "1 0000", "1 000,000", "1,5"):
-        assert rational(text) is None, text
-    for text in ("", ".", "-", "1/0", "9**9", "9^9", "1e9", "1,23", "inf", "\u0663", r"\frac{1}{}"):
-        assert rational(text) is None, text
 
 
 @needs("math_verify")
@@ -168,9 +164,10 @@ def test_missing_extra_is_an_error_when_data_is_read(monkeypatch):
     """Without math-verify a number is still graded, and any other expected answer is refused."""
     for module in ("rewards.math", "sandbox.worker"):
         monkeypatch.setattr(f"nanocascade.{module}.find_spec", lambda name: None)
-    assert score(ROWS["math"], r"\boxed{6\cdot 7}") == Reward(0.0, "not a plain number")
+    assert score(ROWS["math"], r"\boxed{6\cdot 7}") == Reward(1.0, "correct")
+    assert score(ROWS["math"], r"\boxed{\log_2 2^{42}}") == Reward(0.0, "answer not understood")
     with pytest.raises(ValueError, match="pip install math-verify"):
-        check_row({"expected_answer": r"\sqrt{2}"})
+        check_row({"expected_answer": r"\log_2 7"})
 
 
 @needs("math_verify")
@@ -195,9 +192,17 @@ def test_helper_is_killed_restarted_and_shared_by_threads(monkeypatch):
                 r"\boxed{B}",
                 r"\boxed{\text{(B)}}",
                 r"\boxed{\textbf{\mathrm{B}}}",
-                r"\boxed{A} \boxed{B}",
+                r"\boxed{A} no, \boxed{B}",
             ],
-            [r"\boxed{b}", r"\boxed{A, B}", "B", r"\boxed{dark red}", r"\boxed{D}", r"\boxed{A}"],
+            [
+                r"\boxed{A} \boxed{B}",
+                r"\boxed{b}",
+                r"\boxed{A, B}",
+                "B",
+                r"\boxed{dark red}",
+                r"\boxed{D}",
+                r"\boxed{A}",
+            ],
         ),
         (
             "lenient_boxed",
@@ -221,9 +226,14 @@ def test_helper_is_killed_restarted_and_shared_by_threads(monkeypatch):
         ),
         (
             "lenient_answer_colon",
-            ["Answer: B", "**Answer:** (B)", "answer: dark red", "Answer: A\nAnswer: B"],
             [
+                "Answer: B",
                 "Answer:\nB",
+                "**Answer:** (B)",
+                "answer: dark red",
+                "Answer: A\nAnswer: B",
+            ],
+            [
                 "Answer: A or B",
                 "B",
                 "Answer: C",
@@ -245,9 +255,11 @@ def test_choices(mode, right, wrong):
 
 
 def test_choice_by_the_rows_own_pattern(monkeypatch):
-    """output_regex wins over the mode, takes the last match, and is killed if it backtracks."""
+    """output_regex wins over the mode where it finds something, takes the last match, and is killed
+    if it backtracks."""
     row = ROWS["mcqa"] | {"template_metadata": {"output_regex": r"Option Selected:\s*(\w)"}}
-    check(row, ["option selected: A. Option Selected: B"], [r"\boxed{B}"])
+    right = ["option selected: A. Option Selected: B", r"\boxed{B}"]
+    check(row, right, [r"\boxed{B} Option Selected: A"])
     monkeypatch.setattr(CPU, 0.3)
     bomb = row | {"template_metadata": {"output_regex": "(a+)+:(B)"}}
     assert score(bomb, "a" * 60) == Reward(0.0, "search took too long")

@@ -13,7 +13,7 @@ import re
 from nanocascade.rewards import choice, code, instruct, math, proof, retrieval, structured, tools
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.preference import grade, reference_of, score_group
-from nanocascade.tokenizer.chat import parse_response
+from nanocascade.tokenizer.chat import THINK, THINK_END, parse_response
 
 __all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "needs_judge", "score", "score_group"]
 
@@ -70,6 +70,27 @@ def kind_of(row):
     raise ValueError(f"{name_of(row)} fits no verifier; its keys are {sorted(row)}")
 
 
+def read_turn(text, tools=None):
+    """What parse_response returns of a turn, without thoughts that come late, again or nested.
+
+    "So. <think>\\boxed{4}</think> It is 5." -> "So.  It is 5."; what stands before a </think> that
+    closes nothing was a thought too.
+    """
+    tags = list(re.finditer(f"{THINK}|{THINK_END}", text))
+    if [x[0] for x in tags] in ([], [THINK, THINK_END]) and text.lstrip().startswith(THINK) == bool(
+        tags
+    ):
+        return parse_response(text, tools)
+    kept, depth, start = [], 0, 0
+    for tag in tags:
+        if depth == 0:
+            kept = [*kept, text[start : tag.start()]] if tag[0] == THINK else []
+        depth = depth + 1 if tag[0] == THINK else max(depth - 1, 0)
+        start = tag.end()
+    message = parse_response("".join([*kept, text[start:]]).lstrip("\n"), tools)
+    return message | {"unfinished": depth > 0}
+
+
 def needs_judge(row):
     """Whether no program can tell: pairs of a group, and answers beside a reference."""
     return kind_of(row) == "preference" or reference_of(row) is not None
@@ -107,7 +128,7 @@ def score(row, response, *, finished=True, judge=None):
     if sum(len(turn["content"]) for turn in turns) > MAX_RESPONSE:
         return Reward(0.0, "response too long")
     declared = (row.get("responses_create_params") or {}).get("tools")
-    said = [parse_response(x["content"], declared) for x in turns if x["role"] == "assistant"]
+    said = [read_turn(x["content"], declared) for x in turns if x["role"] == "assistant"]
     if not said or any(message["unfinished"] for message in said):
         return Reward(0.0, "unfinished thought" if said else "no response")
     if judged:

@@ -1,130 +1,19 @@
-r"""What a short mathematical answer says, and whether two say the same: yes, no, or not ours to say.
+r"""What a short mathematical answer says, read into a Node that compare.py compares.
 
-    clean      one spelling of a text: r"\dfrac12\text{ km or so}" -> r'\frac12 "km"; "so"'
+    clean      one spelling of a text (latex.py)
     read       a Node: a number with its unit, a list, a set, an interval, a relation, a word ...
-    same       True or False where both were read; None is a question for the library
 
 Values beside each other are a list, whatever stands between them, and a list is not one of them.
 """
 
 import re
-import unicodedata
-from decimal import Context, Decimal
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from nanocascade.rewards.exact import FUNCTIONS, WORDS, Reader, Unknown, Value, constant
-from nanocascade.rewards.units import find_unit, unit_of
-
-# ---- One spelling -------------------------------------------------------------------------------
-
-SPELLING = {  # signs outside ASCII
-    **dict.fromkeys("\u2212\u2013\u2014\u2010\u2011", "-"),
-    **dict.fromkeys("\u2019\u2032", "'"),
-    **dict.fromkeys("\u03a9\u2126", "\\Omega "),
-    **dict.fromkeys("\u00b5\u03bc", "\\mu "),
-    **{"\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ", "\u00f7": "\\div "},
-    **{"\u221e": "\\infty ", "\u03c0": "\\pi ", "\u221a": "\\sqrt ", "\u00b0": "^\\circ "},
-    **{"\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u2248": "\\approx "},
-    **{"\u222a": "\\cup ", "\u2229": "\\cap ", "\u2205": "\\emptyset ", "\u2208": "\\in "},
-    **{"\u00b1": "\\pm ", "\u2192": "\\to ", "\u21d2": "\\Rightarrow ", "\u2228": "\\lor "},
-    **{"\u2227": "\\land ", "\u2026": "\\dots ", "\u2022": ";"},
-    **{"\u20ac": '"euro"', "\u00a3": '"sterling"', "\u00a5": '"yen"', "\u20b9": '"rupee"'},
-}
-RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
-RAISED = dict(zip(map(ord, RAISED), "0123456789-", strict=True))
-LOWERED = {0x2080 + digit: str(digit) for digit in range(10)}
-RUNS = [(re.compile(f"[{''.join(map(chr, x))}]+"), x, y) for x, y in ((RAISED, "^"), (LOWERED, "_"))]
-SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-SMALL = {word: f" {number} " for number, word in enumerate(SMALL.split())}
-JOINING = {"or": ";", "oder": ";", "ou": ";", "and": ",", "und": ",", "et": ","}
-VOCABULARY = {**SMALL, **JOINING, "percent": "%", "pct": "%", "infinity": "\\infty ", "infinite": "\\infty "}
-DROPPED = re.compile(  # delimiters and sizes, which change no value
-    r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|(?:no)?limits)"
-    r"(?![a-zA-Z])|(?<!\\)\\[()\[\]]|\\!|\\(?:text)?color\s*\{[^{}]*\}|\*\*|`|\\label\{[^{}]*\}"
-    r"|\\(?:math(?:bf|it|sf|cal|bb)|bm|boldsymbol|underline|boxed|fbox)(?![a-zA-Z])"
-)
-SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~|\\(?:thin|med|thick)space(?![a-zA-Z])")
-QUOTED = re.compile(
-    r"\\(text(?:bf|it|rm|sf|tt|normal|up)?|mathrm|[mh]box|operatorname\*?|rm)\s*\{([^{}]*)\}"
-)
-BARE = re.compile(r"\\(?:begin|end)\{\w+\*?\}|_\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z]{2,}(?:'t)?)")
-SIUNITX = re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-CURRENCY = re.compile(r'^([+-]?)\s*"(euro|sterling|yen|rupee|dollar)s?"\s*(?=[\d.])(.+)$')
-GROUPS = re.compile(  # 12,34,567 and 1.234.567: nothing else is written so
-    r"(?<![\d.,])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:'\d{3})+)(?![\d.,])"
-)
-REPLACED = [
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"<=|\\leqq|\\leqslant|\\leq(?![a-zA-Z])", r"\\le "),
-    (r">=|\\geqq|\\geqslant|\\geq(?![a-zA-Z])", r"\\ge "),
-    (r"\\neq(?![a-zA-Z])|(?<![\d)\s])!=|(?<=\s)!=", r"\\ne "),
-    (r"\\lt(?![a-zA-Z])", "<"),
-    (r"\\gt(?![a-zA-Z])", ">"),
-    (r"->|\\(?:long)?rightarrow(?![a-zA-Z])", r"\\to "),
-    (r"=>|\\implies(?![a-zA-Z])", r"\\Rightarrow "),
-    (r"\.\.\.|\\[lc]?dots[a-z]?(?![a-zA-Z])", r"\\dots "),
-    (r"\\(?:lor|vee)(?![a-zA-Z])", ";"),
-    (r"\\(?:land|wedge)(?![a-zA-Z])|\\&", ","),
-    (r"\^\{?\s*\\prime\s*\}?", "'"),
-    (r"\^\{?\s*\\circ\s*\}?", ' "degree"'),
-    (r"\\varnothing", r"\\emptyset "),
-    (r"\\sqrt\s+(\d+)", r"\\sqrt{\1}"),
-]
-REPLACED = [(re.compile(pattern), new) for pattern, new in REPLACED]
-
-
-def quote(words):
-    """Words as '"words"'; numbers and marks between them stay as they are, "or" joins a list."""
-
-    def one(match):
-        word = match[0].rstrip(".") if match[0].count(".") == 1 else match[0]
-        return VOCABULARY.get(word.lower(), f'"{word}"')
-
-    return f" {re.sub(r'[A-Za-z][A-Za-z.]*', one, words)} "
-
-
-def quote_bare(match):
-    """The same for a word that stands bare: one of four letters, or one that we know."""
-    word = match[1]
-    if not word or word in WORDS or FUNCTIONS.fullmatch(word):
-        return match[0]
-    known = word.lower() in VOCABULARY or find_unit(word) or word.lower() in ("no", "not", "is")
-    return quote(word) if known or len(word) > 3 else word
-
-
-def clean(latex):
-    text = latex
-    for pattern, digits, mark in RUNS:
-        text = pattern.sub(lambda x, d=digits, m=mark: f"{m}{{{x[0].translate(d)}}}", text)
-    for sign in {x for x in text if "\u2044" in unicodedata.normalize("NFKC", x)}:  # one half
-        above, _, below = unicodedata.normalize("NFKC", sign).partition("\u2044")
-        text = text.replace(sign, rf"\frac{{{above}}}{{{below}}}")
-    text = text.replace('"', "").translate({ord(x): y for x, y in SPELLING.items()})
-    text = unicodedata.normalize("NFKC", text)
-    text = "".join(x for x in text if unicodedata.category(x) != "Cf")
-    text = re.sub(r",\\!\s*|\{,\}", ",", text).replace("\\$", '"dollar"').replace("\\%", "%")
-    if text.count("$") % 2:
-        text = text.replace("$", '"dollar"', 1)
-    text = DROPPED.sub("", text.replace("$", ""))
-    text = SIUNITX.sub(lambda x: f"{x[1]} {quote(x[2].replace(chr(92), ''))}", text)
-    text = SPACES.sub(" ", text)
-    text = QUOTED.sub(lambda x: x[2] if x[1] == "mathrm" and x[2] in "eid" else quote(x[2]), text)
-    for pattern, new in REPLACED:
-        text = pattern.sub(new, text)
-    if "\\begin" not in text:
-        text = re.sub(r"\\\\|&|\n\s*\n", ";", text)
-    parts = text.split('"')
-    parts[::2] = [BARE.sub(quote_bare, part) for part in parts[::2]]
-    text = re.sub(r'(?<=\w)"\s+"(?=\w)', " ", '"'.join(parts))
-    text = GROUPS.sub(lambda x: re.sub("[,.']", "", x[0]), text)
-    return CURRENCY.sub(r'\1\3 "\2"', text.strip(" .,;:\n"))
-
-
-def squeeze(text):
-    return re.sub(r'[\s"{}]', "", text).casefold() if '"' in text else re.sub(r"\s", "", text)
-
+from nanocascade.rewards.exact import Reader, Unknown, approximate, constant
+from nanocascade.rewards.latex import squeeze
+from nanocascade.rewards.units import unit_of
 
 # ---- What it says -------------------------------------------------------------------------------
 
@@ -141,21 +30,32 @@ MAX_NODES = 400
 EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset"}
 EMPTY |= {"\\emptyset", "\\{\\}", "thereisnosolution", "therearenosolutions"}
 THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
-ARROWS = r"\\(?:to|Rightarrow|iff|Leftrightarrow|mapsto|propto|cap|setminus|subset|subseteq|dots)"
+ARROWS = (
+    r"\\(?:mid|to|Rightarrow|iff|Leftrightarrow|mapsto|propto|cap|setminus|subset|subseteq|dots)"
+)
 RELATION = (
     r"=|<|>|\\(?:le|ge|ne|in|approx|sim|simeq|equiv|cong|notin)(?![a-zA-Z])|:(?!\d)|(?<!\d):|"
     + ARROWS
     + "(?![a-zA-Z])"
 )
-NEGATED = re.compile(r"(?i)\b(?:not|no|never|except|neither|nor|unless|without|wrong)\b")
+NEGATED = re.compile(r"(?i)not(?![a-z])|never|except|neither|unless|without|wrong|\bno(?![a-z])")
+KNOWN = re.compile(  # commands that a number may be written with
+    r"(?:[^\\]|\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|sqrt|frac|binom|sum|prod|lim"
+    r"|int|pi|e|max|min|gcd|lcm|[lr](?:floor|ceil|vert)|cdot|times|div|infty|in|le|ge|to|degree)(?![a-z]))*"
+)
 NUMERALS = re.compile(r"\d+(?:\.\d+)?")
-MARKS = re.compile(r"'|\^\{?(?:T|\\top|\\intercal|\\dagger|c|\*)\}?(?![a-zA-Z])|\\(?:bar|overline|d?dot)\s*\{?[A-Za-z]")
+MARKS = re.compile(
+    r"'|\^\{?(?:T|\\top|\\intercal|\\dagger|c|\*)\}?(?![a-zA-Z])"
+    r"|\\(?:bar|overline|d?dot)\s*\{?[A-Za-z]"
+)
 UNIT = re.compile(
     r'(.*?[\d)}!%\w])\s*("[^"]+"(?:\^?\{?-?\d\}?)?(?:\s*/\s*"[^"]+"(?:\^?\{?\d\}?)?)?'
     r'|[kM]?\\Omega|\\mu\s*"?m"?)',
     re.DOTALL,
 )
-LOOSE_UNIT = re.compile(r"(.*[\d.}])\s*([A-Za-z]{1,3}(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,2}(?:\^\{?\d\}?)?)?)")
+LOOSE_UNIT = re.compile(
+    r"(.*[\d.}])\s*([A-Za-z]{1,3}(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,2}(?:\^\{?\d\}?)?)?)"
+)
 INTERVAL = re.compile(r"([(\[\]])([^()\[\]]+)([)\]\[])")
 OPENING, CLOSING = ("(", "[", "{", "\\{", "\\begin"), (")", "]", "}", "\\}", "\\end")
 
@@ -196,8 +96,10 @@ def enclosed(text, opening, closing):
 @lru_cache(2048)
 def read(text, depth=0):
     """A cleaned text as a Node."""
-    text = re.sub(r'^(?:\\(?:approx|sim)(?![a-zA-Z])|"(?:about|approximately|approx|roughly)")\s*', "", text)
-    text = re.sub(r"\s*\(?\\[pb]?mod\s*\{?\w+\}?\)?$", "", text).strip(" .,;:")
+    text = re.sub(
+        r'^(?:\\(?:approx|sim)(?![a-zA-Z])|"(?:about|approximately|approx|roughly)")\s*', "", text
+    )
+    text = re.sub(r"\s*\(?\\[pb]?mod\s*\{?\w+\}?\)?$", "", text).rstrip(" .,;:").lstrip(" ,;:")
     while enclosed(text, "{", "}"):
         text = text[1:-1].strip()
     node = interpret(text, depth) if text and depth < 8 else Node("other")
@@ -208,8 +110,9 @@ def interpret(text, depth):
     if squeeze(text).strip("()") in EMPTY:
         return Node("set", ())
     parts, cuts = pieces(text, "[;,]")
-    items = [read(x, depth + 1) for x in parts if x.strip(" .")]
-    if len(items) > 1 and not INTERVAL.fullmatch(text):
+    parts = [x for x in parts if x.strip(" .")]
+    items = [read(x, depth + 1) for x in parts if len(parts) > 1]
+    if items and not INTERVAL.fullmatch(text):
         either = {*cuts} == {";"} and all(x.kind == "ranges" for x in items)
         return union(items) if either else Node("list", tuple(items))
     if len(re.findall(r"\\(?:pm|mp)", text)) == 1:
@@ -233,11 +136,19 @@ def interpret(text, depth):
 
 def brackets(text, depth):
     if match := re.fullmatch(r"\\begin\{[a-z]*matrix\}(.*)\\end\{[a-z]*matrix\}", text, re.DOTALL):
-        rows = [[read(x.strip(), depth + 1) for x in row.split("&")] for row in match[1].split("\\\\") if row.strip()]
+        rows = [
+            [read(x.strip(), depth + 1) for x in row.split("&")]
+            for row in match[1].split("\\\\")
+            if row.strip()
+        ]
         if len({len(row) for row in rows}) == 1 and "\\begin" not in match[1]:
             flat = 1 in (len(rows), len(rows[0]))
             items = tuple(x for row in rows for x in row)
-            return Node("tuple", ("(", items, ")")) if flat else Node("tuple", ("(", (*items, Node("word", len(rows))), ")"))
+            return (
+                Node("tuple", ("(", items, ")"))
+                if flat
+                else Node("tuple", ("(", (*items, Node("word", len(rows))), ")"))
+            )
         return None
     if re.fullmatch(r"(?:\([\d\s]+\)\s*)+", text) and re.search(r"\d\s+\d", text):  # permutations
         cycles = [x.split() for x in re.findall(r"\(([\d\s]+)\)", text)]
@@ -245,7 +156,11 @@ def brackets(text, depth):
         return Node("cycles", frozenset(map(tuple, turned)))
     if enclosed(text, "\\{", "\\}"):
         inside = text[2:-2].strip()
-        condition = re.fullmatch(r"[a-zA-Z]\s*(?:\\in\s*\{?(?:\\mathbb\s*)?\{?R\}?\}?\s*)?(?:\\mid|\||:)(.*)", inside, re.DOTALL)
+        condition = re.fullmatch(
+            r"[a-zA-Z]\s*(?:\\in\s*\{?(?:\\mathbb\s*)?\{?R\}?\}?\s*)?(?:\\mid|\||:)(.*)",
+            inside,
+            re.DOTALL,
+        )
         if condition:
             return read(condition[1].strip(), depth + 1)
         return Node("set", items_of(inside, depth))
@@ -274,9 +189,15 @@ def codes(text, depth):
     plain = re.sub(r"\s*([:])\s*", r"\1", text)
     if re.fullmatch(r"\d+-\d+(-\d+)?|\d+/\d+/\d+", plain):
         return Node("code", tuple(map(int, re.findall(r"\d+", plain))))
-    if match := re.fullmatch(r'(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:"([apAP])\.?[mM]\.?")?', plain):
+    if match := re.fullmatch(
+        r'(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:"([apAP])\.?[mM]\.?")?', plain
+    ):
         if int(match[1]) < 25:
-            return Node("code", tuple(int(x) for x in match.groups()[:3] if x), name=(match[4] or "").lower())
+            return Node(
+                "code",
+                tuple(int(x) for x in match.groups()[:3] if x),
+                name=(match[4] or "").lower(),
+            )
     if re.fullmatch(r"\d+(?::\d+)+", plain):
         parts = [Fraction(x) for x in plain.split(":")]
         if len(parts) == 2 and parts[1]:
@@ -313,7 +234,9 @@ def number(text, depth):
 
 def is_name(text):
     """x, x_1, f(x), "Area": the left side of an equation that only says what the value is of."""
-    return bool(text) and not re.search(r"[\d+*/^-]", re.sub(r"_\{[^{}]*\}|_\w|\([^()]*\)", "", text))
+    return bool(text) and not re.search(
+        r"[\d+*/^-]", re.sub(r"_\{[^{}]*\}|_\w|\([^()]*\)", "", text)
+    )
 
 
 def relation(parts, cuts, depth):
@@ -321,8 +244,12 @@ def relation(parts, cuts, depth):
     last = nodes[-1]
     if {*cuts} <= {"=", ":", "\\in", "\\equiv", "\\approx"}:
         values = [x for x in nodes if x.kind == "num" and not x.body.letters]
-        plain = all(re.fullmatch(r"[+-]?[\d.,]+", x) for x in parts)
-        if plain and any(a.body != b.body for a, b in zip(values, values[1:], strict=False)):
+        plain = all(is_name(x) or re.fullmatch(r"[+-]?[\d.,]+", x) for x in parts)
+        if (
+            plain
+            and not is_name(parts[0])
+            and any(a.body != b.body for a, b in zip(values, values[1:], strict=False))
+        ):
             return Node("other", "contradiction")  # 41 = 42
         if "\\approx" in cuts[is_name(parts[0]) :]:  # what is exact counts
             last = nodes[cuts.index("\\approx", is_name(parts[0]))]
@@ -351,9 +278,15 @@ def relation(parts, cuts, depth):
 
 def ranges(found):
     """Intervals (low, closed, high, closed) in order; None where one has no end."""
-    ends = [[x if x and x.kind == "num" else None for x in (low, high)] for low, _, high, _ in found]
+    ends = [
+        [x if x and x.kind == "num" else None for x in (low, high)] for low, _, high, _ in found
+    ]
     keys = [[approximate(x.body) if x else None for x in pair] for pair in ends]
-    if any(end and key is None for pair, row in zip(ends, keys, strict=True) for end, key in zip(pair, row, strict=True)):
+    if any(
+        end and key is None
+        for pair, row in zip(ends, keys, strict=True)
+        for end, key in zip(pair, row, strict=True)
+    ):
         return Node("other", "relation")
     order = sorted(range(len(found)), key=lambda i: (keys[i][0] is not None, keys[i][0] or 0))
     return Node("ranges", tuple((ends[i][0], found[i][1], ends[i][1], found[i][3]) for i in order))
@@ -377,184 +310,3 @@ def union(nodes):
     if any(x.kind != "ranges" for x in found):
         return Node("other", "relation")
     return ranges([item for x in found for item in x.body])
-
-
-# ---- Whether two say the same -------------------------------------------------------------------
-
-PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
-DIGITS = Context(prec=60)
-
-
-def approximate(value):
-    """A value without letters, but pi and e, to 50 digits or so; None for others."""
-    sums = []
-    for polynomial in (value.num, value.den):
-        total = Decimal(0)
-        for monomial, factor in polynomial.items():
-            term = DIGITS.divide(Decimal(factor.numerator), Decimal(factor.denominator))
-            for name, power in monomial:
-                if name == -1 or isinstance(name, str) and name not in ("\\pi", "e"):
-                    return None
-                base = {"\\pi": PI, "e": DIGITS.exp(Decimal(1))}.get(name) or Decimal(name)
-                power = DIGITS.divide(Decimal(power.numerator), Decimal(power.denominator))
-                if abs(power) > 10_000:
-                    return None
-                term = DIGITS.multiply(term, DIGITS.power(base, power))
-            total = DIGITS.add(total, term)
-        sums.append(total)
-    return DIGITS.divide(*sums) if sums[1] else None
-
-
-def rounded(decimal, other):
-    """Whether a decimal of six figures or more rounds, or cuts, a value that is not written so."""
-    match = re.fullmatch(r"[+-]?(\d*)\.(\d+)", decimal.text.replace(",", ""))
-    if not match or len((match[1] + match[2]).lstrip("0")) < 6 or "." in other.text:
-        return False
-    written, exact = approximate(decimal.body), approximate(other.body)
-    return exact is not None and abs(written - exact) < Decimal(1).scaleb(-len(match[2]))
-
-
-def loose_unit(node):
-    """5m as five metres, where the other side has no letters."""
-    match = LOOSE_UNIT.fullmatch(node.text)
-    if not match or not (unit := unit_of(match[2])):
-        return None
-    try:
-        return Node("num", Reader(match[1]).value(), match[1], node.name, unit)
-    except Unknown:
-        return None
-
-
-def renamed(a, b):
-    """b with the letter of its g(t) = ... called as in a's f(x) = ..."""
-    one, two = (re.fullmatch(r"[A-Za-z]\(([A-Za-z])\)", x.name) for x in (a, b))
-    if not one or not two or one[1] == two[1] or one[1] in b.body.letters:
-        return b
-    turned = [
-        {tuple(sorted(((one[1] if n == two[1] else n, p) for n, p in m), key=str)): c for m, c in x.items()}
-        for x in (b.body.num, b.body.den)
-    ]
-    return b._replace(body=Value(*turned))
-
-
-def same_number(a, b):
-    b = renamed(a, b)
-    x, y = (node.body * constant(node.unit[0]) if a.unit and b.unit else node.body for node in (a, b))
-    if a.unit and b.unit and a.unit[1] != b.unit[1]:
-        return False
-    if x == y or rounded(a, b) or rounded(b, a):
-        return True
-    if a.text.endswith("%") and a.body == b.body * constant(Fraction(1, 100)):
-        return "%" not in b.text and not b.unit  # so many percent, the sign left out
-    if bool(a.body.letters) != bool(b.body.letters):
-        lettered, other = (a, b) if a.body.letters else (b, a)
-        unit = loose_unit(lettered)
-        return same_number(unit, other) if unit else None if a.body.letters else False
-    return False
-
-
-def same_items(a, b):
-    """Sets and lists: the order counts only where the expected list names its values."""
-    wanted, given = ([*x.body] if x.kind in ("set", "list") else [x] for x in (a, b))
-    names = [x.name for x in wanted]
-    if len(set(names)) not in (1, len(names)):
-        return None
-    if len(names) > 1 and all(names) and len(set(names)) > 1:
-        if {x.name for x in given} == set(names) and len(given) == len(names):
-            given = [next(y for y in given if y.name == name) for name in names]
-        elif any(x.name for x in given):
-            return None
-        return together([len(wanted) == len(given)] + [same(x, y) for x, y in zip(wanted, given, strict=False)])
-    wanted, given = distinct(wanted), distinct(given)
-    if len(wanted) != len(given):
-        return False
-    verdicts = [[same(x, y) for y in given] for x in wanted]
-    if all(True in row for row in verdicts):
-        return True
-    return False if any(not {True, None} & {*row} for row in verdicts) else None
-
-
-def distinct(nodes):
-    kept = []
-    for node in nodes:
-        if not any(same(x, node) for x in kept):
-            kept.append(node)
-    return kept
-
-
-def together(verdicts):
-    return False if False in verdicts else None if None in verdicts else True
-
-
-def same(a, b):
-    """Whether the expected Node and a given one are equal; None if we cannot tell."""
-    if a.text and a.text == b.text:
-        return True
-    kinds = {a.kind, b.kind}
-    if sorted(MARKS.findall(a.text)) != sorted(MARKS.findall(b.text)):
-        return False
-    if "ranges" in kinds and kinds & {"ranges", "tuple"} == kinds or kinds == {"tuple"} and "[" in f"{a.body}{b.body}":
-        x, y = as_ranges(a), as_ranges(b)
-        if x.kind == y.kind == "ranges" and len(x.body) == len(y.body):
-            ends = [(p, q) for one, two in zip(x.body, y.body, strict=True) for p, q in zip(one, two, strict=True)]
-            return together([p == q if not (isinstance(p, Node) and isinstance(q, Node)) else same(p, q) for p, q in ends])
-        if "ranges" in (x.kind, y.kind):
-            return False if x.kind == y.kind else None
-    if kinds == {"tuple"}:
-        x, y = a.body[1], b.body[1]
-        return together([len(x) == len(y)] + [same(p, q) for p, q in zip(x, y, strict=False)])
-    if kinds & {"list", "set"}:
-        if "tuple" in kinds:
-            return False if "set" in kinds else None
-        return None if "other" in kinds else same_items(a, b)
-    if kinds == {"num"}:
-        return same_number(a, b)
-    if kinds == {"word", "num"} or kinds == {"word", "letters"}:
-        return a.text.strip("()").casefold() == b.text.strip("()").casefold()
-    if kinds == {"letters", "num"}:
-        return Reader(" ".join((a if a.kind == "letters" else b).body)).value() == (b if a.kind == "letters" else a).body
-    if kinds == {"based", "num"}:
-        return a.text.partition("_")[0] == b.text.partition("_")[0]
-    if kinds == {"code"}:
-        return a.body == b.body and (a.name == b.name or not (a.name and b.name))
-    if kinds in ({"word"}, {"letters"}, {"inf"}, {"cycles"}, {"based"}):
-        return a.body == b.body and a.body is not None
-    if b.kind == "equation":
-        return None
-    if "other" in kinds or a.kind == "equation":
-        return unread(a, b)
-    return False
-
-
-def unread(a, b):
-    """One of the two was not read in full: only what is certainly wrong is said."""
-    if "contradiction" in (a.body, b.body) or a.kind == "equation" and b.kind == "num" and not b.name:
-        return False
-    plain = a.kind in ("num", "inf", "word", "code", "based") and not (a.kind == "num" and a.body.letters)
-    if plain and (b.body == "relation" or NEGATED.search(b.text)):
-        return False
-    worded = re.search(r"(?<!\\)[a-z]{4}", b.text)
-    return False if plain and worded and len(NUMERALS.findall(b.text)) > 1 else None
-
-
-def readings(text, gold):
-    """The Nodes that a text may stand for, the likeliest first."""
-    text = clean(text)
-    found = [text]
-    if re.fullmatch(THOUSANDS, text):
-        found.append(text.replace(",", ", "))
-    if match := re.match(r'\(\s*"([A-J])"\s*\)\s*(?=\S)', text):  # an option's letter and its value
-        found += [f'"{match[1]}"', text[match.end() :]]
-    comma = re.fullmatch(r"([+-]?)(\d{1,3}(?:[ .]\d{3})+|\d+),(\d+)([^,\d]*)", text)
-    if comma and not gold and not re.fullmatch(THOUSANDS, text):  # 3,14 is a decimal in an answer
-        found.append(f"{comma[1]}{re.sub('[ .]', '', comma[2])}.{comma[3]}{comma[4]}")
-    return [read(x) for x in found]
-
-
-def equal(gold, given):
-    """True, False, or None if it takes more than we read."""
-    try:
-        verdicts = [same(x, y) for x in readings(gold, True) for y in readings(given, False)]
-    except Unknown:
-        return None
-    return True if True in verdicts else None if None in verdicts else False

@@ -1,14 +1,16 @@
 r"""Multiple choice: which option does the answer name, and is it the expected one?
 
-The row says where to look: `template_metadata.output_regex` (its group, in the last match) if it
-has one, else `grading_mode`:
-    strict_single_letter_boxed   the last \boxed{}: one capital letter, LaTeX and brackets aside
-    lenient_boxed                the last \boxed{}: a letter, "B. text", or an option's text in it
-    lenient_answer_colon         the last "Answer: ..." line: the same, an option's text alone
-An answer that fits two options is a 0, "ambiguous answer": naming several must never pay.
+The row says where to look: `template_metadata.output_regex` (the last group of its last match; one
+pattern or several), and where that finds nothing, or there is none, its `grading_mode`:
+    strict_single_letter_boxed   the last \boxed{}: a capital letter, with the option's text or not
+    lenient_boxed                the last \boxed{}: a letter, "B. text", or an option's text
+    lenient_answer_colon         the last "Answer: ..." line that names an option: the same
+An answer that fits two options is a 0, "ambiguous answer": naming several must never pay. An option
+that the answer names only to refuse it ("not B", "B is wrong") is not named.
 """
 
 import re
+import unicodedata
 
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.math import last_boxed
@@ -17,98 +19,159 @@ from nanocascade.sandbox.worker import TookTooLong, worker
 MODES = ("strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon")
 TAIL = 20_000  # characters that are looked at, from the end: where a final choice stands
 MARKUP = re.compile(r"\\(?:boxed|text[a-z]*|math[a-z]+|rm|bf)(?![a-z])|[\\${}*_`]")
-ANSWER_LINE = re.compile(r"answer[*_]{0,2}[ \t]*:([^\n]*)", re.IGNORECASE)
+ANSWER_LINE = re.compile(r"answer[*_]{0,2}[ \t]*:[*_]{0,2}\s{0,9}([^\n]*)", re.IGNORECASE)
 # Another option's letter after the first: "C)" and "(C)" anywhere, "or C" at the end, ", C" and
 # "and C" right behind the first: further on they may be words of the option, "x = 2 and d = 3".
-OTHERS = re.compile(r"(?:^|[\s,/])\(?([a-z])\s?[).:](?!\w)|\bor ([a-z])$")
+OTHERS = re.compile(
+    r"(?:^|[\s,/])\(?([a-z])\s?[).:](?!\w)|\bor ([a-z])$"
+    r"|\b(?:alternatively|maybe|perhaps|possibly|option|answer|choice|also|either)\W+([a-z])\b"
+)
 JOINED = re.compile(r"\s*(?:or|and|[,/&])\s*\(?([a-z])\b(?!\s*[=\w])[).:]?")
-ONE_CAPITAL = re.compile(r"[^A-Za-z0-9]*[A-Z][^A-Za-z0-9]*")
+REFUSED = re.compile(  # "not B", "B is wrong", "unlike (C)"
+    r"(?:\b(?:not|nor|isn't|unlike|except|rather than|instead of)\s+(?:option |answer )?"
+    r"(?P<one>\(?[a-z]\b\)?))|(?P<two>\(?\b[a-z]\b\)?)\s+(?:is|was)\s+(?:not|wrong|incorrect|false)"
+)
+OPENING = re.compile(r"^(?:(?:the|my|final|correct|best|answer|option|choice|letter|is)\b[\s:]*)+")
+LABEL = re.compile(  # "b", "(b)", "b: text", "b because"; "a lot of" is no label
+    r"\(?([a-z])(?:\s?[).:](?!\w)|\)|\s*$|\s*[,;]|\s+-|\s+(?=(?:because|since|as|is|due|or|and)\b))"
+)
+CLOSING = re.compile(
+    r"\b(?:is|be|choose|pick|select|option|answer|choice|letter|so|thus)\W*\(?([a-z])\)?$"
+)
+FILLERS = set("it is the answer option choice so thus therefore be would must a an i think".split())
 
 
 def plain(text):
     """For comparing option texts: no markup, lower case, one space between words, no full stop; a
     text of nothing else stays: "*" is an operation."""
+    text = re.sub(r"\\[dt]frac", r"\\frac", unicodedata.normalize("NFKC", text))
+    text = re.sub("[\u2010-\u2014\u2212]", "-", text)
     return " ".join(MARKUP.sub(" ", text).lower().split()).rstrip(".") or text.strip()
 
 
-def named_options(text, options, anywhere):
-    """The letters that `text` names; with `anywhere`, an option's text inside it names it too.
+def named_options(text, options):
+    """The letters that `text` names, by their label or by an option's text.
 
     {"a": "red", "b": "dark red"}: "(B)" -> {"b"}, "B: dark red" -> {"b"}, "A) or B" -> {"a", "b"}.
     """
     bare = plain(text)
+    exact = {letter for letter, option in options.items() if option == bare}
     words = re.findall(r"\w+", bare)
     if words and all(word in options for word in words):
         return set(words)
-    exact = {letter for letter, option in options.items() if option == bare}
     if exact:
         return exact
-    label = re.match(r"\(?([a-z])\s?[).:]", bare)
-    found = {label[1]} & set(options) if label else set()
-    if found:  # what an option's own text says names no other: "B: both (a) and (c)"
-        rest, own = bare[label.end() :], options[label[1]]
-        same = "".join(rest.split()) == "".join(own.split())  # but for spaces
-        rest = "" if same else rest.replace(own, " ")
-        found.update(x for pair in OTHERS.findall(rest) for x in pair if x in options)
+    bare = OPENING.sub("", bare)
+    label = None if REFUSED.match(bare) else LABEL.match(bare)
+    if label and label[1] in options:  # what an option's own text says names no other
+        rest, own = bare[label.end(1) :].lstrip("). :"), options[label[1]]
+        same = own and "".join(rest.split()) == "".join(own.split())  # but for spaces
+        rest = "" if same else REFUSED.sub(" ", rest.replace(own or "\0", " "))
+        found = {label[1], *(x for pair in OTHERS.findall(rest) for x in pair if x in options)}
         while joined := JOINED.match(rest):
             found, rest = found | {joined[1]} & set(options), rest[joined.end() :]
-    if found or anywhere:  # "B: 17" where option C is "17" names both
-        inside = {
-            letter: option
-            for letter, option in options.items()
-            if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", bare)
-        }
-        longest = max(inside.values(), key=len, default="")
-        found.update(x for x in inside if options[x] == longest or options[x] not in longest)
-    return found
+        return found | named_texts(rest, options)
+    bare = REFUSED.sub(" ", bare).strip(" ,.;")
+    if closing := CLOSING.search(bare):  # "a safe choice would be b"
+        return {closing[1]} & set(options)
+    found = named_texts(bare, options)
+    for letter in found:
+        bare = bare.replace(options[letter], " ")
+    return found if {*re.findall(r"\S+", bare)} <= FILLERS | {"and", "or", ","} else set()
+
+
+def named_texts(text, options):
+    """Options whose text stands in `text`, the longest where one is part of another. A number that
+    goes on, as 5 does in 1.5 or 5/7, is another number."""
+    inside = {
+        letter: option
+        for letter, option in options.items()
+        if option and re.search(rf"(?<![\w.,/-]){re.escape(option)}(?![\w/]|[.,]\d)", text)
+    }
+    longest = max(inside.values(), key=len, default="")
+    return {x for x in inside if options[x] == longest or options[x] not in longest}
 
 
 def last_match(pattern, text):
-    """The last match of a row's own pattern; in the helper, as it may backtrack forever."""
-    matches = list(re.finditer(pattern, text, re.IGNORECASE))
-    return matches[-1][1 if matches[-1].re.groups else 0] if matches else None
+    """What the last match of a row's own pattern found, its last group, and what follows; in the
+    helper, as it may backtrack forever."""
+    found = None
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        found = match
+    if not found:
+        return None
+    group = max((i for i, x in enumerate(found.groups(), 1) if x), default=0)
+    return found[group], text[found.end(group) :][:20]
+
+
+def by_pattern(patterns, text):
+    """The answer that the row's patterns find, or None. "A lot of ..." is no answer A."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+        if found := worker.run(last_match, "re", pattern, text):
+            answer, after = found
+            word = re.match(r"\s+([a-z]+)", after)
+            article = word and word[1] not in ("because", "since", "as", "is", "due", "and", "or")
+            return "" if answer in ("A", "a") and article else answer
+    return None
+
+
+def options_of(row):
+    """{letter: plain text} of a list of {letter: text}, or of one dictionary; null is no text."""
+    entries = row["options"] if isinstance(row["options"], list) else [row["options"]]
+    return {k.lower(): plain(v) for entry in entries for k, v in entry.items() if v is not None}
 
 
 def verify_choice(row, message):
     """1 if the answer names the expected option and no other."""
-    options = {k.lower(): plain(v) for entry in row["options"] for k, v in entry.items()}
-    pattern = (row.get("template_metadata") or {}).get("output_regex")
-    mode = "pattern" if pattern else row.get("grading_mode", MODES[0])
-    text, reason = message["content"][-TAIL:], "asked form not found"
-    if mode == "pattern":
-        try:
-            answer = worker.run(last_match, "re", pattern, text)
-        except TookTooLong:
-            return Reward(0.0, "search took too long")
+    options, text = options_of(row), message["content"][-TAIL:]
+    options = options or dict.fromkeys("abcdefghijklmnopqrstuvwxyz", "")  # the pattern finds it
+    mode, found = (row.get("grading_mode") or MODES[0]).removesuffix("_md"), set()
+    try:
+        answer = by_pattern((row.get("template_metadata") or {}).get("output_regex"), text)
+    except TookTooLong:
+        return Reward(0.0, "search took too long")
+    reason = "asked form not found"
+    if answer is not None:
+        found = named_options(answer, options)
     elif mode == "lenient_answer_colon":
-        answer = (ANSWER_LINE.findall(text) or [None])[-1]
+        for answer in reversed(ANSWER_LINE.findall(text)[-20:]):
+            if found := named_options(answer, options):
+                break
     else:
         answer, reason = last_boxed(text)
+        found = named_options(answer, options) if answer is not None else found
+        if mode == MODES[0] and found and not strict(answer, found, options):
+            return Reward(0.0, "not a single letter")
     if answer is None:
         return Reward(0.0, reason)
-    if mode == MODES[0] and not ONE_CAPITAL.fullmatch(MARKUP.sub(" ", answer)):
-        return Reward(0.0, "not a single letter")
-    found = named_options(answer, options, anywhere=mode == "lenient_boxed")
     if len(found) != 1:
         return Reward(0.0, "ambiguous answer" if found else "not an option")
     correct = found == {row["expected_answer"].strip().lower()}
     return Reward(1.0, "correct") if correct else Reward(0.0, "wrong answer")
 
 
+def strict(answer, found, options):
+    """Whether an answer is one capital letter, alone or before its own option's text."""
+    bare = MARKUP.sub(" ", unicodedata.normalize("NFKC", answer))
+    bare = re.sub(r"(?i)^\W*(?:(?:the|final|answer|option|choice|is)\b\W*)*", "", bare)
+    letter, rest = bare[:1], plain(bare[1:]).lstrip("). :,")
+    return letter.isupper() and {letter.lower()} == found and rest in ("", options[letter.lower()])
+
+
 def check_choice_row(row):
     """ValueError unless options, expected answer, mode and pattern belong together."""
-    letters = [letter.lower() for entry in row["options"] for letter in entry]
+    patterns = (row.get("template_metadata") or {}).get("output_regex")
+    entries = row["options"] if isinstance(row["options"], list) else [row["options"]]
+    texts = [(k.lower(), v) for entry in entries for k, v in entry.items() if v is not None]
+    letters = [letter for letter, _ in texts]
     if any(len(letter) != 1 for letter in letters) or len(set(letters)) != len(letters):
         raise ValueError(f"options must have distinct single letters, got {letters}")
-    if blank := [
-        entry
-        for entry in row["options"]
-        for text in entry.values()
-        if not isinstance(text, str) or not text.strip()
-    ]:
+    if blank := [pair for pair in texts if not isinstance(pair[1], str) or not pair[1].strip()]:
         raise ValueError(f"an option must have a text, got {blank[0]!r:.80}")
-    if row["expected_answer"].strip().lower() not in letters:
+    expected = row["expected_answer"].strip().lower()
+    if expected not in letters and (letters or not patterns or len(expected) != 1):
         raise ValueError(f"expected_answer {row['expected_answer']!r} is none of {letters}")
-    if row.get("grading_mode", MODES[0]) not in MODES:
+    if (row.get("grading_mode") or MODES[0]).removesuffix("_md") not in MODES:
         raise ValueError(f"grading_mode {row['grading_mode']!r} is none of {MODES}")
-    re.compile((row.get("template_metadata") or {}).get("output_regex") or "")
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+        re.compile(pattern)

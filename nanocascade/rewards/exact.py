@@ -12,6 +12,7 @@ are equal exactly if their cross products are. pi and e are letters. Whatever is
 
 import math
 import re
+from decimal import Context, Decimal
 from fractions import Fraction
 
 MAX_BITS, MAX_PAIRS, MAX_PRODUCT, MAX_WORK, MAX_DEPTH = 40_000, 1500, 2_000_000, 200_000, 40
@@ -74,7 +75,8 @@ class Value:
 
     @property
     def letters(self):
-        return {name for part in (self.num, self.den) for m in part for name, _ in m} - {"\\pi"}
+        names = {name for part in (self.num, self.den) for m in part for name, _ in m}
+        return {name for name in names if isinstance(name, str)} - {"\\pi"}
 
     def __pow__(self, exponent):
         whole, base = exponent.denominator == 1, self.rational
@@ -136,7 +138,7 @@ def plus(a, b):
 
 
 def times(a, b):
-    """The product of two polynomials. A prime's exponent is brought into [0, 1): 2^{3/2} = 2 2^{1/2}."""
+    """The product of polynomials; a prime's exponent is brought below 1: 2^{3/2} = 2 * 2^{1/2}."""
     pairs = len(a) * len(b)
     if pairs > MAX_PAIRS or pairs * (bits(a) + bits(b)) > MAX_PRODUCT:
         raise Unknown("too large")
@@ -161,6 +163,30 @@ def times(a, b):
 def bits(polynomial):
     sizes = [x.numerator.bit_length() + x.denominator.bit_length() for x in polynomial.values()]
     return max(sizes, default=0)
+
+
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+DIGITS = Context(prec=60)
+
+
+def approximate(value):
+    """A value without letters, but pi and e, to 50 digits or so; None for others."""
+    sums = []
+    for polynomial in (value.num, value.den):
+        total = Decimal(0)
+        for monomial, factor in polynomial.items():
+            term = DIGITS.divide(Decimal(factor.numerator), Decimal(factor.denominator))
+            for name, power in monomial:
+                if name == -1 or isinstance(name, str) and name not in ("\\pi", "e"):
+                    return None
+                base = {"\\pi": PI, "e": DIGITS.exp(Decimal(1))}.get(name) or Decimal(name)
+                power = DIGITS.divide(Decimal(power.numerator), Decimal(power.denominator))
+                if abs(power) > 10_000:
+                    return None
+                term = DIGITS.multiply(term, DIGITS.power(base, power))
+            total = DIGITS.add(total, term)
+        sums.append(total)
+    return DIGITS.divide(*sums) if sums[1] else None
 
 
 class Reader:

@@ -14,16 +14,28 @@ accepted, and answers that are not are wrong.
 import re
 from importlib.util import find_spec
 
-from nanocascade.rewards.answers import equal, readings
 from nanocascade.rewards.base import Reward
+from nanocascade.rewards.compare import equal, readings
 from nanocascade.sandbox.worker import TookTooLong, require, worker
 
 MAX_BOX = 2_000  # characters, and so digits of a number
 BOX = "\\boxed{"
 # What may stand between boxes of one list: signs, commands, "x_1 =", "(a)" and these words.
-JOINING = {"and", "or", "also", "either", "as", "well", "maybe", "perhaps", "possibly", "for", "und"}
-JOINING |= {"alternatively", "oder", "et", "ou", "respectively", "part", "case", "n", "t"}
-WORD = re.compile(r"\\(?:text|mathrm|mbox)[a-z]*(?=\{)|\\[A-Za-z]+|\\[nt]\b|[^\W\d_]{2,}")
+JOINING = {
+    "and",
+    "or",
+    "also",
+    "either",
+    "as",
+    "well",
+    "maybe",
+    "perhaps",
+    "possibly",
+    "for",
+    "und",
+}
+JOINING |= {"alternatively", "oder", "et", "ou", "respectively", "part", "case"}
+WORD = re.compile(r"\\[A-Za-z]+|<\w+ */?>|[^\W\d_]{2,}")  # a command, a tag, a word
 
 
 def boxed(rest):
@@ -38,7 +50,7 @@ def boxed(rest):
 
 def joins(between):
     """Whether a text between two boxes makes them one list: "} or y = " does, "} no, " does not."""
-    words = [x for x in WORD.findall(between) if not x.startswith("\\")]
+    words = [x for x in WORD.findall(between) if x[0] not in "\\<"]
     return len(between) <= 100 and all(word.lower() in JOINING for word in words)
 
 

@@ -15,8 +15,9 @@ month month 1;year month 12;yr month 12;in m .0254;inch m .0254;inches m .0254;f
 foot m .3048;feet m .3048;yd m .9144;yard m .9144;mi m 1609.344;mile m 1609.344;oz g 28.349523125
 ounce g 28.349523125;lb g 453.59237;ton g 1000000;tonne g 1000000
 percent - .01;percentage - .01;degree degree 1;deg degree 1;radian radian 1;rad radian 1
-dollar dollar 1;usd dollar 1;cent dollar .01;euro euro 1;eur euro 1;sterling sterling 1;yen yen 1
-rupee rupee 1;am am 1;pm pm 1;thousand - 1000;million - 1e6;billion - 1e9;dozen - 12;hundred - 100"""
+dollar dollar 1;usd dollar 1;cent dollar .01;euro euro 1;eur euro 1;sterling sterling 1
+yen yen 1;rupee rupee 1;am am 1;pm pm 1;thousand - 1000;million - 1e6
+billion - 1e9;dozen - 12;hundred - 100"""
 UNITS = {}  # name -> (scale, base)
 for _entry in re.split("[;\n]", OTHERS):
     _name, _base, _scale = _entry.split()
@@ -42,7 +43,8 @@ def find_unit(word):
 
 def unit_of(text):
     """(scale, {base: power} as a frozenset of pairs) of a unit, or None if a word is unknown."""
-    scale, bases, sign, power = Fraction(1), Counter(), 1, 1
+    text = text.replace("mph", "mile / h").replace("kph", "km / h")
+    scale, bases, sign, power, last = Fraction(1), Counter(), 1, 1, None
     for word in re.findall(r"\\mu ?m|[kM]?\\Omega|[A-Za-z.]+|/|\^?\{?-?\d\}?", text):
         number = re.sub(r"[\^{}]", "", word)
         if word in ("/", "per"):
@@ -50,7 +52,7 @@ def unit_of(text):
         elif word in ("square", "sq", "cubic"):
             power = POWERS[word]
         elif word in POWERS or number.lstrip("-").isdigit():  # of the unit before
-            if not bases:
+            if not last:
                 return None
             times = POWERS.get(word) or int(number)
             scale *= last[0] ** (last[2] * (times - 1))
