@@ -39,10 +39,11 @@ RELATION = (
     + "(?![a-zA-Z])"
 )
 NEGATED = re.compile(r"(?i)not(?![a-z])|never|except|neither|unless|without|wrong|\bno(?![a-z])")
-KNOWN = re.compile(  # commands that a number may be written with
-    r"(?:[^\\]|\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|sqrt|frac|binom|sum|prod|lim"
-    r"|int|pi|e|max|min|gcd|lcm|[lr](?:floor|ceil|vert)|cdot|times|div|infty|in|le|ge|to|degree)(?![a-z]))*"
+KNOWN = (  # commands that a number may be written with
+    "log|ln|lg|exp|sqrt|frac|binom|sum|prod|lim|int|pi|e|max|min|gcd|lcm|[lr](?:floor|ceil|vert)|"
+    "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|cdot|times|div|infty|in|le|ge|to"
 )
+KNOWN = re.compile(rf"(?:[^\\]|\\(?:{KNOWN})(?![a-z]))*")
 NUMERALS = re.compile(r"\d+(?:\.\d+)?")
 MARKS = re.compile(
     r"'|\^\{?(?:T|\\top|\\intercal|\\dagger|c|\*)\}?(?![a-zA-Z])"
