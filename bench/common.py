@@ -76,6 +76,20 @@ FAMILIES = {
         "hidden_act": "silu",
     },
 }
+PAIR = list(FAMILIES)  # what the comparisons run by default
+DENSE = {
+    "num_hidden_layers": 6,
+    "hidden_size": 256,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "intermediate_size": 512,
+    "hidden_act": "silu",
+}
+FAMILIES["qwen3"] = DENSE | {"model_type": "qwen3", "rms_norm_eps": 1e-6}
+FAMILIES["llama"] = DENSE | {"model_type": "llama", "rms_norm_eps": 1e-5}
 
 
 def options(**flags) -> argparse.Namespace:
@@ -89,7 +103,7 @@ def options(**flags) -> argparse.Namespace:
         default=75.0,
         help="a comparison ends after so long, with 3 pairs or more",
     )
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--families", nargs="*", default=PAIR, choices=PAIR)
     for name, (default, text) in flags.items():
         parser.add_argument(f"--{name}", nargs="*", default=default, help=text)
     return parser.parse_args()
@@ -108,8 +122,8 @@ def random_prompts(count: int, low: int, high: int) -> list[list[int]]:
 
 
 @contextmanager
-def model_dir(family: str, tokenizer=None, seed=0, **changes):
-    """A directory with random weights of a family, as save_model writes it."""
+def model_dir(family: str, tokenizer=None, seed=0, device="cpu", dtype=None, **changes):
+    """A directory with random weights of a family, drawn on `device`, as save_model writes it."""
     raw = {
         "vocab_size": VOCAB,
         "eos_token_id": EOS,
@@ -120,30 +134,38 @@ def model_dir(family: str, tokenizer=None, seed=0, **changes):
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(raw | FAMILIES[family] | changes))
-        save_model(Model(load_config(folder)).reset_parameters(seed), folder, tokenizer)
+        with torch.device(device):
+            model = Model(load_config(folder)).reset_parameters(seed)
+        save_model(model, folder, tokenizer, dtype=dtype)
+        del model
         yield folder
 
 
-def ours_and_peer(folder: str, dtype=torch.float32):
+def ours_and_peer(folder: str, dtype=torch.float32, device="cpu"):
     """The directory in nanocascade and in transformers, its fastest experts and attention."""
-    return load_model(folder, dtype), peer(folder, dtype)
+    return load_model(folder, dtype, device), peer(folder, dtype, device)
 
 
-def peer(folder: str, dtype=torch.float32):
+def peer(folder: str, dtype=torch.float32, device="cpu"):
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
-    ).eval()
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if load_config(folder).num_moe_layers:
+        options["experts_implementation"] = "grouped_mm"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     for module in theirs.modules():
         if hasattr(module, "time_step_limit"):  # 5.23 clamps dt by time_step_min: README
             module.time_step_limit = (0.0, float("inf"))
-    return theirs
+    return theirs.to(device)
+
+
+def device_of(model) -> torch.device:
+    return next(model.parameters()).device
 
 
 def check_same_model(ours, theirs) -> None:
     """Same directory, same logits: what is compared is speed alone."""
-    ids = torch.tensor(random_prompts(1, 40, 40))
+    ids = torch.tensor(random_prompts(1, 40, 40), device=device_of(ours))
     with torch.no_grad():
         gap = (ours.logits(ours(ids)) - theirs(ids).logits.float()).abs().max().item()
     limit = 1e-3 if ours.embed.weight.dtype == torch.float32 else 0.2
@@ -238,13 +260,11 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     load = os.getloadavg()[0]
     return (
         f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "

@@ -20,11 +20,11 @@ import torch
 from bench import common
 from bench.common import ratios, spread
 from bench.rollout import forced_decoder, forced_lengths, row_steps
-from nanocascade.checkpoint.weights import load_model
 from nanocascade.data.batch import make_batches
 from nanocascade.data.episode import Sampling
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import new_routing, no_load, score_tokens
+from nanocascade.engine.layout import load
 from nanocascade.engine.optim import freeze_routers, make_optimizer, optimizer_step
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.model.moe import update_correction_bias
@@ -54,9 +54,10 @@ class LetterScorer(Scorer):
 class Ours:
     """One step as train_rl.py takes it, or, with a teacher, as train_mopd.py does."""
 
-    def __init__(self, folder, teacher_folder, rows, rollouts, lengths):
-        self.model, self.tokenizer = load_model(folder), Tokenizer(folder)
-        self.teacher = load_model(teacher_folder).requires_grad_(False) if teacher_folder else None
+    def __init__(self, folder, teacher_folder, rows, rollouts, lengths, dist=None):
+        self.dist = dist or Dist()
+        self.model, self.tokenizer = load(folder, self.dist), Tokenizer(folder)
+        self.teacher = load(teacher_folder, self.dist, frozen=True) if teacher_folder else None
         freeze_routers(self.model)
         self.optimizer = make_optimizer(self.model, 1e-6, (0.9, 0.95), 0.0)
         self.rows, self.rollouts, self.lengths = rows, rollouts, lengths
@@ -74,15 +75,17 @@ class Ours:
                 self.step,
                 range(len(self.rows)),
                 self.scorer,
+                self.dist,
             )
         rollouts = [x for group in groups for x in group]
         rewards = torch.tensor([x.reward for x in rollouts]).view(-1, self.rollouts)  # (p, r)
         advantages = group_advantages(rewards).flatten().tolist()
         for x, advantage in zip(rollouts, advantages, strict=True):
             x.advantage = advantage
-        counts = torch.tensor([x.num_loss_tokens for x in rollouts])  # (o,)
+        counts = [x.num_loss_tokens for x in rollouts]
+        counts = torch.tensor(counts, device=self.dist.device)  # (o,)
         load = no_load(model)
-        for batch in make_batches(rollouts, MICRO):
+        for batch in make_batches(rollouts, MICRO, self.dist.device):
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_logprobs, _ = score_tokens(self.teacher, batch)
@@ -108,7 +111,7 @@ class Ours:
                 )
             loss.backward()
             load += routing.load(batch.valid, model.config.num_experts)
-        optimizer_step(model, self.optimizer, 1e-6, 1.0, Dist())
+        optimizer_step(model, self.optimizer, 1e-6, 1.0, self.dist)
         update_correction_bias(model, load, 1e-3)
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from bench import common
-from bench.common import EOS, Peak, alternate, ratios, spread, timed, token_flops
+from bench.common import EOS, Peak, alternate, device_of, ratios, spread, timed, token_flops
 from nanocascade import sampler
 
 
@@ -27,7 +27,8 @@ class ForcedDecoder(sampler.Decoder):
 
     def admit(self, prompts, owners, keys, limits):
         experts = super().admit(prompts, owners, keys, limits)
-        self.state["limit"] = self.lengths[self.state["owner"].clamp(min=0)]  # (b,)
+        lengths = self.lengths.to(self.device)
+        self.state["limit"] = lengths[self.state["owner"].clamp(min=0)]  # (b,)
         return experts
 
 
@@ -59,7 +60,7 @@ def forced_lengths(lengths, width, eos=EOS, pad=0):
     class Forced(LogitsProcessor):
         def __call__(self, ids, scores):
             scores[:, [eos, pad]] = -torch.inf
-            ending = limits == ids.shape[1] - width + 1  # (b,)
+            ending = (limits == ids.shape[1] - width + 1).to(scores.device)  # (b,)
             scores[ending] = -torch.inf
             scores[ending, eos] = 0.0
             return scores
@@ -73,15 +74,15 @@ def their_rollouts(model, prompts, rollouts, lengths, batch):
     """The same prompts and lengths through generate, prompts sorted by length, `batch` rows."""
     rows = [(x, lengths[i * rollouts + j]) for i, x in enumerate(prompts) for j in range(rollouts)]
     rows.sort(key=lambda row: len(row[0]))
-    total = 0
+    total, device = 0, device_of(model)
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         width = max(len(x) for x, _ in part)
         ids = torch.tensor([[0] * (width - len(x)) + x for x, _ in part])
         valid = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x, _ in part])
         out = model.generate(
-            ids,
-            attention_mask=valid,
+            ids.to(device),
+            attention_mask=valid.to(device),
             do_sample=True,
             temperature=1.0,
             top_k=0,

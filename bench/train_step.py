@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import common
-from bench.common import Peak, alternate, ratios, spread, timed, token_flops
+from bench.common import Peak, alternate, device_of, ratios, spread, timed, token_flops
 from nanocascade.data.batch import make_batches
 from nanocascade.data.episode import Rollout
 from nanocascade.engine.distributed import Dist
@@ -35,15 +35,15 @@ def documents(sizes: list[int]) -> list[Rollout]:
     return rollouts
 
 
-def our_step(model, optimizer, rollouts) -> float:
+def our_step(model, optimizer, rollouts, dist=None) -> float:
     """Packing included: mean cross-entropy of all tokens, one update."""
     total, loss_sum = sum(x.num_loss_tokens for x in rollouts), 0.0
-    for batch in make_batches(rollouts, MICRO):
+    for batch in make_batches(rollouts, MICRO, device_of(model)):
         logprobs, _ = score_tokens(model, batch)
         loss = -(logprobs * batch.mask).sum() / total
         loss.backward()
         loss_sum += loss.item()
-    optimizer_step(model, optimizer, 1e-5, 1.0, Dist())
+    optimizer_step(model, optimizer, 1e-5, 1.0, dist or Dist())
     return loss_sum
 
 
@@ -53,8 +53,10 @@ def their_step(model, optimizer, rollouts, rows) -> float:
     for start in range(0, len(rollouts), rows):
         part = [x.tokens for x in rollouts[start : start + rows]]
         width = max(map(len, part))
-        ids = torch.tensor([x + [0] * (width - len(x)) for x in part])
-        valid = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in part])
+        ids = [x + [0] * (width - len(x)) for x in part]
+        ids = torch.tensor(ids, device=device_of(model))  # (b, t)
+        valid = [[1] * len(x) + [0] * (width - len(x)) for x in part]
+        valid = torch.tensor(valid, device=device_of(model))  # (b, t)
         logits = model(ids, attention_mask=valid, use_cache=False).logits  # (b, t, v)
         labels = ids[:, 1:].masked_fill(valid[:, 1:] == 0, -100)
         loss = (
