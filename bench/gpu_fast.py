@@ -22,10 +22,10 @@ from bench.rollout import our_rollouts, their_rollouts
 from bench.train_step import documents, our_step, their_step
 from nanocascade.checkpoint.weights import load_model
 from nanocascade.engine import distributed
+from nanocascade.engine.distributed import Layout
 from nanocascade.engine.layout import load
 from nanocascade.engine.optim import make_optimizer
 from nanocascade.model.cache import Cache
-from nanocascade.run.settings import RunConfig
 from nanocascade.sampler import Decoder, sample_keys
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy.start import build_toy_tokenizer
@@ -243,10 +243,9 @@ def turns_of_rollouts(setup: Setup, ours, theirs, prompts, r, lengths, batches) 
 # ---- Steps ---------------------------------------------------------------------------------------
 
 
-def layout_of(setup: Setup) -> RunConfig:
-    """bf16 products with fp32 master weights, on one rank; on a CPU plain fp32."""
-    flags = {} if setup.small else {"shard": True, "dtype": "bfloat16"}
-    return RunConfig(device=setup.device, **flags)
+def layout_of(setup: Setup) -> Layout:
+    """bf16 products with fp32 master weights, on one rank; in toy sizes plain fp32."""
+    return Layout() if setup.small else Layout(shard=True, dtype="bfloat16")
 
 
 def training_tokens_a_second(setup: Setup) -> Iterator[Finding]:
@@ -272,7 +271,7 @@ def training_in_turns(setup: Setup, folder: str, rollouts, rows: int) -> tuple[f
         with torch.autocast(setup.device.split(":")[0], BF16, enabled=not setup.small):
             their_step(theirs, other, rollouts, rows)
 
-    with distributed.start(layout_of(setup)) as dist:
+    with distributed.start(setup.device, layout_of(setup)) as dist:
         ours = load(folder, dist)
         mine = make_optimizer(ours, 1e-5, (0.9, 0.95), 0.0)
         work = (lambda: our_step(ours, mine, rollouts, dist), their_turn)
@@ -287,7 +286,7 @@ def whole_steps(setup: Setup) -> Iterator[Finding]:
     for family in LARGE:
         with directory(setup, family) as folder, directory(setup, family, seed=1) as teacher:
             for loss, path in (("GRPO", None), ("MOPD", teacher)):
-                with distributed.start(layout_of(setup)) as dist:
+                with distributed.start(setup.device, layout_of(setup)) as dist:
                     step = Ours(folder, path, make_rows("math", p), r, lengths, dist)
                     step()
                     seconds = min(timed(step) for _ in range(1 if setup.small else 2))

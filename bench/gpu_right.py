@@ -27,13 +27,13 @@ from nanocascade.checkpoint.weights import load_model
 from nanocascade.data.batch import make_batches
 from nanocascade.data.episode import Rollout
 from nanocascade.engine import distributed
+from nanocascade.engine.distributed import Layout
 from nanocascade.engine.forward import new_routing, score_tokens
 from nanocascade.engine.layout import load
 from nanocascade.engine.optim import make_optimizer, optimizer_step
 from nanocascade.model.cache import Cache
 from nanocascade.model.model import Model
 from nanocascade.model.moe import Experts, Routing
-from nanocascade.run.settings import RunConfig
 from nanocascade.sampler import draw, generate, hash_uniform
 
 ROOT = Path(__file__).parents[1]
@@ -225,7 +225,7 @@ def sampling_arithmetic(setup: Setup) -> Iterator[Finding]:
 
 def train(folder: str, device: str, steps: int, sizes: list[int], **flags):
     """(losses, gradient norms, weights) of some steps of next-token loss, laid out as flags say."""
-    with distributed.start(RunConfig(device=device, **flags)) as dist:
+    with distributed.start(device, Layout(**flags)) as dist:
         model = load(folder, dist)
         optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.1, dist.offload_optimizer)
         losses, norms, rollouts = [], [], documents(sizes)

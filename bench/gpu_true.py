@@ -19,6 +19,7 @@ from nanocascade.checkpoint.hf_config import load_config
 from nanocascade.checkpoint.weights import load_model
 from nanocascade.data.batch import make_batches
 from nanocascade.engine import distributed
+from nanocascade.engine.distributed import Layout
 from nanocascade.engine.forward import score_tokens
 from nanocascade.engine.layout import load
 from nanocascade.engine.optim import make_optimizer, optimizer_step
@@ -26,12 +27,11 @@ from nanocascade.model.cache import Cache
 from nanocascade.model.layers import KEEP_FP32
 from nanocascade.model.model import Model
 from nanocascade.plan import meter, plan
-from nanocascade.run.settings import RunConfig
 from nanocascade.sampler import generate
 
 # Shares of the plan that a measured peak or time may be. Peaks are planned high on purpose.
 PEAKS, TIMES = (0.75, 1.05), (0.5, 2.0)  # times: of a GPU only
-LAYOUT = {name: getattr(RunConfig(), name) for name in distributed.LAYOUT}
+LAYOUT = vars(Layout())
 BLOCK_TOKENS, BLOCK_ROWS, BLOCK_CONTEXT = 8192, 64, 2048
 
 
@@ -102,8 +102,8 @@ def training_peaks(setup: Setup) -> Iterator[Finding]:
 
 
 def peak_of_steps(setup: Setup, folder: str, sizes: list[int], flags: dict) -> float:
-    config = RunConfig(device=setup.device, **flags)
-    with DevicePeak(setup) as peak, distributed.start(config) as dist:
+    layout = Layout(**flags)
+    with DevicePeak(setup) as peak, distributed.start(setup.device, layout) as dist:
         model = load(folder, dist)
         optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 0.0, dist.offload_optimizer)
         for _ in range(2):

@@ -24,7 +24,7 @@ from nanocascade.data.batch import make_batches
 from nanocascade.data.episode import Sampling
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import new_routing, no_load, score_tokens
-from nanocascade.engine.layout import load
+from nanocascade.engine.layout import load, load_frozen
 from nanocascade.engine.optim import freeze_routers, make_optimizer, optimizer_step
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.model.moe import update_correction_bias
@@ -57,7 +57,7 @@ class Ours:
     def __init__(self, folder, teacher_folder, rows, rollouts, lengths, dist=None):
         self.dist = dist or Dist()
         self.model, self.tokenizer = load(folder, self.dist), Tokenizer(folder)
-        self.teacher = load(teacher_folder, self.dist, frozen=True) if teacher_folder else None
+        self.teacher = load_frozen(teacher_folder, self.dist) if teacher_folder else None
         freeze_routers(self.model)
         self.optimizer = make_optimizer(self.model, 1e-6, (0.9, 0.95), 0.0)
         self.rows, self.rollouts, self.lengths = rows, rollouts, lengths
