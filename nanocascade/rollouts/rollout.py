@@ -13,10 +13,10 @@ from nanocascade.data.rows import conversation
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.layout import unsharded
 from nanocascade.environments.loop import answer
-from nanocascade.rewards import kind_of
-from nanocascade.rollouts.scoring import book_rewards
-from nanocascade.sampler import generate
+from nanocascade.rollouts.scoring import Scorer
+from nanocascade.sampler import Sample, generate
 from nanocascade.tokenizer.chat import parse_response
+from nanocascade.tokenizer.tokenizer import Tokenizer
 
 
 def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, scorer=None, dist=None):
@@ -26,74 +26,117 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
     groups and {"time/rollout", "time/score"} in seconds.
     """
     start, dist = time.perf_counter(), dist or Dist()
-    prompts = [tokenizer.render(*conversation(x), sampling.thinking, True)[0] for x in rows]
-    groups = [
-        [
-            Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
-            for _ in range(num_samples)
+    episodes = Episodes(tokenizer, rows, num_samples, sampling, scorer)
+    sample_turns = partial(
+        generate,
+        model,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_ids=tokenizer.eos_ids,
+        max_rows=sampling.max_rows,
+        seed=seed,
+        return_experts=sampling.return_experts,
+        keep_going=dist.keep_going(),
+    )
+    with unsharded(model):
+        sample_turns(
+            episodes.prompts,
+            num_samples=num_samples,
+            max_new_tokens=[sampling.room(len(x)) for x in episodes.prompts],
+            row_ids=row_ids,
+            on_sample=episodes.add_turn,
+        )
+        places = episodes.calling([(p, r) for p in range(len(rows)) for r in range(num_samples)])
+        while dist.together(places):
+            episodes.answer_calls(places)
+            places = [place for place in places if not episodes.at(place).truncated]
+            rollouts = [episodes.at(place) for place in places]
+            sample_turns(
+                [x.tokens for x in rollouts],
+                max_new_tokens=[
+                    sampling.room(x.prompt_length) + x.prompt_length - len(x.tokens)
+                    for x in rollouts
+                ],
+                # an id for each episode; positions differ from turn to turn
+                row_ids=[(row_ids[p] + 1) * (1 << 20) + r for p, r in places],
+                on_sample=partial(episodes.add_later_turn, places),
+            )
+            places = episodes.calling(places)
+    sampled = time.perf_counter()
+    episodes.book_rewards()
+    spent = {"time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
+    return episodes.groups, spent
+
+
+class Episodes:
+    """The episodes of one roll_out: a turn of all, then the tools' results, then the next turn.
+
+    A place (p, r) is rollout r of prompt p.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        rows: list[dict],
+        num_samples: int,
+        sampling: Sampling,
+        scorer: Scorer | None,
+    ):
+        self.tokenizer, self.sampling, self.scorer = tokenizer, sampling, scorer
+        self.prompts = [
+            tokenizer.render(*conversation(row), sampling.thinking, True)[0] for row in rows
         ]
-        for row, ids in zip(rows, prompts, strict=True)
-    ]
-    verdicts: dict[int, Future] = {}
+        self.groups = [
+            [
+                Rollout(row, list(ids), len(ids), [False] * len(ids), [0.0] * len(ids))
+                for _ in range(num_samples)
+            ]
+            for row, ids in zip(rows, self.prompts, strict=True)
+        ]
+        self.verdicts: dict[tuple[int, int], Future] = {}  # by place
 
-    calls_tool = partial(wants_tool, sampling=sampling)
+    def at(self, place: tuple[int, int]) -> Rollout:
+        p, r = place
+        return self.groups[p][r]
 
-    def scored(rollout: Rollout) -> bool:
-        graded = scorer is not None and scorer.grades(rollout.row)
-        return graded and kind_of(rollout.row) != "preference"
-
-    def finish(p: int, r: int, sample) -> None:
-        """Book a turn; a finished episode goes to the scorer while others are still sampled."""
-        rollout = groups[p][r]
+    def add_turn(self, p: int, r: int, sample: Sample) -> None:
+        """Add what the model wrote. A finished episode is scored while others are still sampled."""
+        rollout = self.groups[p][r]
         rollout.extend(sample.tokens, sample.logprobs)
         rollout.stop_reason = sample.stop_reason
         rollout.remember(sample.experts)
-        text = tokenizer.said(sample.tokens, sampling.thinking)
+        text = self.tokenizer.said(sample.tokens, self.sampling.thinking)
         rollout.turns.append({"role": "assistant", "content": text})
-        if scored(rollout) and not calls_tool(rollout):
-            verdicts[id(rollout)] = scorer.submit(rollout)
+        scored = self.scorer is not None and self.scorer.grades_alone(rollout.row)
+        if scored and not wants_tool(rollout, self.sampling):
+            self.verdicts[p, r] = self.scorer.submit(rollout)
 
-    options = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "stop_ids": tokenizer.eos_ids,
-        "max_rows": sampling.max_rows,
-        "seed": seed,
-        "return_experts": sampling.return_experts,
-        "keep_going": dist.keep_going(),
-    }
-    with unsharded(model):
-        generate(
-            model,
-            prompts,
-            num_samples=num_samples,
-            max_new_tokens=[sampling.room(len(x)) for x in prompts],
-            row_ids=row_ids,
-            on_sample=finish,
-            **options,
-        )
-        pending = [(p, r) for p in range(len(rows)) for r in range(num_samples)]
-        while dist.together(pending := [(p, r) for p, r in pending if calls_tool(groups[p][r])]):
-            # the next turn of every episode whose last one called a tool
-            answer_calls([groups[p][r] for p, r in pending], tokenizer, sampling)
-            pending = [(p, r) for p, r in pending if not groups[p][r].truncated]
-            texts = [groups[p][r] for p, r in pending]
-            left = [sampling.room(x.prompt_length) - len(x.tokens) + x.prompt_length for x in texts]
-            generate(
-                model,
-                [x.tokens for x in texts],
-                max_new_tokens=left,
-                # a name of its own for each episode; positions differ from turn to turn
-                row_ids=[(row_ids[p] + 1) * (1 << 20) + r for p, r in pending],
-                on_sample=lambda i, _, sample, who=tuple(pending): finish(*who[i], sample),
-                **options,
-            )
-    sampled = time.perf_counter()
-    for group in groups if scorer is not None else ():
-        book_rewards(group, verdicts, scorer, tokenizer)
-    spent = {"time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
-    return groups, spent
+    def add_later_turn(self, places: list, i: int, _, sample: Sample) -> None:
+        self.add_turn(*places[i], sample)
+
+    def calling(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of the places whose last turn calls a tool."""
+        return [place for place in places if wants_tool(self.at(place), self.sampling)]
+
+    def answer_calls(self, places: list[tuple[int, int]]) -> None:
+        """Add the tools' results, without loss, up to where the next turns begin."""
+        rollouts = [self.at(place) for place in places]
+        with ThreadPoolExecutor(2) as threads:  # each waits for a process if programs are run
+            all_results = list(threads.map(run_calls, rollouts))
+        for rollout, results in zip(rollouts, all_results, strict=True):
+            ids = self.tokenizer.tool_result_ids(results, self.sampling.thinking)
+            room = self.sampling.room(rollout.prompt_length)
+            if len(rollout.tokens) + len(ids) - rollout.prompt_length >= room:
+                rollout.stop_reason = "length"  # no room to answer: the episode ends with its call
+                continue
+            rollout.extend(ids)
+            rollout.turns.append({"role": "tool", "content": "\n".join(results)})
+
+    def book_rewards(self) -> None:
+        for p, group in enumerate(self.groups if self.scorer is not None else ()):
+            verdicts = [self.verdicts.get((p, r)) for r in range(len(group))]
+            self.scorer.book(group, verdicts, self.tokenizer.encode)
 
 
 def wants_tool(rollout: Rollout, sampling: Sampling) -> bool:
@@ -112,17 +155,3 @@ def run_calls(rollout: Rollout) -> list[str]:
         rollout.played, result = answer(rollout.row, rollout.played, call["function"])
         results.append(result)
     return results
-
-
-def answer_calls(rollouts: list[Rollout], tokenizer, sampling: Sampling) -> None:
-    """What the tools say to the last turns, without loss, up to where the next turns begin."""
-    with ThreadPoolExecutor(2) as threads:  # each waits for a process where programs are run
-        called = list(threads.map(run_calls, rollouts))
-    for rollout, results in zip(rollouts, called, strict=True):
-        told = tokenizer.tool_result_ids(results, sampling.thinking)
-        room = sampling.room(rollout.prompt_length)
-        if len(rollout.tokens) + len(told) - rollout.prompt_length >= room:
-            rollout.stop_reason = "length"  # no room to answer: the episode ends with its call
-            continue
-        rollout.extend(told)
-        rollout.turns.append({"role": "tool", "content": "\n".join(results)})
