@@ -13,6 +13,8 @@ scores in the teacher's domains is taken. default=DIR teaches the domains that h
 teacher; with the directory of --init it holds them where they were (self-anchor).
 """
 
+from functools import partial
+
 import torch
 
 from nanocascade import stages
@@ -25,10 +27,12 @@ from nanocascade.engine.update import Update
 from nanocascade.mopd import compute_mopd_loss, denominators
 from nanocascade.plan import plan
 from nanocascade.rollouts.groups import apply_overlong, collect_groups, rollout_metrics
+from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.run.evaluate import find_judge
 from nanocascade.run.run import Run
 from nanocascade.run.settings import TOY, EvalSettings, RunSettings, read_settings, require_flags
+from nanocascade.sampler import step_seed
 from nanocascade.teachers import Teachers, token_shares
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -76,6 +80,8 @@ def train(
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.load_model()
+    # pi_inf is the student itself, with a cache (sampler.py).
+    play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
     if not recipe.train_router:
         freeze_routers(model)
 
@@ -93,20 +99,9 @@ def train(
 
     # ---- Loop ------------------------------------------------------------------------------------
     for step in run.log.steps(first, recipe.steps, recipe.stage):
-        # Rollouts: pi_inf is the student itself, with a cache (sampler.py).
-        groups, timing = collect_groups(
-            model,
-            run.tokenizer,
-            stream,
-            recipe.prompts,
-            recipe.rollouts,
-            sampling,
-            settings.seed,
-            step,
-            scorer,
-            dist,
-            dynamic=False,
-        )
+        # Rollouts from the student, scored if there is a verifier.
+        seed = step_seed(settings.seed, step)
+        groups, timing = collect_groups(play, stream, recipe.prompts, recipe.rollouts, seed, dist)
         apply_overlong(groups, recipe.overlong)
         rollouts = [x for g in groups for x in g]
         taught = teachers.split(rollouts)  # by teacher; response_ids count in this order

@@ -10,6 +10,8 @@ standardise rewards within groups, take ONE gradient step. What differs between 
 of nanocascade/stages.py.
 """
 
+from functools import partial
+
 import torch
 
 from nanocascade import stages
@@ -29,11 +31,13 @@ from nanocascade.rollouts.groups import (
     mask_unsolved,
     rollout_metrics,
 )
+from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.run.evaluate import find_judge
 from nanocascade.run.rows import check_outcomes
 from nanocascade.run.run import Run
 from nanocascade.run.settings import EvalSettings, RunSettings, read_settings, require_flags
+from nanocascade.sampler import step_seed
 
 # ---- Config --------------------------------------------------------------------------------------
 
@@ -86,17 +90,16 @@ def train(
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.load_model()
+    # pi_inf is the model itself, with a cache (sampler.py).
+    play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
     reference = FrozenModel(settings.init, dist) if recipe.kl_coef else None
     if not recipe.train_router:
         freeze_routers(model)
     kept = None
     if (recipe.max_pass_rate < 1 or recipe.keep_unsolved < 1) and not run.resumes:
         kept = in_reach(
-            model,
-            run.tokenizer,
+            play,
             rows,
-            sampling,
-            scorer,
             settings.seed,
             dist,
             samples=recipe.pass_samples,
@@ -115,19 +118,10 @@ def train(
 
     # ---- Loop ------------------------------------------------------------------------------------
     for step in run.log.steps(first, recipe.steps, recipe.stage):
-        # Rollouts: pi_inf is the model itself, with a cache (sampler.py).
+        # Rollouts from the current policy, scored.
+        seed, dynamic = step_seed(settings.seed, step), recipe.dynamic_filtering
         groups, timing = collect_groups(
-            model,
-            run.tokenizer,
-            stream,
-            recipe.prompts,
-            recipe.rollouts,
-            sampling,
-            settings.seed,
-            step,
-            scorer,
-            dist,
-            recipe.dynamic_filtering,
+            play, stream, recipe.prompts, recipe.rollouts, seed, dist, dynamic
         )
         apply_overlong(groups, recipe.overlong)
         mask_unsolved(groups, recipe.mask_unsolved)

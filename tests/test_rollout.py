@@ -148,23 +148,25 @@ def rows_of(*outcomes):
     return [{"id": i, "domain": "math", "outcomes": x} for i, x in enumerate(outcomes)]
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """roll_out without a model: a row's outcomes stand in the row. The calls it gets."""
-    heard = []
+class Calls(list):
+    """roll_out without a model: a row's outcomes stand in the row. It is a list of its calls."""
 
-    def fake(model, tokenizer, rows, num_samples, sampling, seed, row_ids, *_):
-        heard.append((len(rows), num_samples, seed, list(row_ids)))
+    def __call__(self, rows, num_samples, sampling=None, seed=0, row_ids=(), *_):
+        self.append((len(rows), num_samples, seed, list(row_ids)))
         return [group(x, *x["outcomes"]) for x in rows], {"time/rollout": 1.0, "time/score": 0.5}
 
-    monkeypatch.setattr(drawing, "roll_out", fake)
-    monkeypatch.setattr(evaluation, "roll_out", fake)
+
+@pytest.fixture
+def calls(monkeypatch):
+    """roll_out without a model, in evaluations too."""
+    heard = Calls()
+    monkeypatch.setattr(evaluation, "roll_out", lambda model, tokenizer, *args: heard(*args))
     return heard
 
 
-def collect(rows, prompts, dynamic, dist=ALONE):
-    args = PromptStream(rows, 0), prompts, 2, None, 0, 3, None, dist, dynamic
-    groups, timing = drawing.collect_groups(None, None, *args)
+def collect(calls, rows, prompts, dynamic, dist=ALONE):
+    args = PromptStream(rows, 0), prompts, 2, step_seed(0, 3), dist, dynamic
+    groups, timing = drawing.collect_groups(calls, *args)
     order = [x["id"] for _, x in PromptStream(rows, 0).take(99)]
     return [g[0].row["id"] for g in groups], timing, order
 
@@ -173,7 +175,7 @@ def test_dynamic_filtering(calls):
     """Groups all right or all wrong are replaced by the stream's next prompts, in its order, each
     with a position of its own; after MAX_DRAWS times the prompts it stops with what it has."""
     rows = rows_of(RIGHT, MIXED, WRONG, MIXED, MIXED, RIGHT, MIXED, (0.5, 0.5))
-    kept, timing, order = collect(rows, 4, dynamic=True)
+    kept, timing, order = collect(calls, rows, 4, dynamic=True)
     assert kept == [i for i in order if rows[i]["outcomes"] == MIXED][:4]
     tried, outcomes = timing["group/tried"], sum(([*rows[i]["outcomes"]] for i in order), [])
     assert sum((x[3] for x in calls), []) == list(range(tried)) and tried > 4
@@ -185,13 +187,13 @@ def test_dynamic_filtering(calls):
     assert {x[2] for x in calls} == {step_seed(0, 3)} != {step_seed(1, 3)}
     two = SimpleNamespace(**{k: getattr(ALONE, k) for k in ("shard", "sum")})  # ranks
     two.gather = lambda x: [x, ({"time/rollout": 9.0, "time/score": 0.0}, [])]
-    slow, times = collect(rows, 4, True, two)[1], ("time/rollout", "time/score")
+    slow, times = collect(calls, rows, 4, True, two)[1], ("time/rollout", "time/score")
     assert [slow[k] for k in times] == [9.0, 0.0] != [timing[k] for k in times]
-    kept, timing, order = collect(rows, 4, dynamic=False)
+    kept, timing, order = collect(calls, rows, 4, dynamic=False)
     assert kept == order[:4] and timing["group/tried"] == 4
-    kept, timing, order = collect(rows_of(*[WRONG] * 5), 3, dynamic=True)
+    kept, timing, order = collect(calls, rows_of(*[WRONG] * 5), 3, dynamic=True)
     assert timing["group/tried"] == 3 * MAX_DRAWS and kept == order[: 3 * MAX_DRAWS][-3:]
-    kept, timing, _ = collect(rows_of(MIXED, *[RIGHT] * 7), 3, dynamic=True)
+    kept, timing, _ = collect(calls, rows_of(MIXED, *[RIGHT] * 7), 3, dynamic=True)
     assert kept in ([0], [0, 0]) and timing["group/tried"] >= 3 * MAX_DRAWS
 
 
@@ -214,7 +216,7 @@ def test_numbers_in_reach(calls):
     rows = rows_of(RIGHT, (1.0, 0.5), MIXED, *[WRONG] * 300) + [{"id": "known", "pass_rate": 1.0}]
 
     def reach(**limits):
-        kept = drawing.in_reach(None, None, rows, None, None, 0, ALONE, samples=2, **limits)
+        kept = drawing.in_reach(calls, rows, 0, ALONE, samples=2, **limits)
         return [rows[i] for i in kept]
 
     assert reach(max_pass_rate=0.74, keep_unsolved=1.0) == rows[2:-1]

@@ -7,7 +7,6 @@ from operator import itemgetter
 import torch
 
 from nanocascade.data.episode import Rollout
-from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import NOT_SCORED
 from nanocascade.sampler import step_seed
 
@@ -15,54 +14,49 @@ from nanocascade.sampler import step_seed
 MAX_DRAWS = 4
 
 
-def collect_groups(
-    model, tokenizer, stream, prompts, num_samples, sampling, seed, step, scorer, dist, dynamic
-):
+def collect_groups(play, stream, prompts, num_samples, seed, dist, dynamic=False):
     """The groups of one step, this rank's share of `prompts` of them, and how they were drawn.
 
-    With `dynamic` filtering a group whose raw outcomes are all right or all wrong teaches nothing:
-    it is dropped and the next prompt of the stream takes its place, until the batch is full or
-    MAX_DRAWS times the prompts were tried. Whole groups, by prompt index: which answers finished
-    first plays no part.
+    play(rows, num_samples, seed=, row_ids=) is roll_out for a model. With `dynamic` filtering a
+    group whose raw outcomes are all right or all wrong teaches nothing: it is dropped and the next
+    prompt of the stream takes its place, until the batch is full or MAX_DRAWS times the prompts
+    were tried. Whole groups, by prompt index: which answers finished first plays no part.
     """
-    kept, collected, tried = 0, [], 0
-    timing, outcomes = {"time/rollout": 0.0, "time/score": 0.0}, []
-    while kept < prompts and tried < MAX_DRAWS * prompts:
-        drawn = stream.take(min(prompts - kept, MAX_DRAWS * prompts - tried))
+    num_useful, tried, collected, outcomes = 0, 0, [], []
+    timing = {"time/rollout": 0.0, "time/score": 0.0}
+    while num_useful < prompts and tried < MAX_DRAWS * prompts:
+        drawn = stream.take(min(prompts - num_useful, MAX_DRAWS * prompts - tried))
         tried += len(drawn)
-        # What is asked at length is thought about at length, and prefilled at length in any case.
-        mine = dist.shard(drawn, size=lambda x: len(str(x[1].get("responses_create_params"))))
-        groups, spent = roll_out(
-            model,
-            tokenizer,
-            [row for _, row in mine],
-            num_samples,
-            sampling,
-            step_seed(seed, step),
-            [i for i, _ in mine],
-            scorer,
-            dist,
-        )
+        # Balance ranks by prompt length: long prompts prefill slower and usually get longer
+        # answers.
+        local = dist.shard(drawn, size=lambda x: len(str(x[1].get("responses_create_params"))))
+        rows, positions = [row for _, row in local], [position for position, _ in local]
+        groups, spent = play(rows, num_samples, seed=seed, row_ids=positions)
         timing = {name: timing[name] + spent[name] for name in timing}
         outcomes += [[x.outcome for x in group] for group in groups]
         useful = [g for g in groups if not dynamic or len({x.outcome for x in g}) > 1]
         collected += useful
-        kept += dist.sum(len(useful))
-    everyone = dist.gather((timing, outcomes))
-    slowest = max((spent for spent, _ in everyone), key=lambda x: sum(x.values()))
-    found = [x for _, part in everyone for x in part if None not in x]  # of all drawn groups
-    timing = slowest | {"group/tried": tried}
-    timing["group/all_right"] = mean(set(x) == {1.0} for x in found)
-    timing["group/all_wrong"] = mean(set(x) == {0.0} for x in found)
-    if found:
-        timing["outcome/drawn"] = mean(x for part in found for x in part)
-    # Where no group anywhere teaches anything the last ones are kept: all alike, they move little.
-    return collected if kept else groups, timing
+        num_useful += dist.sum(len(useful))
+    by_rank = dist.gather((timing, outcomes))
+    timing = max((spent for spent, _ in by_rank), key=lambda x: sum(x.values()))  # the slowest
+    timing |= {"group/tried": tried} | group_metrics([x for _, part in by_rank for x in part])
+    # If every group was filtered out, keep the last ones; their advantages are all zero.
+    return collected if num_useful else groups, timing
 
 
-def in_reach(
-    model, tokenizer, rows, sampling, scorer, seed, dist, *, samples, max_pass_rate, keep_unsolved
-) -> list[int]:
+def group_metrics(outcomes: list[list]) -> dict[str, float]:
+    """Shares of the drawn groups, dropped ones included: [[0, 1], [1, 1]] -> all_right 1/2."""
+    outcomes = [group for group in outcomes if None not in group]
+    metrics = {
+        "group/all_right": mean(set(x) == {1.0} for x in outcomes),
+        "group/all_wrong": mean(set(x) == {0.0} for x in outcomes),
+    }
+    if outcomes:
+        metrics["outcome/drawn"] = mean(x for group in outcomes for x in group)
+    return metrics
+
+
+def in_reach(play, rows, seed, dist, *, samples, max_pass_rate, keep_unsolved) -> list[int]:
     """Indices of the rows that are neither too easy nor too hard for the model.
 
     A row is too easy if the model solves it more often than `max_pass_rate`. Of the rows that it
@@ -71,17 +65,7 @@ def in_reach(
     and from agentic SWE RL what is solved 16 of 16 times and nine tenths of what is never solved.
     """
     unknown = dist.shard([i for i, row in enumerate(rows) if "pass_rate" not in row])
-    groups, _ = roll_out(
-        model,
-        tokenizer,
-        [rows[i] for i in unknown],
-        samples,
-        sampling,
-        step_seed(seed, -1),
-        unknown,
-        scorer,
-        dist,
-    )
+    groups, _ = play([rows[i] for i in unknown], samples, seed=step_seed(seed, -1), row_ids=unknown)
     measured = {i: mean(x.outcome for x in group) for i, group in zip(unknown, groups, strict=True)}
     rates = {i: row["pass_rate"] for i, row in enumerate(rows) if "pass_rate" in row}
     for part in dist.gather(measured):
@@ -122,32 +106,36 @@ def mask_unsolved(groups: list[list[Rollout]], threshold: float) -> None:
 
 def rollout_metrics(groups: list[list[Rollout]], dist) -> dict[str, float]:
     """Rewards, outcomes and lengths of a step's batch, over all ranks."""
-    flat = [
-        (
-            x.domain,
-            None if x.reason == NOT_SCORED else x.reward,
-            x.outcome,
-            x.response_length,
-            x.truncated,
-        )
+    records = [
+        {
+            "domain": x.domain,
+            "reward": None if x.reason == NOT_SCORED else x.reward,
+            "outcome": x.outcome,
+            "length": x.response_length,
+            "truncated": x.truncated,
+        }
         for group in groups
         for x in group
     ]
-    everyone = [x for part in dist.gather(flat) for x in part]
-    rewards, outcomes = defaultdict(list), defaultdict(list)
-    for domain, reward, outcome, _, _ in sorted(everyone, key=itemgetter(0)):
-        if reward is not None:
-            rewards[domain].append(reward)
-        if outcome is not None:
-            outcomes[domain].append(outcome)
-    out = {"reward/mean": mean(x for part in rewards.values() for x in part)} if rewards else {}
-    for domain, found in rewards.items():
-        out[f"reward/mean/{domain}"] = mean(found)
-        out[f"reward/std/{domain}"] = float(torch.tensor(found).std(correction=0))
-    out |= {f"outcome/{domain}": mean(found) for domain, found in outcomes.items()}
-    out["response/length"] = mean(x[3] for x in everyone)
-    out["response/truncated"] = mean(x[4] for x in everyone)
-    return out
+    records = [x for part in dist.gather(records) for x in part]
+    rewards, outcomes = by_domain(records, "reward"), by_domain(records, "outcome")
+    metrics = {"reward/mean": mean(x for part in rewards.values() for x in part)} if rewards else {}
+    for domain, values in rewards.items():
+        metrics[f"reward/mean/{domain}"] = mean(values)
+        metrics[f"reward/std/{domain}"] = float(torch.tensor(values).std(correction=0))
+    metrics |= {f"outcome/{domain}": mean(values) for domain, values in outcomes.items()}
+    metrics["response/length"] = mean(x["length"] for x in records)
+    metrics["response/truncated"] = mean(x["truncated"] for x in records)
+    return metrics
+
+
+def by_domain(records: list[dict], key: str) -> dict[str, list]:
+    """{domain: values of the key}, without those that are None."""
+    found = defaultdict(list)
+    for record in sorted(records, key=itemgetter("domain")):
+        if record[key] is not None:
+            found[record["domain"]].append(record[key])
+    return found
 
 
 def mean(values) -> float:
