@@ -6,6 +6,7 @@
 #   bash runs/toy.sh --short      every stage for a few steps, to see that it all works
 #   bash runs/toy.sh --thorough   2,000 evaluation samples for every domain after every stage
 #   bash runs/toy.sh --seed 1     another seed
+#   DEVICE=cuda bash runs/toy.sh  on a GPU (default: cpu)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh

@@ -36,7 +36,7 @@ class Rows(torch.autograd.Function):
 def move_rows(x: Tensor, group, gathered: bool) -> Tensor:
     n = len(x) * group.size() if gathered else len(x) // group.size()
     out = x.new_empty(n, *x.shape[1:])
-    move = torch_dist.all_gather_single if gathered else torch_dist.reduce_scatter_single
+    move = torch_dist.all_gather_into_tensor if gathered else torch_dist.reduce_scatter_tensor
     move(out, x.contiguous(), group=group)
     return out
 
