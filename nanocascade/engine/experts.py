@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of a group computes its own experts on the tokens of all."""
+"""Expert parallelism: each rank of a group holds some experts and applies them to all tokens."""
 
 from functools import partial
 
@@ -11,111 +11,169 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from nanocascade.engine.distributed import Dist
-from nanocascade.model.moe import Experts, group_ends
+from nanocascade.model.moe import Experts, MoE, group_ends
 
-EXPERT_TOKENS = 8192  # gathered tokens that a rank's experts compute on at once
-
-
-# ---- Expert parallelism --------------------------------------------------------------------------
-
-
-class Rows(torch.autograd.Function):
-    """Gathered: (n, d) of each rank -> (ep*n, d) on all. Otherwise the reverse, whose gradient it
-    is: the sum of all ranks' (ep*n, d), its own n rows on each."""
-
-    @staticmethod
-    def forward(ctx, x, group, gathered):
-        ctx.group, ctx.gathered = group, gathered
-        return move_rows(x, group, gathered)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return move_rows(grad, ctx.group, not ctx.gathered), None, None
+CHUNK_TOKENS = 8192  # gathered tokens that the experts of a rank compute on at once
+# The new names of torch 2.13, where the old ones are deprecated; 2.11 has the old ones only.
+if hasattr(torch_dist, "all_gather_single"):
+    gather_rows, sum_and_scatter_rows = (
+        torch_dist.all_gather_single,
+        torch_dist.reduce_scatter_single,
+    )
+else:
+    gather_rows = torch_dist.all_gather_into_tensor
+    sum_and_scatter_rows = torch_dist.reduce_scatter_tensor
 
 
-def move_rows(x: Tensor, group, gathered: bool) -> Tensor:
-    n = len(x) * group.size() if gathered else len(x) // group.size()
-    out = x.new_empty(n, *x.shape[1:])
-    move = torch_dist.all_gather_into_tensor if gathered else torch_dist.reduce_scatter_tensor
-    move(out, x.contiguous(), group=group)
+# ---- Collectives with gradients ------------------------------------------------------------------
+
+
+def all_gather(x: Tensor, group) -> Tensor:
+    """(n, d) of each rank -> (ep*n, d) on every rank."""
+    out = x.new_empty(group.size() * len(x), *x.shape[1:])
+    gather_rows(out, x.contiguous(), group=group)
     return out
 
 
-def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -> None:
-    """Give each rank of an expert group its experts; over the shard axis FSDP cuts their rows."""
-    found = [m for m in model.modules() if isinstance(m, Experts)]
-    ep, (e, f, d) = dist.expert_parallel, found[0].down_proj.shape if found else (0, 0, 0)
-    pieces = dist.world_size // dist.replicas // ep
-    if not found or e % ep or f % pieces or d % pieces:
-        raise ValueError(
-            f"--expert_parallel {ep} on {dist.world_size} ranks: {e} experts of "
-            f"({f}, {d}) do not divide into {ep} x {pieces}"
-        )
-    tokens = [0]  # of the present forward, padded to the group's maximum
-
-    def agree(_, args, kwargs) -> None:
-        tokens[0] = dist.reduce(args[0].numel(), torch_dist.ReduceOp.MAX, dist.expert_group)
-
-    model.register_forward_pre_hook(agree, with_kwargs=True)
-    axis, place = dist.expert_mesh["expert"], dist.expert_group.rank()
-    for experts in found:
-        for name, p in list(experts.named_parameters()):
-            mine = p.detach().chunk(ep)[place].clone()  # (e/ep, ...): lets go of the others
-            mine = DTensor.from_local(mine, axis, [Shard(0)], run_check=False)
-            setattr(experts, name, nn.Parameter(mine, requires_grad=p.requires_grad))
-        experts.forward = partial(forward_spread, experts, dist.expert_group, e, tokens)
-        fully_shard(
-            experts, mesh=dist.shard_mesh, mp_policy=policy, shard_placement_fn=lambda p: Shard(1)
-        )
+def reduce_scatter(x: Tensor, group) -> Tensor:
+    """(ep*n, d) of each rank -> their sum, of which each rank gets its own n rows (n, d)."""
+    out = x.new_empty(len(x) // group.size(), *x.shape[1:])
+    sum_and_scatter_rows(out, x.contiguous(), group=group)
+    return out
 
 
-def forward_spread(experts, group, num_experts, tokens, x, chosen, weights) -> Tensor:
-    """Experts.forward where a rank has some of them: x (n, d), chosen and weights (n, a) -> (n, d).
+class AllGather(torch.autograd.Function):
+    """all_gather, whose gradient is reduce_scatter."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter(grad, ctx.group), None
+
+
+class ReduceScatter(torch.autograd.Function):
+    """reduce_scatter, whose gradient is all_gather."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.group), None
+
+
+# ---- Experts over ranks --------------------------------------------------------------------------
+
+
+class PaddedLength:
+    """The number of tokens of the current forward, padded to the maximum over the expert group.
+
+    A forward pre-hook of the model: the ranks agree once a forward, not once a block.
+    """
+
+    def __init__(self, dist: Dist):
+        self.dist = dist
+        self.num_tokens = 0
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        group = self.dist.expert_group
+        self.num_tokens = self.dist.reduce(args[0].numel(), torch_dist.ReduceOp.MAX, group)
+
+
+class SpreadExperts(Experts):
+    """Experts of which this rank holds e/ep: takes the place, and the parameter names, of Experts.
 
     Every rank of the group gets all tokens, computes its own experts on them, and the sums go back
     to the tokens' owners. A token needs 4.5 of 8 ranks on average (6 of 128 experts), so this moves
     1.8 times what a deduplicated all-to-all would, in fixed shapes and without a host sync.
     """
-    n, a = chosen.shape
-    room = (0, 0, 0, tokens[0] - n)
-    ids = F.pad(chosen, room, value=num_experts)  # (n, a) padding is routed nowhere
-    both = torch.cat([F.pad(weights, room), ids.to(weights.dtype)], 1)  # (n, 2a) ids are exact
-    everyone = Rows.apply(F.pad(x, room), group, True)  # (ep*n, d)
-    weights, ids = Rows.apply(both, group, True).split(a, 1)  # (ep*n, a) each
-    mine = Experts.__new__(Experts)  # a bare one that holds this rank's weights for this call
-    nn.Module.__init__(mine)
-    for name, p in experts.named_parameters():
-        object.__setattr__(mine, name, p.to_local())
-    ids = ids.detach().long() - group.rank() * len(mine.up_proj)  # (ep*n, a) mine are 0, 1, ...
-    outputs = []
-    for part in zip(*(y.split(EXPERT_TOKENS) for y in (everyone, ids, weights)), strict=True):
-        if len(everyone) > EXPERT_TOKENS and torch.is_grad_enabled():  # (n*a, f) a chunk at a time
-            outputs.append(
-                checkpoint(own_experts, mine, *part, use_reentrant=False, preserve_rng_state=False)
-            )
-        else:
-            outputs.append(own_experts(mine, *part))
-    out = Rows.apply(torch.cat(outputs), group, False)  # (n, d) and padding
-    return out[:n].clone()  # no view: FSDP's hooks get lost on one
+
+    def __init__(self, experts: Experts, dist: Dist, length: PaddedLength):
+        nn.Module.__init__(self)  # Experts.__init__ would allocate all experts
+        self.group, self.length = dist.expert_group, length
+        self.num_experts = len(experts.up_proj)
+        num_local = self.num_experts // dist.expert_parallel
+        self.first_local = num_local * self.group.rank()
+        for name, parameter in experts.named_parameters():
+            local = parameter.detach().narrow(0, self.first_local, num_local)
+            local = local.clone()  # (e/ep, ...) without the memory of the other experts
+            mesh = dist.expert_mesh["expert"]
+            sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+            setattr(self, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return self.up_proj.to_local(), self.down_proj.to_local()
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x (n, d), experts and weights (n, a) -> (n, d), like Experts.forward."""
+        n = len(x)
+        padding = (0, 0, 0, self.length.num_tokens - n)
+        experts = F.pad(experts, padding, value=self.num_experts)  # (m, a) padding has no expert
+        x, weights = F.pad(x, padding), F.pad(weights, padding)  # (m, d), (m, a)
+        experts = all_gather(experts, self.group)  # (ep*m, a)
+        x = AllGather.apply(x, self.group)  # (ep*m, d)
+        weights = AllGather.apply(weights, self.group)  # (ep*m, a)
+        outputs = []
+        for chunk in zip(*(y.split(CHUNK_TOKENS) for y in (x, experts, weights)), strict=True):
+            run = partial(local_sum, self, self.first_local)
+            if len(x) > CHUNK_TOKENS and torch.is_grad_enabled():
+                # Recompute in backward: only one chunk's inner activations are kept at a time.
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            outputs.append(run(*chunk))
+        out = ReduceScatter.apply(torch.cat(outputs), self.group)  # (m, d)
+        return out[:n].clone()  # (n, d) not a view, on which FSDP's hooks would be lost
 
 
-def own_experts(mine: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of `mine` over tokens x (n, d); pairs of other ranks' experts add nothing.
+def local_sum(experts: Experts, first: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """x (n, d), chosen and weights (n, a) -> (n, d), the weighted sum of `experts`: those of the
+    model from number `first` on.
 
-    Foreign pairs are sorted behind the last group. There grouped_mm computes nothing and leaves
-    memory as it finds it, hence the masks, on inputs too: their gradients pass there.
+    (token, expert) pairs of other ranks' experts are sorted behind the last group, where grouped_mm
+    writes nothing. Masks make these rows 0 in the outputs, and in the inputs for their gradients.
     """
-    e = len(mine.up_proj)
-    flat = ids.flatten()  # (n*a,)
-    flat = flat.where((flat >= 0) & (flat < e), e)
-    order = flat.argsort(stable=True)  # (n*a,)
-    ends = group_ends(flat[order], e)  # (e,)
-    # Copying what others compute costs more than waiting for a number, but for a decode step's few.
-    if x.device.type == "cpu" or len(x) > EXPERT_TOKENS // 4:
+    e = len(experts.matrices()[0])
+    ids = chosen.flatten() - first  # (n*a,)
+    ids = ids.where((ids >= 0) & (ids < e), e)
+    order = ids.argsort(stable=True)  # (n*a,)
+    ends = group_ends(ids[order], e)  # (e,)
+    # Drop the pairs of other ranks' experts. This costs one host sync, so skip it in decoding.
+    if x.device.type == "cpu" or len(x) > CHUNK_TOKENS // 4:
         order = order[: max(int(ends[-1]), 1)]
-    own = (flat[order] < e)[:, None]  # (n*a, 1)
-    token = order // ids.shape[1]  # (n*a,)
-    inputs = x[token].where(own, 0.0)  # (n*a, d)
-    outputs = mine.products(inputs, ends)  # (n*a, d)
-    outputs = outputs.where(own, 0.0) * weights.flatten()[order, None].to(x.dtype)  # (n*a, d)
+    is_local = (ids[order] < e)[:, None]  # (n*a, 1)
+    token = order // chosen.shape[1]  # (n*a,)
+    inputs = x[token].where(is_local, 0.0)  # (n*a, d)
+    outputs = experts.products(inputs, ends).where(is_local, 0.0)  # (n*a, d)
+    outputs = outputs * weights.flatten()[order, None].to(x.dtype)  # (n*a, d)
     return torch.zeros_like(x).index_add(0, token, outputs)  # (n, d)
+
+
+def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -> None:
+    """Replace all Experts by SpreadExperts; FSDP shards their rows over the shard axis.
+
+    Raises ValueError if the experts do not divide over the ranks.
+    """
+    blocks = [x for x in model.modules() if isinstance(x, MoE)]
+    e, f, d = blocks[0].experts.down_proj.shape if blocks else (0, 0, 0)
+    ep = dist.expert_parallel
+    num_shards = dist.world_size // dist.replicas // ep
+    if not blocks or e % ep or f % num_shards or d % num_shards:
+        raise ValueError(
+            f"--expert_parallel {ep} on {dist.world_size} ranks: {e} experts of "
+            f"({f}, {d}) do not divide into {ep} x {num_shards}"
+        )
+    length = PaddedLength(dist)
+    model.register_forward_pre_hook(length, with_kwargs=True)
+    for block in blocks:
+        block.experts = SpreadExperts(block.experts, dist, length)
+        fully_shard(
+            block.experts,
+            mesh=dist.shard_mesh,
+            mp_policy=policy,
+            shard_placement_fn=lambda parameter: Shard(1),
+        )

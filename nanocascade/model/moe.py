@@ -80,6 +80,10 @@ class Experts(nn.Module):
         outputs = outputs * shares[:, None].to(x.dtype)  # (n*a, d)
         return torch.zeros_like(x).index_add(0, token, outputs)  # (n, d)
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """up_proj and down_proj; under expert parallelism only this rank's (engine/experts.py)."""
+        return self.up_proj, self.down_proj
+
     def products(self, inputs: Tensor, ends: Tensor) -> Tensor:
         """inputs (n*a, d), sorted by expert, through their experts: (n*a, d)."""
         # grouped_mm takes neither fp64 nor rows whose bytes are no multiple of 16
@@ -89,9 +93,10 @@ class Experts(nn.Module):
 
     def grouped(self, inputs: Tensor, ends: Tensor) -> Tensor:
         ends = ends.to(torch.int32)  # (e,)
-        up = F.grouped_mm(inputs, self.up_proj.flatten(2), offs=ends)  # (n*a, u*f)
+        up_proj, down_proj = self.matrices()
+        up = F.grouped_mm(inputs, up_proj.flatten(2), offs=ends)  # (n*a, u*f)
         hidden = activate(*self.halves(up))  # (n*a, f)
-        return F.grouped_mm(hidden, self.down_proj, offs=ends)  # (n*a, d)
+        return F.grouped_mm(hidden, down_proj, offs=ends)  # (n*a, d)
 
     def looped(self, inputs: Tensor, ends: Tensor) -> Tensor:
         groups = inputs.tensor_split(ends[:-1].tolist())
@@ -109,7 +114,8 @@ class Experts(nn.Module):
     def apart(self):
         """up and down by expert. With gradients unbound at once: the gradient of an index is as
         large as all experts."""
-        both = self.up_proj.flatten(2), self.down_proj
+        up_proj, down_proj = self.matrices()
+        both = up_proj.flatten(2), down_proj
         return [x.unbind(0) if torch.is_grad_enabled() else x for x in both]
 
     def expert(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from nanocascade.engine.distributed import Dist
-from nanocascade.engine.experts import EXPERT_TOKENS
+from nanocascade.engine.experts import CHUNK_TOKENS
 from nanocascade.engine.layout import parallelize, unsharded
 from nanocascade.model import mamba2
 from nanocascade.model.cache import Cache
@@ -133,7 +133,7 @@ def trace(config, kind: str, layout: dict, rows: int, width: int, seen=0, grad=T
     with torch.device("meta"):
         model = parallelize(Model(small), dist)
     share = min(IMBALANCE / dist.expert_parallel, 1.0)  # of the (token, expert) pairs it is shown
-    pairs = min(rows * width * dist.expert_parallel, EXPERT_TOKENS) * config.num_experts_per_tok
+    pairs = min(rows * width * dist.expert_parallel, CHUNK_TOKENS) * config.num_experts_per_tok
     meter = Meter(int(share * pairs))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(grad):
         model.to_empty(device="cpu")
