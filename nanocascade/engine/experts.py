@@ -16,10 +16,8 @@ from nanocascade.model.moe import Experts, MoE, group_ends
 CHUNK_TOKENS = 8192  # gathered tokens that the experts of a rank compute on at once
 # The new names of torch 2.13, where the old ones are deprecated; 2.11 has the old ones only.
 if hasattr(torch_dist, "all_gather_single"):
-    gather_rows, sum_and_scatter_rows = (
-        torch_dist.all_gather_single,
-        torch_dist.reduce_scatter_single,
-    )
+    gather_rows = torch_dist.all_gather_single
+    sum_and_scatter_rows = torch_dist.reduce_scatter_single
 else:
     gather_rows = torch_dist.all_gather_into_tensor
     sum_and_scatter_rows = torch_dist.reduce_scatter_tensor
