@@ -71,7 +71,7 @@ def test_run_gpu(sections, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert {x["section"] for x in rows} == set(sections)
     assert not [x for x in rows if "traceback" in x or x["status"] == "FAILED"]
-    assert run.stdout.count("\n| ") == len(rows) + 1  # and the titles
+    assert run.stdout.count("\n| ") == len(rows) + 2  # the titles and the rule under them
 
 
 def test_run_gpu_failure(monkeypatch, tmp_path, capsys):
