@@ -11,6 +11,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from bench import claims
 from nanocascade.cli import run_main
 from nanocascade.stages import TEACHER_OF
 from runs import report
@@ -61,7 +62,7 @@ def seed_sections(seeds: list[dict], assets: Path) -> list[tuple[str, str]]:
         if x.get("after")
     ]
     write_csv(assets / "seeds.csv", ["seed", "run", "domain", "mean", "interval"], scores)
-    found = [report.claims(x) for x in seeds]
+    found = [claims.claims(x) for x in seeds]
     held = [
         [
             name,
@@ -131,7 +132,7 @@ def recovery_rows(seeds: list[dict]) -> str:
 def race_rows(seeds: list[dict]) -> str:
     found = defaultdict(list)
     for runs in seeds:
-        for domain, _, a, b in report.races(runs):
+        for domain, _, a, b in claims.races(runs):
             found[domain].append((a[1] / b[1], a[2] / b[2]) if a and b and b[1] else None)
     rows = [
         [
@@ -149,7 +150,7 @@ def race_rows(seeds: list[dict]) -> str:
     return text + (
         "\n\nMathematics was never taught by RL in the cascade, so that no RL has shown what its"
         f" teacher costs. GRPO on it, from where MOPD started: {ends['math_rl']}, MOPD:"
-        f" {ends['mopd']}, for about as many samples (assets/report.md has them for seed 0)."
+        f" {ends['mopd']}, for about as many samples (assets/claims.md has them for seed 0)."
     )
 
 

@@ -11,7 +11,8 @@ try:
 except ImportError:
     sys.exit("no plots: pip install matplotlib")
 
-from runs.report import MAIN, RACES, TEACHER_OF, curve, domains_of, own_domains, read_runs, score
+from bench.claims import RACES, curve
+from runs.report import MAIN, TEACHER_OF, domains_of, own_domains, read_runs, score
 
 
 def draw_cascade(runs: dict, path: Path) -> None:

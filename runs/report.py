@@ -2,45 +2,39 @@
 
     python runs/report.py runs/out          writes report.md and scores.csv
 
-Everything is read from the runs' manifest.json, metrics.jsonl and rollouts.jsonl.
+Everything is read from the runs' manifest.json and metrics.jsonl.
 """
 
 import csv
 import json
+import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from nanocascade.cli import run_main
+from nanocascade.files import read_json, read_text
 from nanocascade.stages import CASCADE, RL_STAGES, TEACHER_OF
 
 MAIN = [name for name, _, _ in CASCADE if name != "rlhf_side"]  # the cascade without its branch
-RACES = (("if", "if_rl"), ("preference", "rlhf_side"))  # domain, the RL run that made its teacher
 SIDE_RUNS = ("mopd_from_sft", "math_rl")  # for comparison only: from SFT; from MOPD's own start
 GAP_ERRORS = 5  # a gap between teacher and start is one from this many standard errors on
 
-PICTURES = {"Scores after every stage": ("cascade",), "Distillation step by step": ("mopd",)}
+PICTURES = {"Scores after every stage": "cascade.png", "What MOPD brought back": "mopd.png"}
 NOTES = {  # how to read a section, where the table alone does not say
     "What was forgotten": "The largest fall of each domain below its best score so far.\n\n",
     "What MOPD brought back": "recovery = (MOPD - start) / (teacher - start), where teacher - start"
     f" is at least {GAP_ERRORS} standard errors; start is multi_domain_rl.\n\n",
-    "MOPD against the RL that made the teacher, from the same start": "Level: the teacher's score"
-    " less its interval. Reached: mean outcome of the training samples over three steps; RL's"
-    " samples count the groups that dynamic filtering dropped; it is there at its last step at the"
-    " latest, where the teacher was evaluated.\n\n",
     "Each run": "First -> last step. Mismatch: mean exp abs(train - sampler log-prob) - 1.\n\n",
-    "Rollouts": "The first and the last one that each run logged of one domain.\n\n",
 }
 
 
 def read_run(path: Path) -> dict | None:
-    """{"manifest", "metrics": [...], "rollouts": [...]} of a finished run."""
+    """{"manifest": {...}, "metrics": [a dict for each step]} of a finished run."""
     if not (path / "manifest.json").exists():
         return None
-    lines = {}
-    for name in ("metrics", "rollouts"):
-        with open(path / f"{name}.jsonl") as file:
-            lines[name] = [json.loads(x) for x in file]
-    return {"manifest": json.loads((path / "manifest.json").read_text()), **lines}
+    metrics = [json.loads(line) for line in read_text(path / "metrics.jsonl").splitlines()]
+    return {"manifest": read_json(path / "manifest.json"), "metrics": metrics}
 
 
 def read_runs(argv: list[str]) -> tuple[Path, dict]:
@@ -55,8 +49,14 @@ def read_runs(argv: list[str]) -> tuple[Path, dict]:
     return out, runs
 
 
-def score(runs: dict, name: str, domain: str, which: str = "after") -> dict | None:
-    return runs[name]["manifest"]["evaluation"].get(domain, {}).get(which)
+def score(runs: dict, name: str, domain: str) -> dict | None:
+    """{"mean", "interval", "n"} of a domain after a run."""
+    return runs[name]["manifest"]["evaluation"].get(domain, {}).get("after")
+
+
+def difference(a: dict, b: dict) -> tuple[float, float]:
+    """Score b - score a, and its interval."""
+    return b["mean"] - a["mean"], math.hypot(a["interval"], b["interval"])
 
 
 def cell(x: dict | None) -> str:
@@ -76,60 +76,50 @@ def own_domains(name: str) -> list[str]:
 
 def domains_of(runs: dict) -> list[str]:
     """The cascade's domains; what only SFT teaches (checks and revisions) has no later score."""
-    names = [x for x in MAIN if x in runs]
-    return [
-        d for d in runs["sft"]["manifest"]["evaluation"] if all(score(runs, x, d) for x in names)
-    ]
+    domains = runs["sft"]["manifest"]["evaluation"]
+    return [d for d in domains if all(score(runs, name, d) for name in MAIN)]
 
 
 def score_table(runs: dict) -> str:
     """Every domain after every stage; the stage's own domains in bold."""
-    names = [x for x in MAIN if x in runs]
     rows = []
     for domain in domains_of(runs):
-        cells = [cell(score(runs, x, domain)) for x in names]
-        own = [domain in own_domains(x) for x in names]
-        rows.append([domain] + [f"**{c}**" if o else c for c, o in zip(cells, own, strict=True)])
-    rows.append(["mean"] + [f"{mean_score(runs, x):.3f}" for x in names])
-    return table(["domain", *names], rows)
+        cells = {name: cell(score(runs, name, domain)) for name in MAIN}
+        cells = [f"**{x}**" if domain in own_domains(name) else x for name, x in cells.items()]
+        rows.append([domain, *cells])
+    rows.append(["mean", *(f"{mean_score(runs, name):.3f}" for name in MAIN)])
+    return table(["domain", *MAIN], rows)
 
 
 def gains(runs: dict):
     """(run, domain, before, after, gain, its interval) of every RL stage and own domain."""
     for name, stage, start in CASCADE:
         for domain in own_domains(name) if stage in RL_STAGES else ():
-            a, b = score(runs, start, domain), score(runs, name, domain)
-            error = (a["interval"] ** 2 + b["interval"] ** 2) ** 0.5
-            yield name, domain, a, b, b["mean"] - a["mean"], error
+            before, after = score(runs, start, domain), score(runs, name, domain)
+            yield name, domain, before, after, *difference(before, after)
 
 
 def gain_table(runs: dict) -> str:
     """Own-domain score before and after each RL stage."""
-    rows = [
-        [
-            name,
-            domain,
-            cell(a),
-            cell(b),
-            f"{gain:+.2f} +-{error:.2f}",
-            f"{runs[name]['manifest']['seconds'] / 60:.1f}",
-        ]
-        for name, domain, a, b, gain, error in gains(runs)
-    ]
+    rows = []
+    for name, domain, before, after, gain, error in gains(runs):
+        minutes = f"{runs[name]['manifest']['seconds'] / 60:.1f}"
+        change = f"{gain:+.2f} +-{error:.2f}"
+        rows.append([name, domain, cell(before), cell(after), change, minutes])
     return table(["stage", "own domain", "before", "after", "gain", "minutes"], rows)
 
 
 def falls(runs: dict):
     """(domain, largest drop from its best score so far, the stage of most of it, its interval)."""
-    names = [x for x in MAIN if x in runs]
     for domain in domains_of(runs):
-        scores = [score(runs, x, domain) for x in names]
-        means, best, worst = [x["mean"] for x in scores], 0, (0.0, "-", 0.0)
-        for i in range(1, len(names)):
-            steepest = min(range(best + 1, i + 1), key=lambda j: means[j] - means[j - 1])
-            error = (scores[i]["interval"] ** 2 + scores[best]["interval"] ** 2) ** 0.5
-            worst = min(worst, (means[i] - means[best], names[steepest], error))
-            best = i if means[i] > means[best] else best
+        scores = [score(runs, name, domain) for name in MAIN]
+        steps = [0.0] + [difference(a, b)[0] for a, b in pairwise(scores)]
+        best, worst = 0, (0.0, "-", 0.0)
+        for i in range(1, len(MAIN)):
+            steepest = min(range(best + 1, i + 1), key=lambda j: steps[j])
+            drop, error = difference(scores[best], scores[i])
+            worst = min(worst, (drop, MAIN[steepest], error))
+            best = i if drop > 0 else best
         yield domain, *worst
 
 
@@ -151,20 +141,13 @@ def recoveries(runs: dict):
         teacher = by_path[str(Path(teachers[domain]["path"]))]
         start, end = score(runs, "multi_domain_rl", domain), score(runs, "mopd", domain)
         goal = score(runs, teacher, domain)
-        gap = goal["mean"] - start["mean"]
-        error = ((goal["interval"] ** 2 + start["interval"] ** 2) ** 0.5) / 1.96
+        gap, interval = difference(start, goal)
         part = spread = None
-        if gap > 0 and gap >= GAP_ERRORS * error:
+        if gap > 0 and gap >= GAP_ERRORS * interval / 1.96:
             part = (end["mean"] - start["mean"]) / gap
-            # first-order error of the ratio, start being in both differences
-            spread = (
-                (
-                    end["interval"] ** 2
-                    + (part * goal["interval"]) ** 2
-                    + ((1 - part) * start["interval"]) ** 2
-                )
-                ** 0.5
-            ) / gap
+            # first-order error of the ratio; the start is in both differences
+            intervals = end["interval"], part * goal["interval"], (1 - part) * start["interval"]
+            spread = math.hypot(*intervals) / gap
         yield domain, teacher, start, goal, end, part, spread
 
 
@@ -178,107 +161,8 @@ def recovery_table(runs: dict) -> str:
     return table(head, rows)
 
 
-def curve(run: dict, domain: str, window: int = 3) -> list[tuple[int, float, float, float]]:
-    """(step, samples so far, seconds so far, outcome averaged over `window` steps) while training.
-
-    Outcomes are of the training samples themselves: on-policy, at temperature 1, new prompts.
-    """
-    samples, points, values = 0.0, [], []
-    config = run["manifest"]["config"]
-    for x in run["metrics"]:
-        tried = x.get("group/tried", config["prompts"]) * config["rollouts"]
-        share = x.get(f"mopd/prompt_share/{domain}", 1.0)
-        # Dynamic filtering drops groups from the batch, so its outcomes are of what it kept.
-        outcome = x.get("outcome/drawn" if config.get("dynamic_filtering") else f"outcome/{domain}")
-        if outcome is None:
-            continue
-        values.append(outcome)
-        recent = values[-window:]
-        points.append((x["step"], samples, x["time/elapsed"], sum(recent) / len(recent)))
-        samples += tried * share
-    return points
-
-
-def first_reach(points, goal: float):
-    return next((p for p in points if p[3] >= goal), None)
-
-
-def races(runs: dict):
-    """(domain, level, RL's point, MOPD's point): where each first reaches the teacher's score, less
-    its interval, both from SFT; RL by its last step at the latest, since its end is the teacher.
-    MOPD's point is None where it never does."""
-    for domain, teacher in RACES if "mopd_from_sft" in runs else ():
-        goal = score(runs, teacher, domain)
-        level = goal["mean"] - goal["interval"]
-        rl, mopd = (curve(runs[name], domain) for name in (teacher, "mopd_from_sft"))
-        yield domain, level, first_reach(rl, level) or rl[-1], first_reach(mopd, level)
-
-
-def race_table(runs: dict) -> str:
-    """MOPD against the RL that made the teacher: cost of the teacher's score."""
-    rows = []
-    for domain, level, a, b in races(runs):
-        for label, i in (("steps", 0), ("samples", 1), ("seconds", 2)):
-            cells = [f"{x[i]:.0f}" if x else "not reached" for x in (a, b)]
-            times = f"{a[i] / b[i]:.1f}x" if a and b and b[i] else "-"
-            rows.append([domain, f"{level:.2f}", label, *cells, times])
-    if "math_rl" in runs:  # its teacher was made by SFT, so that no RL has shown what it costs
-        ends = [
-            f"{cell(score(runs, x, 'math'))} after {curve(runs[x], 'math')[-1][1]:.0f} samples"
-            for x in ("math_rl", "mopd")
-        ]
-        rows.append(["math, from multi_domain_rl", "-", "(no target)", *ends, "-"])
-    return table(["domain", "level", "to reach it", "RL", "MOPD", "RL / MOPD"], rows)
-
-
 def mean_score(runs: dict, name: str) -> float:
     return sum(score(runs, name, d)["mean"] for d in domains_of(runs)) / len(domains_of(runs))
-
-
-def claims(runs: dict) -> list[tuple]:
-    """(claim, wanted, measured, whether it holds): what the cascade is meant to show."""
-    taught = [score(runs, "sft", d)["mean"] for d in domains_of(runs) if d != "preference"]
-    graded = [x for x in gains(runs) if x[1] != "preference"]
-    least = min(graded, key=lambda x: x[4])
-    wins = min(score(runs, x, "preference")["mean"] for x in ("rlhf_side", "rlhf"))
-    found = list(recoveries(runs))
-    parts = [(part, domain) for domain, *_, part, _ in found if part is not None]
-    recovered = "least {:.0%} ({})".format(*min(parts)) if parts else "no gap"
-    change = min([x[4]["mean"] - x[2]["mean"] for x in found if x[5] is None], default=0.0)
-    times = [
-        (domain, *(a[i] / b[i] if a and b and b[i] else 0.0 for i in (1, 2)))
-        for domain, _, a, b in races(runs)
-    ]
-    rise = mean_score(runs, MAIN[-1]) - mean_score(runs, "sft")
-    return [
-        (
-            "after SFT, domains with a right answer",
-            "0.2 to 0.8",
-            f"{min(taught):.2f} to {max(taught):.2f}",
-            0.2 <= min(taught) and max(taught) <= 0.8,
-        ),
-        (
-            "each RL stage on its own domains",
-            "+0.10, beyond the interval",
-            f"least {least[4]:+.2f} +-{least[5]:.2f} ({least[1]})",
-            all(x[4] >= 0.1 and x[4] > x[5] for x in graded),
-        ),
-        ("win rate after RLHF", "0.60", f"{wins:.2f}", wins >= 0.6),
-        ("MOPD recovers of each gap", "90 %", recovered, bool(parts) and min(parts)[0] >= 0.9),
-        ("MOPD, taught domains without a gap", "-0.02 at most", f"{change:+.3f}", change >= -0.02),
-        (
-            "MOPD against the teacher's RL",
-            "fewer samples and seconds",
-            ", ".join(f"{x} {a:.1f}x, {b:.1f}x" for x, a, b in times) or "not run",
-            bool(times) and all(min(x[1:]) > 1 for x in times),
-        ),
-        ("mean over domains, last stage against SFT", "+0.20", f"{rise:+.3f}", rise >= 0.2),
-    ]
-
-
-def claim_table(runs: dict) -> str:
-    rows = [[*words, "yes" if holds else "**no**"] for *words, holds in claims(runs)]
-    return table(["claim", "wanted", "measured", "holds"], rows)
 
 
 def stage_table(runs: dict) -> str:
@@ -313,34 +197,6 @@ def stage_table(runs: dict) -> str:
     return table(head, rows)
 
 
-def distillation_table(runs: dict) -> str:
-    """Reverse KL to each teacher and gradient norm over the steps of MOPD."""
-    metrics = runs["mopd"]["metrics"]
-    kinds = sorted({k for m in metrics for k in m if k.startswith("mopd/reverse_kl")})
-    picked = [m for i, m in enumerate(metrics) if i % max(len(metrics) // 8, 1) == 0] + metrics[-1:]
-    rows = [
-        [
-            str(m["step"]),
-            *(f"{m[k]:.4f}" if k in m else "-" for k in kinds),
-            f"{m['grad_norm']:.3f}",
-        ]
-        for m in picked
-    ]
-    return table(["step", *[k.removeprefix("mopd/") for k in kinds], "grad norm"], rows)
-
-
-def example_text(runs: dict) -> str:
-    """A whole rollout of each run at its first step, and one of the same domain at its last."""
-    parts = []
-    for name, run in runs.items():
-        alike = [x for x in run["rollouts"] if x["domain"] == run["rollouts"][0]["domain"]]
-        for when, x in (("before", alike[0]), ("after", alike[-1])) if alike else ():
-            text = ("[...] " + x["prompt"][-400:])[-len(x["prompt"]) :] + x["response"]
-            verdict = f"reward {x['reward']:.2f} ({x['reason']}), {x['stop_reason']}"
-            parts.append(f"**{name}, {when}**: {verdict}\n\n````text\n{text}\n````")
-    return "\n\n".join(parts)  # four ticks: an answer may hold a fence of three
-
-
 def write_scores(runs: dict, path: Path) -> None:
     """The numbers behind the tables and the picture."""
     with open(path, "w", newline="") as file:
@@ -355,35 +211,27 @@ def write_scores(runs: dict, path: Path) -> None:
 
 def main():
     out, runs = read_runs(sys.argv)
-    minutes = sum(run["manifest"]["seconds"] for run in runs.values()) / 60
     sections = [
-        ("What was to be shown", claim_table(runs)),
         ("Scores after every stage", score_table(runs)),
         ("What each RL stage gained", gain_table(runs)),
         ("What was forgotten", forgetting_table(runs)),
         ("What MOPD brought back", recovery_table(runs)),
-        ("MOPD against the RL that made the teacher, from the same start", race_table(runs)),
-        ("Distillation step by step", distillation_table(runs)),
         ("Each run", stage_table(runs)),
-        ("Rollouts", example_text(runs)),
     ]
-    ends = f"{mean_score(runs, 'sft'):.3f} after SFT, {mean_score(runs, MAIN[-1]):.3f} at the end"
-    text = f"# The toy cascade, seed {runs['sft']['manifest']['seed']}, commit "
-    text += f"{runs['sft']['manifest']['commit'][:10]}\n\n"
+    start = runs["sft"]["manifest"]
+    minutes = sum(run["manifest"]["seconds"] for run in runs.values()) / 60
+    text = f"# The toy cascade, seed {start['seed']}, commit {start['commit'][:10]}\n\n"
     text += f"{minutes:.1f} minutes of training (evaluations apart). Scores are means at "
-    text += "temperature 1 with 95 % intervals; bold is a stage's own domain. Mean over domains: "
-    text += ends + ".\n"
+    text += "temperature 1 with 95 % intervals; bold is a stage's own domain.\n"
     for title, body in sections:
+        picture = PICTURES.get(title, "")
         text += f"\n## {title}\n\n{NOTES.get(title, '')}"
-        text += "".join(
-            f"![{x}]({x}.png)\n\n" for x in PICTURES.get(title, ()) if (out / f"{x}.png").exists()
-        )
+        text += f"![{title}]({picture})\n\n" if picture and (out / picture).exists() else ""
         text += body + "\n"
     (out / "report.md").write_text(text)
     write_scores(runs, out / "scores.csv")
-    print("\n\n".join(f"{title}\n{body}" for title, body in sections[:6]))
-    print(f"\nmean over domains: {ends}")
-    print(f"written: {out / 'report.md'}, {out / 'scores.csv'}")
+    print("\n\n".join(f"{title}\n{body}" for title, body in sections[:-1]))
+    print(f"\nwritten: {out / 'report.md'}, {out / 'scores.csv'}")
 
 
 if __name__ == "__main__":

@@ -53,3 +53,4 @@ rl math_rl math_rl multi_domain_rl --eval_samples 0
 
 python -m bench.plot "$OUT" || true  # matplotlib is optional; the report shows what was drawn
 python runs/report.py "$OUT"
+python -m bench.claims "$OUT"
