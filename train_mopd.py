@@ -45,7 +45,8 @@ def main():
     if settings.dry_run and not settings.data:
         return plan.report(recipe, settings, layout, eval_settings)
     require_flags(settings, recipe.stage)
-    with distributed.start(settings.device, layout, settings.dry_run) as dist:
+    frozen = recipe.lora_rank > 0
+    with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:
         train(recipe, settings, layout, eval_settings, dist)
 
 
@@ -69,6 +70,7 @@ def train(
         max_turns=recipe.max_turns,
         max_rows=settings.max_rows,
         return_experts=recipe.routing_replay,
+        thinking=recipe.thinking,
     )
 
     # ---- Data ------------------------------------------------------------------------------------
@@ -79,7 +81,9 @@ def train(
         return plan.report(recipe, settings, layout, eval_settings, run.model_config, longest)
 
     # ---- Model -----------------------------------------------------------------------------------
-    model = run.load_model()
+    model = run.load_model(recipe.lora_rank)
+    if recipe.lora_rank:
+        teachers.share_base(model, run.base, recipe.lora_rank)
     # pi_inf is the student itself, with a cache (sampler.py).
     play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
     if not recipe.train_router:
@@ -147,7 +151,7 @@ def train(
         run.save(step + 1, model, optimizer, stream, evaluation)
 
     # ---- Finish ----------------------------------------------------------------------------------
-    run.finish(model, scorer, evaluation)
+    run.finish(model, scorer, evaluation, recipe.lora_rank)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def main():
     if settings.dry_run and not settings.data:
         return plan.report(recipe, settings, layout, eval_settings)
     require_flags(settings, recipe.stage)
-    with distributed.start(settings.device, layout, settings.dry_run) as dist:
+    frozen = recipe.lora_rank > 0
+    with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:
         train(recipe, settings, layout, eval_settings, dist)
 
 
@@ -62,7 +63,7 @@ def train(
 ):
     # ---- Setup -----------------------------------------------------------------------------------
     run = Run(recipe.stage, settings, merge(recipe, settings, layout, eval_settings), dist)
-    domains = stages.RL_STAGES[recipe.stage]["domains"]
+    shares = dict.fromkeys(recipe.domains, 1.0) or stages.RL_STAGES[recipe.stage]["domains"]
     sampling = Sampling(
         recipe.max_new_tokens,
         recipe.temperature,
@@ -75,7 +76,7 @@ def train(
     )
 
     # ---- Data ------------------------------------------------------------------------------------
-    rows, evaluation = run.read_prompts(domains, sampling, eval_settings)
+    rows, evaluation = run.read_prompts(shares, sampling, eval_settings)
     scorer = Scorer(find_judge(settings, rows, evaluation), pairing=recipe.pairing)
     check_outcomes(
         rows,
@@ -89,10 +90,12 @@ def train(
         return plan.report(recipe, settings, layout, eval_settings, run.model_config, longest)
 
     # ---- Model -----------------------------------------------------------------------------------
-    model = run.load_model()
+    model = run.load_model(recipe.lora_rank)
     # pi_inf is the model itself, with a cache (sampler.py).
     play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
     reference = FrozenModel(settings.init, dist) if recipe.kl_coef else None
+    if reference and recipe.lora_rank:
+        reference.share_base(model, run.base, recipe.lora_rank)
     if not recipe.train_router:
         freeze_routers(model)
     kept = None
@@ -113,7 +116,7 @@ def train(
     )
 
     # ---- Resume ----------------------------------------------------------------------------------
-    stream, first = run.resume(model, optimizer, rows, evaluation, domains, kept)
+    stream, first = run.resume(model, optimizer, rows, evaluation, shares, kept)
     evaluation.before(model, scorer, dist, run.parent)
 
     # ---- Loop ------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def train(
         run.save(step + 1, model, optimizer, stream, evaluation)
 
     # ---- Finish ----------------------------------------------------------------------------------
-    run.finish(model, scorer, evaluation)
+    run.finish(model, scorer, evaluation, recipe.lora_rank)
 
 
 if __name__ == "__main__":

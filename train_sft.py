@@ -42,7 +42,8 @@ def main():
     if settings.dry_run and not settings.data:
         return plan.report(recipe, settings, layout, eval_settings)
     require_flags(settings, recipe.stage)
-    with distributed.start(settings.device, layout, settings.dry_run) as dist:
+    frozen = recipe.lora_rank > 0
+    with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:
         train(recipe, settings, layout, eval_settings, dist)
 
 
@@ -71,7 +72,7 @@ def train(
         return plan.report(recipe, settings, layout, eval_settings, run.model_config, longest)
 
     # ---- Model -----------------------------------------------------------------------------------
-    model = run.load_model()
+    model = run.load_model(recipe.lora_rank)
 
     # ---- Optimizer -------------------------------------------------------------------------------
     optimizer = make_optimizer(
@@ -112,7 +113,7 @@ def train(
     # ---- Finish ----------------------------------------------------------------------------------
     references = run.out / "references.jsonl"
     evaluation.store_references(model, scorer, dist, references, recipe.reference_samples)
-    run.finish(model, scorer, evaluation)
+    run.finish(model, scorer, evaluation, recipe.lora_rank)
 
 
 if __name__ == "__main__":

@@ -217,6 +217,7 @@ def preset(stage: str, config: str) -> dict:
     values = {
         name: x[column if column < len(x) else 0] if isinstance(x, tuple) else x
         for name, x in known[stage].items()
+        if name != "domains"
     }
     small = SMALL_RL if config == "small" and stage in RL_STAGES else {}
     return values | small | CONFIGS[config]
@@ -232,6 +233,7 @@ class Stage:
     warmup: Count = 0  # steps of linear warm-up
     warmup_from: NonNegative = 0.0  # learning rate that the warm-up starts from
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the rate after the warm-up
+    lora_rank: Count = 0  # rank of LoRA adapters on frozen weights (0 = train all weights)
     schedule_steps: Count = 0  # step at which the rate reaches --min_lr (0 = the last one)
     # ---- Advanced ----
     # OURS: AdamW in every stage; two rows of the report's table say Adam, equal without decay.
@@ -259,6 +261,8 @@ class OnPolicy(Stage):
 
     prompts: Positive  # prompts a step, over all ranks
     rollouts: Positive  # responses a prompt
+    domains: tuple[str, ...] = ()  # domains to train on (default: the stage's, or all taught)
+    thinking: bool = True  # open responses with a thought, in training and evaluation
     max_new_tokens: Positive  # maximum tokens of a response; with tools, of the whole episode
     max_turns: Positive = 1  # maximum assistant turns of an episode with tools
     temperature: Annotated[float, 1e-3] = 1.0  # of sampling; log-probs are of logits / temperature
@@ -283,7 +287,6 @@ class RL(OnPolicy):
     stage: Literal[tuple(RL_STAGES)] = "math_rl"  # the stage to train, a row of stages.py
     rollouts: Annotated[int, 2]  # responses a prompt; one alone has no advantage
     max_tokens: Count = 0  # maximum tokens of prompt plus response (0 = no limit)
-    thinking: bool = True  # open responses with a thought, in training and evaluation
     overlong: Literal["penalty", "filter"] = "penalty"  # a response cut off: reward 0, or no loss
     dynamic_filtering: bool = False  # replace groups that are all right or all wrong
     mask_unsolved: float = -1.0  # mask prompts none of whose outcomes exceeds this
@@ -302,7 +305,6 @@ class MOPD(OnPolicy):
 
     stage = "mopd"
     teachers: tuple[str, ...] = ()  # NAME=DIR; NAME: a domain, a group of stages.py, or default
-    domains: tuple[str, ...] = ()  # train on prompts of these domains only (default: all taught)
     balance: bool = False  # draw equally many prompts of every domain, however many rows it has
     denominator: Literal["response", "token"] = "response"  # what weighs 1: Eq. 4, or NeMo-RL
     overlong: Literal["off", "filter"] = "off"  # a response cut off: in the loss, or no loss

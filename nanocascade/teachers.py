@@ -8,6 +8,7 @@ from nanocascade.checkpoint.weights import open_model
 from nanocascade.data.episode import Rollout
 from nanocascade.engine.frozen import FrozenModel
 from nanocascade.files import read_json, sha256_of
+from nanocascade.model.model import Model
 from nanocascade.stages import DOMAINS, TEACHER_OF
 from nanocascade.tokenizer.tokenizer import Tokenizer
 
@@ -67,6 +68,11 @@ class Teachers:
         self.models = {name: copies[os.path.realpath(x)] for name, x in self.paths.items()}
         known = {x: {"path": path, "sha256": sha256_of(path)} for x, path in self.paths.items()}
         self.manifest = {d: known[x] for d, x in self.teacher_of.items()}
+
+    def share_base(self, model: Model, base: Path, rank: int) -> None:
+        """Teachers that are LoRA adapters of the student's base need no second copy of it."""
+        for teacher in self.models.values():
+            teacher.share_base(model, base, rank)
 
     def check_tokenizer(self, tokenizer) -> None:
         """A teacher must read the very ids the student writes: vocabulary, specials, template."""

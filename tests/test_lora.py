@@ -1,13 +1,19 @@
 """LoRA: exact at the start, exact when merged, as expressive as full training at full rank."""
 
+import json
+
 import pytest
 import torch
+from fixtures import toy_runs
+from fixtures.toy_runs import run_here
 from torch import nn
 
-from nanocascade.checkpoint import load_model, save_model
-from nanocascade.engine import lora
+from nanocascade.checkpoint import load_model, save_model, state
+from nanocascade.engine import frozen, lora
 from nanocascade.model import Model, ModelConfig
+from nanocascade.run import run as run_module
 
+rows, skilled = toy_runs.rows, toy_runs.skilled  # fixtures
 FAMILIES = {
     "nemotron_h": dict(pattern="M*E-", shared_expert_intermediate_size=64),
     "llama": dict(model_type="llama", pattern="*-*-", rope_theta=1e4, gated_mlp=True),
@@ -103,3 +109,40 @@ def test_adapters_take_turns(tmp_path):
     save_model(make_model("llama", 9, torch.float32), tmp_path / "base")
     with pytest.raises(ValueError, match="does not hold the weights"):
         lora.base_of(tmp_path / "teacher")
+
+
+def test_run_lora(skilled, rows, tmp_path, monkeypatch):
+    """RL with adapters, cut off and resumed, leaves the bits of an uncut run: a merged model and
+    its adapters. MOPD from there with both checkpoints as teachers holds one copy of the base; its
+    first reverse KL to its own start is 0."""
+    small = ("--lora_rank", 2, "--prompts", 4, "--rollouts", 4, "--eval_data", "", "--data", rows)
+    rl = ("train_rl.py", "--stage", "if_rl", "--init", skilled, *small, "--max_new_tokens", 8)
+    rl += ("--lr", 0.01, "--steps", 2, "--kl_coef", 0.1, "--dynamic_filtering", "false")
+    run_here(monkeypatch, *rl, "--out", tmp_path / "whole", "--save_every", 1)
+    real, saved = state.save_state, []
+
+    def cut_off(*args, **kwargs):
+        real(*args, **kwargs)
+        saved.append(kwargs["extra"]["step"])
+        raise SystemExit(0)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run_module, "save_state", cut_off)
+        run_here(monkeypatch, *rl, "--out", tmp_path / "cut", "--save_every", 1)
+    run_here(monkeypatch, *rl, "--out", tmp_path / "cut", "--save_every", 1, "--resume")
+    assert saved == [1]
+    for file in ("model.safetensors", "adapters.safetensors"):
+        whole, cut = ((tmp_path / x / file).read_bytes() for x in ("whole", "cut"))
+        assert whole == cut, file
+    base, merged = load_model(skilled), load_model(tmp_path / "whole")
+    assert any(
+        not torch.equal(x, y) for x, y in zip(base.parameters(), merged.parameters(), strict=True)
+    )
+    loads = []
+    monkeypatch.setattr(frozen, "load_frozen", lambda *args: loads.append(args))
+    teachers = f"if={tmp_path / 'whole'},mcqa={skilled}"
+    mopd = ("train_mopd.py", "--init", tmp_path / "whole", "--teachers", teachers, *small)
+    run_here(monkeypatch, *mopd, "--max_new_tokens", 8, "--steps", 1, "--out", tmp_path / "mopd")
+    metrics = json.loads((tmp_path / "mopd/metrics.jsonl").read_text())
+    assert not loads and abs(metrics["mopd/reverse_kl/if"]) < 1e-6
+    assert abs(metrics["mopd/reverse_kl/mcqa"]) > 1e-6

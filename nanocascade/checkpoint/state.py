@@ -90,8 +90,11 @@ def save_state(out, *, model: nn.Module, optimizer, extra: dict) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers; a tied head is one tensor under two names, stored under the first."""
-    found = {id(x): (name, x) for name, x in reversed(model.state_dict(keep_vars=True).items())}
+    """Buffers and trained parameters: a frozen one is as --init has it. A tied head is one tensor
+    under two names, stored under the first."""
+    state = model.state_dict(keep_vars=True)
+    trained = {k: x for k, x in state.items() if x.requires_grad or not isinstance(x, nn.Parameter)}
+    found = {id(x): (name, x) for name, x in reversed(trained.items())}
     return {f"model.{name}": x.detach() for name, x in found.values()}
 
 

@@ -273,7 +273,7 @@ def main() -> None:
     words = sys.argv[1:]
     if words and not words[0].startswith("--"):
         words = ["--out", *words]
-    cfg = parse_args(Config, words)
+    (cfg,) = parse_args(Config, argv=words)
     if not cfg.out:
         raise ValueError("--out DIR is needed: where the rows go")
     train = [x for d in GENERATORS for x in make_rows(d, cfg.rows, False, cfg.seed)]

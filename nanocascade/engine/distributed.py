@@ -51,7 +51,7 @@ LAYOUT = tuple(field.name for field in fields(Layout))
 class Dist:
     """Rank, world size and the few collectives the scripts use; all of them no-ops at one rank."""
 
-    def __init__(self, rank=0, world_size=1, device="cpu", **layout):
+    def __init__(self, rank=0, world_size=1, device="cpu", frozen_base=False, **layout):
         layout = Layout(**layout)
         self.rank, self.world_size, self.device = rank, world_size, device
         self.expert_parallel, self.replicas = layout.expert_parallel, layout.replicas
@@ -71,6 +71,13 @@ class Dist:
         # Why not FSDP always: over gloo a collective costs 4 ms however small it is, and a step of
         # the toy would need two a block and micro-batch instead of one.
         self.sharded = layout.shard or several or self.dtype != torch.float32
+        if frozen_base:  # no master weights: each rank holds the base in the dtype of products
+            if layout.shard or several:
+                raise ValueError(
+                    "--lora_rank keeps one copy of the base on each rank: it cannot be combined "
+                    "with --shard, --expert_parallel and --replicas"
+                )
+            self.sharded = False
 
     def make_meshes(self) -> None:
         """Two views of the same ranks: (replica, data) for what all ranks share, and (replica,
@@ -197,14 +204,17 @@ class Dist:
 
 
 @contextmanager
-def start(device: str, layout: Layout | None = None, dry_run=False):
-    """The Dist of this process: under torchrun one of several, otherwise the only one."""
+def start(device: str, layout: Layout | None = None, dry_run=False, frozen_base=False):
+    """The Dist of this process: under torchrun one of several, otherwise the only one.
+
+    frozen_base: only adapters are trained (engine/lora.py).
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(device)
     if dry_run:  # its plan only imagines the ranks
         yield Dist(rank, device=device)
         return
-    dist = Dist(rank, size, device, **vars(layout or Layout()))
+    dist = Dist(rank, size, device, frozen_base, **vars(layout or Layout()))
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"

@@ -1,5 +1,7 @@
 """A model that only scores: a teacher, or the KL reference."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from nanocascade.data.batch import Batch
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import score_tokens
 from nanocascade.engine.layout import load_frozen
+from nanocascade.engine.lora import base_of, read_adapters, swapped_adapters
+from nanocascade.model.model import Model
 
 
 class FrozenModel:
@@ -19,10 +23,19 @@ class FrozenModel:
     def __init__(self, path, dist: Dist):
         self.path, self.dist = path, dist
         self.model, self.parked = None, True
+        self.adapters = None  # those of the policy's base, if it shares that
+
+    def share_base(self, policy: Model, base: Path, rank: int) -> None:
+        """Score by the policy's own frozen base if this checkpoint is LoRA adapters of it."""
+        if base_of(self.path, rank) == base:
+            self.model, self.adapters = policy, read_adapters(policy, self.path)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> Tensor:
         """Log-probs (b, t) of the batch's loss tokens under softmax(logits / temperature)."""
+        if self.adapters is not None:
+            with swapped_adapters(self.model, self.adapters):
+                return score_tokens(self.model, batch, temperature)[0]
         if self.model is None:
             self.model = load_frozen(self.path, self.dist)
         elif self.parked:
@@ -31,6 +44,6 @@ class FrozenModel:
         return score_tokens(self.model, batch, temperature)[0]
 
     def park(self) -> None:
-        if self.model is not None:
+        if self.model is not None and self.adapters is None:
             self.model.cpu()
         self.parked = True

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nanocascade.checkpoint.state import write_tensors
+from nanocascade.engine.distributed import Dist
+from nanocascade.engine.layout import load
 from nanocascade.files import read_json, sha256_of, write_json_atomic
 from nanocascade.model.model import Model
 
@@ -83,6 +85,7 @@ def add_adapters(model: Model, rank: int, seed: int) -> Model:
 
 
 def adapters_of(model: Model) -> dict[str, Tensor]:
+    """{name: parameter} of all adapters."""
     return {name: x for name, x in model.named_parameters() if ".lora_" in name}
 
 
@@ -93,14 +96,15 @@ def merge_adapters(model: Model) -> Model:
     return model
 
 
-def base_of(path) -> Path:
-    """The directory whose weights the adapters of `path` change; `path` itself without adapters.
+def base_of(path, rank: int = 0) -> Path:
+    """The directory whose weights the adapters of `path` change; `path` itself without adapters,
+    or with ones of another rank than asked for.
 
     Raises ValueError if that directory is gone, or holds other weights than those trained on.
     """
     note = Path(path) / "adapters.json"
-    if not note.exists():
-        return Path(path)
+    if not note.exists() or rank and read_json(note)["rank"] != rank:
+        return Path(path).resolve()
     base = read_json(note)["base"]
     if sha256_of(base["path"]) != base["sha256"]:
         raise ValueError(f"{note}: {base['path']} does not hold the weights it was trained on")
@@ -120,6 +124,14 @@ def read_adapters(model: Model, path) -> dict[str, Tensor]:
         rank = read_json(Path(path) / "adapters.json")["rank"]
         raise ValueError(f"{file} holds adapters of rank {rank}: give --lora_rank {rank}")
     return read
+
+
+def load_adapted(path, base: Path, rank: int, seed: int, dist: Dist) -> Model:
+    """The base with the adapters of `path`, or with new ones if `path` is the base itself."""
+    model = add_adapters(load(base, dist, dist.dtype), rank, seed)
+    if Path(path).resolve() != base:
+        model.load_state_dict(read_adapters(model, path), strict=False)
+    return model
 
 
 @contextmanager

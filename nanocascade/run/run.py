@@ -15,8 +15,9 @@ from nanocascade.checkpoint.state import check_out_dir, load_state, remove_state
 from nanocascade.checkpoint.weights import save_model
 from nanocascade.data.rows import conversation
 from nanocascade.data.stream import PromptStream
-from nanocascade.engine.distributed import LAYOUT, Dist
+from nanocascade.engine.distributed import DTYPES, LAYOUT, Dist
 from nanocascade.engine.layout import load, parallelize
+from nanocascade.engine.lora import base_of, load_adapted, merge_adapters, save_adapters
 from nanocascade.files import read_json, sha256_of, write_json_atomic
 from nanocascade.model.model import Model
 from nanocascade.run.evaluate import Evaluation
@@ -105,8 +106,13 @@ class Run:
 
     # ---- Model and checkpoints ----
 
-    def load_model(self) -> Model:
+    def load_model(self, lora_rank: int = 0) -> Model:
         """The model to start from (a resumed run overwrites its weights)."""
+        if lora_rank and self.toy_start:
+            raise ValueError(f"--lora_rank {lora_rank}: needs --init, a model to adapt")
+        if lora_rank:
+            self.base = base_of(self.init, lora_rank)
+            return load_adapted(self.init, self.base, lora_rank, self.settings.seed, self.dist)
         if self.toy_start:
             model = Model(self.model_config).reset_parameters(self.settings.seed)
             return parallelize(model.to(self.dist.device), self.dist)
@@ -146,10 +152,16 @@ class Run:
             }
             save_state(self.out, model=model, optimizer=optimizer, extra=extra)
 
-    def finish(self, model, scorer, evaluation: Evaluation) -> None:
+    def finish(self, model, scorer, evaluation: Evaluation, lora_rank: int = 0) -> None:
         """Write the model, evaluate it, write the manifest, remove the training state."""
         seconds = self.log.elapsed
-        save_model(model, self.out, self.tokenizer)  # on all ranks; before what may still fail
+        if lora_rank:
+            if self.dist.is_main:
+                save_adapters(model, self.out, self.base, lora_rank)
+            merge_adapters(model)
+        dtype = DTYPES.get(self.settings.save_dtype)  # None: as in memory
+        # On all ranks, and before what may still fail.
+        save_model(model, self.out, self.tokenizer, dtype=dtype)
         evaluation.after(model, scorer, self.dist)
         peaks = self.dist.gather(peak_gib("cpu"))
         if not self.dist.is_main:

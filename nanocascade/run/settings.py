@@ -31,6 +31,7 @@ class RunSettings:
     # ---- Advanced ----
     cluster: str = ""  # cluster that --dry_run plans for: 8xH200, 16xH100 (default: this machine)
     toy_rows: Positive = 1500  # generated rows of each domain
+    save_dtype: Literal["memory", "float32", "bfloat16"] = "memory"  # of the trained model's file
     save_every: Count = 10  # steps between checkpoints of the training state (0 = none)
     log_groups: Count = 1  # groups of each domain and step written to rollouts.jsonl
     show_every: Count = 10  # steps between rollouts printed in full (0 = never)
