@@ -18,35 +18,30 @@ from itertools import zip_longest
 from pathlib import Path
 
 from nanocascade.environments.base import make_tool
-from nanocascade.environments.repository import REPOSITORY_TOOLS
 from nanocascade.rollouts.strategies import (
     revision_prompt,
     text_of,
     verification_prompt,
 )
 from nanocascade.tokenizer.chat import render_pieces
-
-ANIMALS = ("cat", "dog", "fox", "owl")
-COLORS = ("red", "blue", "green", "gold")
-FOODS = ("apple", "bread", "corn", "plum")
-THINGS = ("boat", "lamp", "drum", "coin")
-NAMES = ("Tom", "Ann", "Max", "Eva")
-CATEGORIES = {"an animal": ANIMALS, "a color": COLORS, "a food": FOODS, "a thing": THINGS}
-NOUNS = ANIMALS + COLORS + FOODS + THINGS
-LETTERS = "ABCD"
-FACTS = (
-    "is kind",
-    "is quick",
-    "is old",
-    "is quiet",
-    "can swim",
-    "can sing",
-    "likes corn",
-    "likes rain",
-    "sleeps well",
-    "lives far",
+from nanocascade.toy.programs import PROGRAMS, agentic, code, repair
+from nanocascade.toy.words import (
+    ANIMALS,
+    CATEGORIES,
+    CLOSING,
+    COLORS,
+    FACTS,
+    FOODS,
+    LETTERS,
+    NAMES,
+    NOUNS,
+    THINGS,
+    call,
+    said,
+    user_row,
 )
-CLOSING = " I hope this helps."
+
+LONG_SENTENCES = 30  # of filler in a long-context row
 
 # How often an SFT solution carries a slip: what is left for RL to do in each domain.
 SLIPS = {
@@ -78,20 +73,6 @@ SHOP_TOOLS = [
     make_tool("lookup", "Count an item.", item="string"),
     make_tool("order", "Order an item.", item="string", count="integer"),
 ]
-
-
-def call(name: str, **arguments) -> dict:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def said(thought: str, content: str, calls: list[dict] | None = None) -> dict:
-    """An assistant message in the OpenAI form."""
-    message = {"role": "assistant", "content": content, "reasoning_content": thought}
-    return message | ({"tool_calls": calls} if calls else {})
-
-
-def user_row(text: str, **fields) -> dict:
-    return {"responses_create_params": {"input": [{"role": "user", "content": text}]}, **fields}
 
 
 # --- One generator a domain: rng -> (row, good messages, slip messages) ---------------------------
@@ -271,101 +252,6 @@ def long_context(rng):
     row = user_row(" ".join(filler) + "\n" + question, question=question)
     row |= {"problem_type": "retrieval", "expected_answer": code}
     return row, [said(key, code)], [said(key, decoy)]
-
-
-LONG_SENTENCES = 30
-PROGRAMS = {  # how a request reads, and the expression that answers it
-    "adds {a} to x": "x+{a}",
-    "subtracts {a} from x": "x-{a}",
-    "multiplies x by {a}": "x*{a}",
-    "doubles x and adds {a}": "2*x+{a}",
-    "squares x and adds {a}": "x*x+{a}",
-    "multiplies x by {a} and adds {b}": "{a}*x+{b}",
-    "multiplies x by {a} and subtracts {b}": "{a}*x-{b}",
-    "is the larger of x and {a}": "max(x, {a})",
-    "is the smaller of x and {a}": "min(x, {a})",
-}
-CODE = "```python\ndef f(x):\n    return %s\n```"
-
-
-def value(expression: str, x: int) -> int:
-    """The value of one of PROGRAMS' own expressions (our text, never a model's) without eval."""
-    if expression.startswith("m"):
-        pick, bound = expression[:3], int(expression[7:-1])
-        return max(x, bound) if pick == "max" else min(x, bound)
-    total, sign, number = 0, 1, ""
-    for piece in expression.replace("-", "+-").split("+"):
-        sign, number = (-1, piece[1:]) if piece.startswith("-") else (1, piece)
-        product = 1
-        for factor in number.split("*"):
-            product *= x if factor == "x" else int(factor)
-        total += sign * product
-    return total
-
-
-def code(rng, problem=None):
-    """A function from its description, checked by running it."""
-    a, b, request = problem or (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
-    expression = PROGRAMS[request].format(a=a, b=b)
-    if rng.random() < 0.5:  # another program, or another constant
-        mistake = PROGRAMS[rng.choice([x for x in PROGRAMS if x != request])].format(a=a, b=b)
-    else:
-        mistake = PROGRAMS[request].format(a=b, b=a)
-    inputs = [-3, 0, 5, 11]
-    tests = {
-        "fn_name": "f",
-        "inputs": [json.dumps([x]) for x in inputs],
-        "outputs": [json.dumps(value(expression, x)) for x in inputs],
-    }
-    row = user_row(f"Write f(x) that {request.format(a=a, b=b)}.")
-    row["verifier_metadata"] = {"unit_tests": tests}
-    return row, [said(expression, CODE % expression)], [said(mistake, CODE % mistake)]
-
-
-def repair(rng):
-    """A file with a wrong operator or constant, and a test that shows it; the answer is a patch."""
-    a = rng.randint(2, 9)
-    good, bad = rng.sample([f"x+{a}", f"x-{a}", f"x*{a}"], 2)
-    x = rng.randint(3, 9)
-    line = "    return %s"
-    patch = "f.py\n<<<<<<< SEARCH\n" + line % bad + "\n=======\n" + line + "\n>>>>>>> REPLACE"
-    third = next(y for y in (f"x+{a}", f"x-{a}", f"x*{a}") if y not in (good, bad))
-    prompt = f"f.py:\ndef f(x):\n{line % bad}\nf({x}) must be {value(good, x)}. Fix it."
-    inputs = [x, -3, 11]
-    tests = {
-        "fn_name": "f",
-        "inputs": [json.dumps([y]) for y in inputs],
-        "outputs": [json.dumps(value(good, y)) for y in inputs],
-    }
-    row = user_row(prompt)
-    row["verifier_metadata"] = {
-        "files": {"f.py": f"def f(x):\n{line % bad}\n"},
-        "entry": "f.py",
-        "unit_tests": tests,
-    }
-    return row, [said(good, patch % good)], [said(third, patch % third)]
-
-
-def agentic(rng):
-    """The same file in a repository: it has to be read first, then edited, each in its own turn."""
-    row, *solutions = repair(rng)
-    metadata = row["verifier_metadata"]
-    tests, files = metadata["unit_tests"], metadata["files"]
-    x, wanted = tests["inputs"][0].strip("[]"), tests["outputs"][0]
-    files["test_f.py"] = f"from f import f\n\n\ndef test_f():\n    assert f({x}) == {wanted}\n"
-    row["environment"] = {"name": "repository"}
-    row["responses_create_params"] = user_row(f"f({x}) must be {wanted}. Fix it.")[
-        "responses_create_params"
-    ] | {"tools": [y for y in REPOSITORY_TOOLS if y["function"]["name"] in ("read", "edit")]}
-    bad = files["f.py"].split("return ")[1][1]  # the operator, once in the file
-    looked = [said("f.py", "", [call("read", path="f.py")])]
-    looked += [{"role": "tool", "content": files["f.py"]}]
-    ends = [{"role": "tool", "content": "edited f.py"}, said("done", "Done.")]
-    fixes = [solution[0]["reasoning_content"] for solution in solutions]
-    return row, *(
-        [*looked, said(fix, "", [call("edit", path="f.py", old=bad, new=fix[1])]), *ends]
-        for fix in fixes
-    )
 
 
 def attempted(rng):

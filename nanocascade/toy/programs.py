@@ -1,0 +1,99 @@
+"""The toy's programming domains: write a function, repair one, repair one in a repository."""
+
+import json
+
+from nanocascade.environments.repository import REPOSITORY_TOOLS
+from nanocascade.toy.words import call, said, user_row
+
+PROGRAMS = {  # how a request reads, and the expression that answers it
+    "adds {a} to x": "x+{a}",
+    "subtracts {a} from x": "x-{a}",
+    "multiplies x by {a}": "x*{a}",
+    "doubles x and adds {a}": "2*x+{a}",
+    "squares x and adds {a}": "x*x+{a}",
+    "multiplies x by {a} and adds {b}": "{a}*x+{b}",
+    "multiplies x by {a} and subtracts {b}": "{a}*x-{b}",
+    "is the larger of x and {a}": "max(x, {a})",
+    "is the smaller of x and {a}": "min(x, {a})",
+}
+CODE = "```python\ndef f(x):\n    return %s\n```"
+
+
+def value(expression: str, x: int) -> int:
+    """The value of one of PROGRAMS' own expressions (our text, never a model's) without eval."""
+    if expression.startswith("m"):
+        pick, bound = expression[:3], int(expression[7:-1])
+        return max(x, bound) if pick == "max" else min(x, bound)
+    total, sign, number = 0, 1, ""
+    for piece in expression.replace("-", "+-").split("+"):
+        sign, number = (-1, piece[1:]) if piece.startswith("-") else (1, piece)
+        product = 1
+        for factor in number.split("*"):
+            product *= x if factor == "x" else int(factor)
+        total += sign * product
+    return total
+
+
+def code(rng, problem=None):
+    """A function from its description, checked by running it."""
+    a, b, request = problem or (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
+    expression = PROGRAMS[request].format(a=a, b=b)
+    if rng.random() < 0.5:  # another program, or another constant
+        mistake = PROGRAMS[rng.choice([x for x in PROGRAMS if x != request])].format(a=a, b=b)
+    else:
+        mistake = PROGRAMS[request].format(a=b, b=a)
+    inputs = [-3, 0, 5, 11]
+    tests = {
+        "fn_name": "f",
+        "inputs": [json.dumps([x]) for x in inputs],
+        "outputs": [json.dumps(value(expression, x)) for x in inputs],
+    }
+    row = user_row(f"Write f(x) that {request.format(a=a, b=b)}.")
+    row["verifier_metadata"] = {"unit_tests": tests}
+    return row, [said(expression, CODE % expression)], [said(mistake, CODE % mistake)]
+
+
+def repair(rng):
+    """A file with a wrong operator or constant, and a test that shows it; the answer is a patch."""
+    a = rng.randint(2, 9)
+    good, bad = rng.sample([f"x+{a}", f"x-{a}", f"x*{a}"], 2)
+    x = rng.randint(3, 9)
+    line = "    return %s"
+    patch = "f.py\n<<<<<<< SEARCH\n" + line % bad + "\n=======\n" + line + "\n>>>>>>> REPLACE"
+    third = next(y for y in (f"x+{a}", f"x-{a}", f"x*{a}") if y not in (good, bad))
+    prompt = f"f.py:\ndef f(x):\n{line % bad}\nf({x}) must be {value(good, x)}. Fix it."
+    inputs = [x, -3, 11]
+    tests = {
+        "fn_name": "f",
+        "inputs": [json.dumps([y]) for y in inputs],
+        "outputs": [json.dumps(value(good, y)) for y in inputs],
+    }
+    row = user_row(prompt)
+    row["verifier_metadata"] = {
+        "files": {"f.py": f"def f(x):\n{line % bad}\n"},
+        "entry": "f.py",
+        "unit_tests": tests,
+    }
+    return row, [said(good, patch % good)], [said(third, patch % third)]
+
+
+def agentic(rng):
+    """The same file in a repository: it has to be read first, then edited, each in its own turn."""
+    row, *solutions = repair(rng)
+    metadata = row["verifier_metadata"]
+    tests, files = metadata["unit_tests"], metadata["files"]
+    x, wanted = tests["inputs"][0].strip("[]"), tests["outputs"][0]
+    files["test_f.py"] = f"from f import f\n\n\ndef test_f():\n    assert f({x}) == {wanted}\n"
+    row["environment"] = {"name": "repository"}
+    row["responses_create_params"] = user_row(f"f({x}) must be {wanted}. Fix it.")[
+        "responses_create_params"
+    ] | {"tools": [y for y in REPOSITORY_TOOLS if y["function"]["name"] in ("read", "edit")]}
+    bad = files["f.py"].split("return ")[1][1]  # the operator, once in the file
+    looked = [said("f.py", "", [call("read", path="f.py")])]
+    looked += [{"role": "tool", "content": files["f.py"]}]
+    ends = [{"role": "tool", "content": "edited f.py"}, said("done", "Done.")]
+    fixes = [solution[0]["reasoning_content"] for solution in solutions]
+    return row, *(
+        [*looked, said(fix, "", [call("edit", path="f.py", old=bad, new=fix[1])]), *ends]
+        for fix in fixes
+    )
