@@ -9,10 +9,10 @@ import sys
 
 from nanocascade.cli import run_main
 from runs.report import (
-    MAIN,
     cell,
     domains_of,
     gains,
+    main_line,
     mean_score,
     read_runs,
     recoveries,
@@ -79,7 +79,7 @@ def race_table(runs: dict) -> str:
 def claims(runs: dict) -> list[tuple]:
     """(claim, wanted, measured, whether it holds): what the cascade is meant to show."""
     taught = [score(runs, "sft", d)["mean"] for d in domains_of(runs) if d != "preference"]
-    graded = [x for x in gains(runs) if x[1] != "preference"]
+    graded = [x for x in gains(runs) if x[1] != "preference" and x[0] != "math_rl"]
     least = min(graded, key=lambda x: x[4])
     wins = min(score(runs, x, "preference")["mean"] for x in ("rlhf_side", "rlhf"))
     found = list(recoveries(runs))
@@ -90,7 +90,7 @@ def claims(runs: dict) -> list[tuple]:
         (domain, *(a[i] / b[i] if a and b and b[i] else 0.0 for i in (1, 2)))
         for domain, _, a, b in races(runs)
     ]
-    rise = mean_score(runs, MAIN[-1]) - mean_score(runs, "sft")
+    rise = mean_score(runs, main_line(runs)[-1]) - mean_score(runs, "sft")
     return [
         (
             "after SFT, domains with a right answer",

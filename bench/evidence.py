@@ -47,12 +47,12 @@ def write_csv(path: Path, head: list[str], rows: list) -> None:
 
 
 def seed_sections(seeds: list[dict], assets: Path) -> list[tuple[str, str]]:
-    domains, rows = domains_of(seeds[0]), []
+    domains, rows, names = domains_of(seeds[0]), [], report.main_line(seeds[0])
     for domain in domains:
-        cells = [over(score(x, name, domain)["mean"] for x in seeds) for name in report.MAIN]
-        own = [domain in own_domains(name) for name in report.MAIN]
+        cells = [over(score(x, name, domain)["mean"] for x in seeds) for name in names]
+        own = [domain in own_domains(seeds[0], name) for name in names]
         rows.append([domain, *(f"**{c}**" if o else c for c, o in zip(cells, own, strict=True))])
-    means = [over(report.mean_score(x, name) for x in seeds) for name in report.MAIN]
+    means = [over(report.mean_score(x, name) for x in seeds) for name in names]
     rows.append(["mean", *means])
     scores = [
         [i, name, d, f"{x['after']['mean']:.4f}", f"{x['after']['interval']:.4f}"]
@@ -73,7 +73,7 @@ def seed_sections(seeds: list[dict], assets: Path) -> list[tuple[str, str]]:
         for i, (name, wanted, *_) in enumerate(found[0])
     ]
     return [
-        ("Scores after every stage, mean over seeds", table(["domain", *report.MAIN], rows)),
+        ("Scores after every stage, mean over seeds", table(["domain", *names], rows)),
         (
             "The claims, seed by seed",
             table(["claim", "wanted", "measured, seed by seed", "holds in"], held),

@@ -12,12 +12,13 @@ except ImportError:
     sys.exit("no plots: pip install matplotlib")
 
 from bench.claims import RACES, curve
-from runs.report import MAIN, TEACHER_OF, domains_of, own_domains, read_runs, score
+from nanocascade.stages import TEACHER_OF
+from runs.report import domains_of, main_line, own_domains, read_runs, score
 
 
 def draw_cascade(runs: dict, path: Path) -> None:
     """One small panel a domain: its score after every stage, its own stages in colour."""
-    names, domains = [x for x in MAIN if x in runs], domains_of(runs)
+    names, domains = main_line(runs), domains_of(runs)
     figure, axes = plt.subplots(3, 3, figsize=(11, 7), sharex=True, sharey=True)
     for ax, domain in zip(axes.flat, domains, strict=False):
         points = [score(runs, x, domain) for x in names]
@@ -30,7 +31,7 @@ def draw_cascade(runs: dict, path: Path) -> None:
             capsize=2,
         )
         for i, name in enumerate(names):
-            if domain in own_domains(name):
+            if domain in own_domains(runs, name):
                 color = "tab:green" if name == "mopd" else "tab:red"
                 ax.plot(i, points[i]["mean"], "o", color=color, ms=6)
         ax.set_title(domain, fontsize=10)

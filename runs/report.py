@@ -14,17 +14,15 @@ from pathlib import Path
 
 from nanocascade.cli import run_main
 from nanocascade.files import read_json, read_text
-from nanocascade.stages import CASCADE, RL_STAGES, TEACHER_OF
+from nanocascade.stages import RL_STAGES, TEACHER_OF
 
-MAIN = [name for name, _, _ in CASCADE if name != "rlhf_side"]  # the cascade without its branch
-SIDE_RUNS = ("mopd_from_sft", "math_rl")  # for comparison only: from SFT; from MOPD's own start
 GAP_ERRORS = 5  # a gap between teacher and start is one from this many standard errors on
 
 PICTURES = {"Scores after every stage": "cascade.png", "What MOPD brought back": "mopd.png"}
 NOTES = {  # how to read a section, where the table alone does not say
     "What was forgotten": "The largest fall of each domain below its best score so far.\n\n",
     "What MOPD brought back": "recovery = (MOPD - start) / (teacher - start), where teacher - start"
-    f" is at least {GAP_ERRORS} standard errors; start is multi_domain_rl.\n\n",
+    f" is at least {GAP_ERRORS} standard errors; start is the run that MOPD started from.\n\n",
     "Each run": "First -> last step. Mismatch: mean exp abs(train - sampler log-prob) - 1.\n\n",
 }
 
@@ -38,15 +36,31 @@ def read_run(path: Path) -> dict | None:
 
 
 def read_runs(argv: list[str]) -> tuple[Path, dict]:
-    """The directory on the command line and its finished runs; ValueError if one is missing."""
+    """The directory on the command line and the finished runs in it, by name, starts first."""
     if len(argv) != 2:
         raise ValueError(f"usage: python {argv[0]} DIRECTORY")
     out = Path(argv[1])
-    names = [name for name, _, _ in CASCADE]
-    runs = {x: run for x in (*names, *SIDE_RUNS) if (run := read_run(out / x))}
-    if missing := [name for name in names if name not in runs]:
-        raise ValueError(f"{out}: no finished run of {', '.join(missing)}")
-    return out, runs
+    runs = {x.parent.name: read_run(x.parent) for x in sorted(out.glob("*/manifest.json"))}
+    if not runs:
+        raise ValueError(f"{out}: no finished run in it")
+    return out, {name: runs[name] for name in sorted(runs, key=lambda x: len(line_to(runs, x)))}
+
+
+def start_of(runs: dict, name: str) -> str | None:
+    """The run that this one started from, if it is one of them."""
+    parent = runs[name]["manifest"]["parent"] or {"path": ""}
+    return Path(parent["path"]).name if Path(parent["path"]).name in runs else None
+
+
+def line_to(runs: dict, name: str) -> list[str]:
+    """The runs that lead to this one, each the start of the next, and itself."""
+    start = start_of(runs, name)
+    return [*line_to(runs, start), name] if start else [name]
+
+
+def main_line(runs: dict) -> list[str]:
+    """The longest chain of runs that start one from another: the cascade without its branches."""
+    return max((line_to(runs, name) for name in runs), key=len)
 
 
 def score(runs: dict, name: str, domain: str) -> dict | None:
@@ -68,35 +82,42 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def own_domains(name: str) -> list[str]:
-    if name == "mopd":
-        return list(TEACHER_OF)
-    return list(RL_STAGES[name.removesuffix("_side")]["domains"]) if name != "sft" else []
+def own_domains(runs: dict, name: str) -> list[str]:
+    """The domains that a run trained by reward, or that a teacher of the report taught it."""
+    manifest = runs[name]["manifest"]
+    if manifest["stage"] in RL_STAGES:
+        chosen = manifest["config"].get("domains") or RL_STAGES[manifest["stage"]]["domains"]
+        return list(chosen)
+    return [domain for domain in TEACHER_OF if domain in manifest["teachers"]]
 
 
 def domains_of(runs: dict) -> list[str]:
-    """The cascade's domains; what only SFT teaches (checks and revisions) has no later score."""
-    domains = runs["sft"]["manifest"]["evaluation"]
-    return [d for d in domains if all(score(runs, name, d) for name in MAIN)]
+    """The domains with a score after every run of the main line."""
+    names = main_line(runs)
+    domains = runs[names[0]]["manifest"]["evaluation"]
+    return [d for d in domains if all(score(runs, name, d) for name in names)]
 
 
 def score_table(runs: dict) -> str:
     """Every domain after every stage; the stage's own domains in bold."""
-    rows = []
+    rows, names = [], main_line(runs)
+    own = {name: own_domains(runs, name) for name in names}
     for domain in domains_of(runs):
-        cells = {name: cell(score(runs, name, domain)) for name in MAIN}
-        cells = [f"**{x}**" if domain in own_domains(name) else x for name, x in cells.items()]
+        cells = {name: cell(score(runs, name, domain)) for name in names}
+        cells = [f"**{x}**" if domain in own[name] else x for name, x in cells.items()]
         rows.append([domain, *cells])
-    rows.append(["mean", *(f"{mean_score(runs, name):.3f}" for name in MAIN)])
-    return table(["domain", *MAIN], rows)
+    rows.append(["mean", *(f"{mean_score(runs, name):.3f}" for name in names)])
+    return table(["domain", *names], rows)
 
 
 def gains(runs: dict):
     """(run, domain, before, after, gain, its interval) of every RL stage and own domain."""
-    for name, stage, start in CASCADE:
-        for domain in own_domains(name) if stage in RL_STAGES else ():
+    for name, run in runs.items():
+        start = start_of(runs, name) if run["manifest"]["stage"] in RL_STAGES else None
+        for domain in own_domains(runs, name) if start else ():
             before, after = score(runs, start, domain), score(runs, name, domain)
-            yield name, domain, before, after, *difference(before, after)
+            if before and after:
+                yield name, domain, before, after, *difference(before, after)
 
 
 def gain_table(runs: dict) -> str:
@@ -111,14 +132,15 @@ def gain_table(runs: dict) -> str:
 
 def falls(runs: dict):
     """(domain, largest drop from its best score so far, the stage of most of it, its interval)."""
+    names = main_line(runs)
     for domain in domains_of(runs):
-        scores = [score(runs, name, domain) for name in MAIN]
+        scores = [score(runs, name, domain) for name in names]
         steps = [0.0] + [difference(a, b)[0] for a, b in pairwise(scores)]
         best, worst = 0, (0.0, "-", 0.0)
-        for i in range(1, len(MAIN)):
+        for i in range(1, len(names)):
             steepest = min(range(best + 1, i + 1), key=lambda j: steps[j])
             drop, error = difference(scores[best], scores[i])
-            worst = min(worst, (drop, MAIN[steepest], error))
+            worst = min(worst, (drop, names[steepest], error))
             best = i if drop > 0 else best
         yield domain, *worst
 
@@ -135,12 +157,14 @@ def recoveries(runs: dict):
 
     recovery = (MOPD - start) / (teacher - start), where the gap is GAP_ERRORS errors or more.
     """
-    teachers = runs["mopd"]["manifest"]["teachers"]
-    by_path = {str(Path(r["manifest"]["config"]["out"])): name for name, r in runs.items()}
-    for domain in TEACHER_OF:
-        teacher = by_path[str(Path(teachers[domain]["path"]))]
-        start, end = score(runs, "multi_domain_rl", domain), score(runs, "mopd", domain)
-        goal = score(runs, teacher, domain)
+    found = [x for x in main_line(runs) if runs[x]["manifest"]["stage"] == "mopd"]
+    mopd = found[0] if found else None
+    for domain in own_domains(runs, mopd) if mopd else ():
+        teacher = Path(runs[mopd]["manifest"]["teachers"][domain]["path"]).name
+        start, end = score(runs, start_of(runs, mopd), domain), score(runs, mopd, domain)
+        goal = score(runs, teacher, domain) if teacher in runs else None
+        if not (start and goal and end):
+            continue
         gap, interval = difference(start, goal)
         part = spread = None
         if gap > 0 and gap >= GAP_ERRORS * interval / 1.96:
@@ -218,9 +242,9 @@ def main():
         ("What MOPD brought back", recovery_table(runs)),
         ("Each run", stage_table(runs)),
     ]
-    start = runs["sft"]["manifest"]
+    start = runs[main_line(runs)[0]]["manifest"]
     minutes = sum(run["manifest"]["seconds"] for run in runs.values()) / 60
-    text = f"# The toy cascade, seed {start['seed']}, commit {start['commit'][:10]}\n\n"
+    text = f"# The cascade in {out.name}, seed {start['seed']}, commit {start['commit'][:10]}\n\n"
     text += f"{minutes:.1f} minutes of training (evaluations apart). Scores are means at "
     text += "temperature 1 with 95 % intervals; bold is a stage's own domain.\n"
     for title, body in sections:

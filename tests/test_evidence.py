@@ -18,7 +18,7 @@ def evidence(monkeypatch):
     return evidence
 
 
-def write_run(path, scores, metrics=(), **config):
+def write_run(path, scores, metrics=(), stage="if_rl", start=None, **config):
     """A finished run as the scripts leave it, with these scores after it."""
     path.mkdir(parents=True)
     after = {d: {"after": {"mean": x, "interval": 0.01, "n": 100}} for d, x in scores.items()}
@@ -34,7 +34,9 @@ def write_run(path, scores, metrics=(), **config):
         "peak_kib": 1 << 20,
         "seed": 0,
         "commit": "0123456789abcdef",
-        "teachers": teachers,
+        "stage": stage,
+        "parent": start and {"path": str(path.parent / start)},
+        "teachers": teachers if stage == "mopd" else {},
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
@@ -61,11 +63,13 @@ def write_cascade(out, mathematics):
         )
         for i in range(9)
     ]
-    for name in (*(x for x, _, _ in CASCADE), "mopd_from_sft", "math_rl"):
+    side = (("mopd_from_sft", "mopd", "sft"), ("math_rl", "math_rl", "multi_domain_rl"))
+    for name, stage, start in CASCADE + side:
         scores = dict.fromkeys(DOMAINS, 0.5)
         scores["math"] = {"sft": 0.8, "if_rl": 0.8, "multi_domain_rl": 0.4}.get(name, mathematics)
         known = {"mopd_from_sft": faster, "if_rl": rise, "rlhf_side": rise}.get(name, [step(0)])
-        write_run(out / name, scores, known, dynamic_filtering=name in ("if_rl", "rlhf_side"))
+        filtered = name in ("if_rl", "rlhf_side")
+        write_run(out / name, scores, known, stage, start, dynamic_filtering=filtered)
 
 
 def test_numbers_over_seeds(evidence):

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The cascade on a pretrained model that you have: SFT, IF-RL, RL on mathematics and multiple choice,
+# then MOPD from these checkpoints. An interrupted run goes on when the command is given again.
+#
+#   bash runs/small.sh MODEL_DIR                 with generated rows (nanocascade/data/everyday.py)
+#   bash runs/small.sh MODEL_DIR DATA_DIR        with your own: train.jsonl, test.jsonl (held out)
+#                                                and sft.jsonl (answers to imitate; may be missing)
+#   bash runs/small.sh MODEL_DIR --short         every stage for two steps, to see that it all works
+#   bash runs/small.sh MODEL_DIR --lora_rank 16  adapters on frozen weights; any flag that all three
+#                                                train scripts know may follow, as --dtype bfloat16
+#   --out DIR                                    where the runs go (default: runs/out-small)
+#   DEVICE=cpu RANKS=2 bash runs/small.sh ...    default: the GPU if there is one; one process
+#
+# MODEL_DIR: a Hugging Face directory of nemotron_h, llama, qwen2, qwen3 or qwen3_moe. A model that
+# does not think answers without a thought; give --thinking true for one that does. See
+# docs/one-gpu.md for memory, minutes and what to change first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 1 ] && [ -f "$1/config.json" ] || { sed -n '5,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+MODEL=$1; shift
+source runs/setup.sh
+
+DATA= OUT=runs/out-small SEED=0 THINKING=false FLAGS=() SFT=() RL=() MOPD=() EVERYDAY=()
+EVAL=(--eval_samples 200 --own_eval_samples 200)
+if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then DATA=$1; shift; fi
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --out) OUT=$2; shift 2 ;;
+    --seed) SEED=$2; shift 2 ;;
+    --thinking) THINKING=$2; shift 2 ;;
+    --short)
+      EVERYDAY=(--rows 24 --test_rows 4)
+      EVAL=(--eval_samples 4 --own_eval_samples 4 --eval_max_new_tokens 8)
+      SFT=(--steps 2 --batch_tokens 512)
+      RL=(--steps 2 --prompts 4 --rollouts 2 --max_new_tokens 8)
+      MOPD=(--steps 2 --prompts 4 --rollouts 1 --max_new_tokens 8)
+      shift ;;
+    *) FLAGS+=("$1"); shift ;;
+  esac
+done
+if [ -z "$DATA" ]; then
+  DATA=$OUT/rows
+  [ -f "$DATA/test.jsonl" ] ||
+    python -m nanocascade.data.everyday "$DATA" --seed "$SEED" ${EVERYDAY[@]+"${EVERYDAY[@]}"}
+fi
+[ "$THINKING" = true ] && STRIP=0.1 || STRIP=1
+
+CONFIG=small RANKS=${RANKS:-1} DEVICE=${DEVICE:-auto}
+source runs/launch.sh
+run() { local script=$1 dir=$2; shift 2
+  stage "$script" "$dir" --eval_data "$DATA/test.jsonl" "${EVAL[@]}" "$@" ${FLAGS[@]+"${FLAGS[@]}"}; }
+rl() { local dir=$1 from=$2; shift 2
+  run train_rl.py "$dir" --init "$from" --data "$DATA/train.jsonl" --thinking "$THINKING" "$@" \
+    ${RL[@]+"${RL[@]}"}; }
+
+START=$MODEL
+if [ -f "$DATA/sft.jsonl" ]; then
+  run train_sft.py sft --init "$MODEL" --data "$DATA/sft.jsonl" --strip_thinking $STRIP \
+    ${SFT[@]+"${SFT[@]}"}
+  START=$OUT/sft
+fi
+rl if_rl "$START" --stage if_rl --dynamic_filtering false
+rl choice_rl "$OUT/if_rl" --stage multi_domain_rl --domains math,mcqa
+# Each domain's teacher is the checkpoint of the cascade that is best at it.
+run train_mopd.py mopd --init "$OUT/choice_rl" --data "$DATA/train.jsonl" --thinking "$THINKING" \
+  ${MOPD[@]+"${MOPD[@]}"} --teachers \
+  "if=$OUT/if_rl,math=$OUT/choice_rl,mcqa=$OUT/choice_rl,structured=$START,default=$OUT/choice_rl"
+
+python runs/report.py "$OUT"
+python -m nanocascade.show "$OUT"
