@@ -123,7 +123,12 @@ def train(
         for name, part in taught:  # one teacher resident at a time
             teacher = teachers.models[name]
             for batch in step_batches(
-                model, dist, part, settings.micro_tokens, recipe.routing_replay
+                model,
+                dist,
+                part,
+                settings.micro_tokens,
+                recipe.routing_replay,
+                settings.share_prompts,
             ):
                 teacher_logprobs = teacher.logprobs(batch, recipe.temperature)
                 train_logprobs = update.forward(batch, recipe.temperature)

@@ -141,7 +141,12 @@ def train(
         num_tokens = max(dist.sum(sum(x.num_loss_tokens for x in rollouts)), 1)
         update = Update(model, optimizer, recipe, step, dist)
         for batch in step_batches(
-            model, dist, rollouts, settings.micro_tokens, recipe.routing_replay
+            model,
+            dist,
+            rollouts,
+            settings.micro_tokens,
+            recipe.routing_replay,
+            settings.share_prompts,
         ):
             ref_logprobs = reference.logprobs(batch, recipe.temperature) if reference else None
             train_logprobs = update.forward(batch, recipe.temperature)

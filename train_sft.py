@@ -4,9 +4,9 @@
     python train_sft.py --config small --init HF_DIR --data ROWS.jsonl --out OUT
     torchrun --nproc_per_node 8 train_sft.py --config full --init HF_DIR --data ROWS.jsonl --out OUT
 
-A step: draw conversations until they hold batch_tokens tokens, pack them into rows of row_tokens,
-or of micro_tokens if these are fewer (attention, convolution and SSM state start anew at each
-document), take one gradient step. The tokens that carry loss are counted before ranks share them.
+A step: draw conversations until they hold batch_tokens tokens, pack them into micro-batches of
+micro_tokens (attention, convolution and SSM state start anew at each document), take one gradient
+step. The tokens that carry loss are counted before ranks share them.
 """
 
 import random
@@ -99,9 +99,7 @@ def train(
 
         # One gradient step. The denominator was counted over all micro-batches and ranks.
         update = Update(model, optimizer, recipe, step, dist)
-        for batch in step_batches(
-            model, dist, documents, settings.micro_tokens, row=recipe.row_tokens
-        ):
+        for batch in step_batches(model, dist, documents, settings.micro_tokens):
             train_logprobs = update.forward(batch)
             loss, metrics = sft_loss(train_logprobs, batch.mask, num_tokens=num_tokens)
             update.backward(loss, metrics, documents)

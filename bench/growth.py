@@ -49,7 +49,7 @@ def train(model, rows: int, length: int) -> float:
     """Seconds of forward and backward of `rows` documents of `length` tokens."""
 
     def step():
-        for batch in make_batches(documents([length + 1] * rows), 4096, row=length):
+        for batch in make_batches(documents([length + 1] * rows), 4096):
             score_tokens(model, batch)[0].sum().backward()
         model.zero_grad(set_to_none=True)
 

@@ -1,19 +1,21 @@
 """A whole step of GRPO and of on-policy distillation, against TRL's GRPOTrainer and
 DistillationTrainer.
 
-    python -m bench.grpo_step [--short] [--pairs 7]
+    python -m bench.grpo_step [--short] [--pairs 7] [--tables whole training]
 
 Same weights, prompts, group size, output lengths (forced) and reward function; fp32, one optimizer
 step a batch of responses, no KL term. TRL runs its own train(); a callback runs our step between
-two of its steps, so the two alternate in one process. Ours is the body of the loops in train_rl.py
-and train_mopd.py. TRL's distillation compares whole distributions, ours the sampled tokens (Eq.
-2-4): each is what its recipe prescribes.
+two of its steps, with prompts computed once for all their responses and once for each, so the three
+alternate in one process. Ours is the body of the loops in train_rl.py and train_mopd.py. TRL's
+distillation compares whole distributions, ours the sampled tokens (Eq. 2-4): each is what its
+recipe prescribes. The second table has our training step alone, for longer prompts.
 """
 
 import logging
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import torch
 
@@ -21,7 +23,7 @@ from bench import common
 from bench.common import ratios, spread
 from bench.rollout import forced_decoder, forced_lengths, row_steps
 from nanocascade.data.batch import make_batches
-from nanocascade.data.episode import Sampling
+from nanocascade.data.episode import Rollout, Sampling
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import new_routing, no_load, score_tokens
 from nanocascade.engine.layout import load, load_frozen
@@ -29,6 +31,7 @@ from nanocascade.engine.optim import freeze_routers, make_optimizer, optimizer_s
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.model.moe import update_correction_bias
 from nanocascade.mopd import compute_mopd_loss
+from nanocascade.plan.meter import Meter
 from nanocascade.rewards import Reward
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
@@ -36,6 +39,8 @@ from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy.start import build_toy_tokenizer
 from nanocascade.toy.tasks import make_rows, vocabulary
 
+# Tokens of prompt and response, responses of a group, groups.
+TRAINING = [(45, 18, 8, 16), (512, 64, 8, 2), (2048, 64, 16, 1), (16, 128, 8, 4), (512, 64, 4, 4)]
 MICRO = 4096  # tokens of our micro-batches; TRL trains on the whole padded batch at once
 
 
@@ -54,14 +59,14 @@ class LetterScorer(Scorer):
 class Ours:
     """One step as train_rl.py takes it, or, with a teacher, as train_mopd.py does."""
 
-    def __init__(self, folder, teacher_folder, rows, rollouts, lengths, dist=None):
+    def __init__(self, folder, teacher_folder, rows, rollouts, lengths, dist=None, share=True):
         self.dist = dist or Dist()
         self.model, self.tokenizer = load(folder, self.dist), Tokenizer(folder)
         self.teacher = load_frozen(teacher_folder, self.dist) if teacher_folder else None
         freeze_routers(self.model)
         self.optimizer = make_optimizer(self.model, 1e-6, (0.9, 0.95), 0.0)
         self.rows, self.rollouts, self.lengths = rows, rollouts, lengths
-        self.scorer, self.step = LetterScorer(), 0
+        self.scorer, self.step, self.share = LetterScorer(), 0, share
 
     def __call__(self):
         model, self.step = self.model, self.step + 1
@@ -82,10 +87,14 @@ class Ours:
         advantages = group_advantages(rewards).flatten().tolist()
         for x, advantage in zip(rollouts, advantages, strict=True):
             x.advantage = advantage
+        self.train(rollouts)
+
+    def train(self, rollouts):
+        """The training part of a step."""
+        model, load = self.model, no_load(self.model)
         counts = [x.num_loss_tokens for x in rollouts]
         counts = torch.tensor(counts, device=self.dist.device)  # (o,)
-        load = no_load(model)
-        for batch in make_batches(rollouts, MICRO, self.dist.device):
+        for batch in make_batches(rollouts, MICRO, self.dist.device, share=self.share):
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_logprobs, _ = score_tokens(self.teacher, batch)
@@ -110,7 +119,7 @@ class Ours:
                     num_responses=len(rollouts),
                 )
             loss.backward()
-            load += routing.load(batch.valid, model.config.num_experts)
+            load += routing.load(batch.copies, model.config.num_experts)
         optimizer_step(model, self.optimizer, 1e-6, 1.0, self.dist)
         update_correction_bias(model, load, 1e-3)
 
@@ -176,40 +185,75 @@ def compare(name, folder, teacher_folder, rows, rollouts, lengths, cfg):
     """Alternates TRL's steps with ours; the first pair warms up and is not counted."""
     from transformers import TrainerCallback
 
-    ours, mine, theirs = Ours(folder, teacher_folder, rows, rollouts, lengths), [], []
-    clocks, cpu = (time.perf_counter, time.process_time), []
+    shared, separate = (
+        Ours(folder, teacher_folder, rows, rollouts, lengths, share=share)
+        for share in (True, False)
+    )
+    times = []  # (TRL's, ours with shared prompts, ours without) of each step, in seconds
 
     class Alternate(TrainerCallback):
         begun = time.perf_counter()
 
         def on_step_begin(self, *_, **__):
-            self.start = [clock() for clock in clocks]
+            self.start = time.perf_counter()
 
         def on_step_end(self, args, state, control, **__):
-            middle = [clock() for clock in clocks]
-            ours()
-            both = zip(self.start, middle, (clock() for clock in clocks), strict=True)
-            wall, spent = ((b - a, c - b) for a, b, c in both)
-            theirs.append(wall[0]), mine.append(wall[1]), cpu.append(spent[0] / spent[1])
+            trl = time.perf_counter() - self.start
+            times.append((trl, common.timed(shared), common.timed(separate)))
             late = time.perf_counter() - self.begun > cfg.seconds
-            control.should_training_stop |= late and len(mine) > 3
+            control.should_training_stop |= late and len(times) > 3
 
     pairs = 1 if cfg.short else cfg.pairs
     with tempfile.TemporaryDirectory() as out:
         make_trainer(
             folder, teacher_folder, rows, rollouts, lengths, pairs + 1, Alternate(), out
         ).train()
-    assert pairs + 1 >= len(mine) > min(pairs, 3) - 1
-    mine, theirs = mine[1:], theirs[1:]
+    assert pairs + 1 >= len(times) > min(pairs, 3) - 1
+    trl, ours, each = zip(*times[1:], strict=True)
     padding = row_steps([[0]] * len(rows), rollouts, lengths, len(lengths)) / sum(lengths)
     common.row(
         name,
-        f"{statistics.median(mine):.2f} s",
-        f"{statistics.median(theirs):.2f} s",
-        spread(ratios(mine, theirs)),
-        spread(cpu[1:]),
-        str(len(mine)),
+        f"{statistics.median(ours):.2f} s",
+        spread(ratios(ours, trl)),
+        spread(ratios(each, trl)),
+        spread(ratios(ours, each)),
+        str(len(ours)),
         f"{padding:.2f}",
+    )
+
+
+def stored_rollouts(prompt: int, lengths: list[int], size: int) -> list[Rollout]:
+    """Random responses of these lengths in groups of `size`, to prompts of so many tokens."""
+    texts = common.random_prompts(len(lengths) // size, prompt, prompt)
+    rollouts = []
+    for i, (n, answer) in enumerate(
+        zip(lengths, common.random_prompts(len(lengths), max(lengths), max(lengths)), strict=True)
+    ):
+        mask = [False] * prompt + [True] * n
+        x = Rollout({}, texts[i // size] + answer[:n], prompt, mask, [-6.0] * (prompt + n))
+        x.advantage = i % size - (size - 1) / 2
+        rollouts.append(x)
+    return rollouts
+
+
+def compare_training(name, folder, teacher_folder, rollouts, cfg):
+    """Our training step alone: each prompt computed once, against once for each response."""
+    sides = [Ours(folder, teacher_folder, [], 1, [1], share=share) for share in (True, False)]
+    steps = [partial(x.train, rollouts) for x in sides]
+    shared, separate, cpu = common.alternate(*steps, cfg, lambda: None)
+    peaks = []
+    for step in steps:  # a second step: the moments are there
+        with Meter() as meter:
+            before = meter.live()
+            step()
+        peaks.append((meter.peak - before) / 2**20)
+    common.row(
+        name,
+        f"{statistics.median(shared):.2f} s",
+        spread(ratios(shared, separate)),
+        spread(cpu),
+        str(len(shared)),
+        f"{peaks[0]:.0f}, {peaks[1]:.0f}",
     )
 
 
@@ -217,10 +261,39 @@ def main():
     cfg = common.options(
         losses=(["grpo", "mopd"], "grpo, mopd"),
         shapes=(["equal", "unequal"], "equal, unequal"),
+        tables=(["whole", "training"], "whole steps against TRL, our training step alone"),
         longest=(["128"], "the longest response"),
     )
+    if "whole" in cfg.tables:
+        whole_steps(cfg)
+    if "training" in cfg.tables:
+        training_steps(cfg)
+
+
+def training_steps(cfg):
+    """Prompt, response and group lengths: a toy's, longer prompts, and a prompt that is short."""
+    common.table("case", "a step", "ratio", "of CPU time", "pairs", "peak MB: once, for each")
+    cases = [(8, 8, 4, 2)] if cfg.short else TRAINING
+    for family in cfg.families:
+        with common.model_dir(family) as folder, common.model_dir(family, seed=1) as teacher:
+            for prompt, response, size, groups in cases:
+                rollouts = stored_rollouts(prompt, [response] * (size * groups), size)
+                for loss in cfg.losses:
+                    name = f"{family} {loss}: {prompt} + {response}, {groups} x {size}"
+                    taught = teacher if loss == "mopd" else None
+                    compare_training(name, folder, taught, rollouts, cfg)
+
+
+def whole_steps(cfg):
+    """Steps with their rollouts, against TRL's."""
     common.table(
-        "case", "a step", "TRL", "ratio", "of CPU time", "pairs", "padding of responses alone"
+        "case",
+        "a step",
+        "ratio to TRL",
+        "prompts for each response",
+        "once to each",
+        "pairs",
+        "padding of responses alone",
     )
     p, r, longest = (2, 2, 8) if cfg.short else (8, 8, int(cfg.longest[0]))
     with tempfile.TemporaryDirectory() as folder:

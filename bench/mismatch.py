@@ -19,7 +19,7 @@ import torch
 
 from nanocascade.checkpoint.weights import load_model, save_model
 from nanocascade.data.batch import make_batches
-from nanocascade.data.episode import Rollout, Sampling
+from nanocascade.data.episode import Document, Sampling
 from nanocascade.data.rows import conversation, sft_conversation
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import new_routing, score_tokens
@@ -67,7 +67,7 @@ def train(model, tokenizer, steps: int, batch_tokens: int = 2048) -> None:
         while size < batch_tokens:
             row = rows[int(torch.randint(len(rows), (), generator=generator))]
             ids, mask = tokenizer.render(sft_conversation(row, True), conversation(row)[1], True)
-            documents.append(Rollout(row, ids, 0, [bool(x) for x in mask]))
+            documents.append(Document(row, ids, mask=[bool(x) for x in mask]))
             size += len(ids)
         num_tokens, total = sum(x.num_loss_tokens for x in documents), 0.0
         for batch in make_batches(documents, batch_tokens):
@@ -78,7 +78,7 @@ def train(model, tokenizer, steps: int, batch_tokens: int = 2048) -> None:
             loss.backward()
             total += float(loss.detach())
         optimizer_step(model, optimizer, 2e-3 * min(1, (step + 1) / 20), 1.0, Dist())
-        load = routing.load(batch.valid, model.config.num_experts)  # (l, e)
+        load = routing.load(batch.copies, model.config.num_experts)  # (l, e)
         update_correction_bias(model, load, 1e-3)
         if step % 25 == 24:
             print(f"step {step + 1}: loss {total:.3f} a token", flush=True)

@@ -246,31 +246,47 @@ def generate(
 ) -> list[list[Sample]]:
     """Draw `num_samples` responses to each prompt from pi_inf: samples[p][r].
 
-    max_new_tokens: one limit, or one a prompt; temperature 0 is greedy; top_k 0, top_p 1: off;
-    row_ids: names of prompts for the random hash; max_rows: decoded at once; on_sample: gets (p, r,
-    sample) as each finishes, on_token each token of a lone response; keep_going: told whether rows
-    are left, says whether to go on (ranks may end together).
+    max_new_tokens: one limit, or one a prompt. temperature 0 is greedy; top_k 0 and top_p 1 are
+    off. row_ids: names of the prompts for the random hash. max_rows: rows decoded at once.
+    on_sample gets (p, r, sample) as each response finishes, on_token each token of a single
+    response. keep_going is told whether rows are left and says whether to go on (ranks may end
+    together).
     """
-    p, longest = len(prompts), max(map(len, prompts), default=0)
-    limits = [max_new_tokens] * p if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    num_prompts, longest = len(prompts), max(map(len, prompts), default=0)
+    limits = max_new_tokens
+    if isinstance(limits, int):
+        limits = [limits] * num_prompts
     check_prompts(prompts, limits, model.config.max_position_embeddings)
     options = dict(temperature=temperature, top_p=top_p, top_k=top_k, return_experts=return_experts)
-    whole = max((len(x) + n for x, n in zip(prompts, limits, strict=True)), default=1)
-    samples, (r, rows) = [[None] * num_samples for _ in prompts], parts(p, num_samples, max_rows)
-    decoder = Decoder(model, rows, whole, max(limits, default=1), options)
-    keys = sample_keys(seed, range(p) if row_ids is None else row_ids, num_samples, decoder.device)
-    keys, prompts = keys.view(-1, r), [x for x in prompts for _ in range(num_samples // r)]
-    p, owners = len(prompts), torch.arange(keys.numel(), device=decoder.device).view(-1, r)
-    limits = torch.tensor(limits).long().repeat_interleave(num_samples // r).to(decoder.device)
-    stops = torch.tensor(list(stop_ids), device=decoder.device).long()
-    prompt_experts, waiting, idle, active = [], 0, rows, 0
-    while keep_going(waiting < p or active > 0):
-        # Moving in pays once an eighth of the rows is free: a prefill call has a fixed cost.
-        if waiting < p and idle >= r and (idle * 8 >= rows or not active):
-            size = min(idle // r, max(decoder.prefill // longest, 1), p - waiting)
-            part = slice(waiting, waiting + size)
-            prompt_experts += decoder.admit(prompts[part], owners[part], keys[part], limits[part])
-            waiting, idle, active = waiting + size, idle - size * r, active + size * r
+    max_len = max((len(x) + n for x, n in zip(prompts, limits, strict=True)), default=1)
+    part_size, num_rows = parts(num_prompts, num_samples, max_rows)
+    decoder = Decoder(model, num_rows, max_len, max(limits, default=1), options)
+    device = decoder.device
+
+    # A prompt's responses start together, or, where they are more than the rows, in equal parts.
+    parts_each = num_samples // part_size
+    names = range(num_prompts) if row_ids is None else row_ids
+    keys = sample_keys(seed, names, num_samples, device).view(-1, part_size)  # (parts, rows)
+    owners = torch.arange(keys.numel(), device=device).view(-1, part_size)  # (parts, rows)
+    part_prompts = [x for x in prompts for _ in range(parts_each)]
+    part_limits = torch.tensor(limits, dtype=torch.long).repeat_interleave(parts_each).to(device)
+
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    samples = [[None] * num_samples for _ in prompts]
+    prompt_experts = []  # of each part: (t, l, a)
+    started, active = 0, 0  # parts that have started, rows that are decoding
+    while keep_going(started < len(part_prompts) or active > 0):
+        waiting, free = len(part_prompts) - started, num_rows - active
+        # Start parts only when an eighth of the rows is free: each prefill call has a fixed cost.
+        if waiting and free >= part_size and (free * 8 >= num_rows or not active):
+            fitting = max(decoder.prefill // longest, 1)
+            end = started + min(free // part_size, fitting, waiting)
+            chosen = slice(started, end)
+            prompt_experts += decoder.admit(
+                part_prompts[chosen], owners[chosen], keys[chosen], part_limits[chosen]
+            )
+            active += (end - started) * part_size
+            started = end
         else:
             decoder.step()
         done, stopped = decoder.finished(stops)
@@ -278,22 +294,24 @@ def generate(
             on_token(int(decoder.state["last"][0]))
         for owner, sample in decoder.collect(done, stopped) if len(done) else ():
             if return_experts:
-                experts = torch.cat([prompt_experts[owner // r], sample.experts])  # (t, l, a)
-                sample = sample._replace(experts=experts)
-            i, j = divmod(owner, num_samples)
-            samples[i][j] = sample
+                experts = torch.cat([prompt_experts[owner // part_size], sample.experts])
+                sample = sample._replace(experts=experts)  # (t, l, a)
+            prompt, response = divmod(owner, num_samples)
+            samples[prompt][response] = sample
             if on_sample is not None:
-                on_sample(i, j, sample)
-        idle, active = idle + len(done), active - len(done)
-        if waiting == p and active and len(done):
+                on_sample(prompt, response, sample)
+        active -= len(done)
+        if started == len(part_prompts) and active and len(done):
             decoder.shrink()
     return samples
 
 
 def parts(num_prompts: int, num_samples: int, max_rows: int) -> tuple[int, int]:
-    """(rows that move in together, rows decoded at once): groups, or equal parts of larger ones."""
-    r = next(n for n in range(min(max_rows, num_samples), 0, -1) if num_samples % n == 0)
-    return r, max(min(max_rows, num_prompts * num_samples) // r, 1) * r
+    """(responses of a prompt that start together, rows decoded at once): 4 responses and 16 rows
+    give (4, 16); of 64 responses and 32 rows, (32, 32), half of them at a time."""
+    sizes = range(min(max_rows, num_samples), 0, -1)
+    size = next(n for n in sizes if num_samples % n == 0)
+    return size, max(min(max_rows, num_prompts * num_samples) // size, 1) * size
 
 
 def check_prompts(prompts: list[list[int]], limits: list[int], context: int) -> None:

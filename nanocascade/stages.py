@@ -249,7 +249,7 @@ class SFT(Stage):
 
     stage = "sft"
     batch_tokens: Positive  # tokens a step, over all ranks
-    row_tokens: Positive  # tokens of a packed row, and so of the longest conversation
+    row_tokens: Positive  # maximum tokens of a conversation, up to its last answer
     # OURS: no thought is cut short (the Nano recipe does so to 3 % of them, for budget control).
     strip_thinking: Share = 0.1  # share of conversations shown without their thought
     reference_samples: Positive = 2000  # stored answers to preference questions (toy)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("rollout", "transformers", ("--shapes", "rl", "decode"), 4),
         ("train_step", "transformers", ("--shapes", "unequal"), 1),
-        ("grpo_step", "trl", ("--shapes", "unequal"), 2),
+        ("grpo_step", "trl", ("--shapes", "unequal"), 4),
         ("growth", "matplotlib", (), 0),
     ],
 )

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanocascade.checkpoint.weights import disk_names, experts_of, load_model
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.layout import parallelize
-from nanocascade.model import logprobs, model
+from nanocascade.model import documents, logprobs
 from nanocascade.model.cache import Cache
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.moe import Routing
@@ -75,7 +75,7 @@ def test_parity_live(case, tmp_path):
         assert gap <= 1e-4 * gradient.norm(), name
 
 
-def documents():
+def texts():
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(1, 32, (n,), generator=generator) for n in (5, 1, 13, 8, 2)]
 
@@ -87,12 +87,12 @@ def gradients_of(network, hidden):
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("mask_max", [model.MASK_MAX, 3])
+@pytest.mark.parametrize("call_pairs", [documents.CALL_PAIRS, 0])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_invariance_packing(case, mask_max, tmp_path, monkeypatch):
-    """Packed documents see nothing of each other, by mask and document by document alike."""
-    monkeypatch.setattr(model, "MASK_MAX", mask_max)
-    network, parts = build(case, tmp_path), documents()
+def test_invariance_packing(case, call_pairs, tmp_path, monkeypatch):
+    """Packed documents see nothing of each other, in one attention call and one by one alike."""
+    monkeypatch.setattr(documents, "CALL_PAIRS", call_pairs)
+    network, parts = build(case, tmp_path), texts()
     alone = torch.cat([network(x[None])[0] for x in parts])  # (t, d)
     ids = torch.stack([torch.cat(parts), torch.cat(parts[::-1])])  # two rows, other boundaries
     segments = [
@@ -111,7 +111,7 @@ def test_invariance_packing(case, mask_max, tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", FAMILIES)
 def test_invariance_padding(case, side, tmp_path):
     """Padding on either side changes nothing, whatever ids stand there."""
-    network, parts = build(case, tmp_path), documents()
+    network, parts = build(case, tmp_path), texts()
     ids, mask = torch.full((5, 16), 7), torch.zeros(5, 16, dtype=torch.bool)
     spans = [slice(0, len(x)) if side == "right" else slice(16 - len(x), 16) for x in parts]
     for i, (x, span) in enumerate(zip(parts, spans, strict=True)):

@@ -5,8 +5,9 @@ import torch
 
 from nanocascade.engine.experts import local_sum
 from nanocascade.model import mamba2, moe
-from nanocascade.model.mamba2 import chunk_scan, scan_step
-from nanocascade.model.model import ModelConfig
+from nanocascade.model.documents import Documents, scan_plans
+from nanocascade.model.mamba2 import row_scan, scan_step
+from nanocascade.model.model import Context, ModelConfig
 from nanocascade.model.moe import Experts, Router, load_imbalance, update_correction_bias
 
 
@@ -23,20 +24,15 @@ def scan_inputs(t, dtype=torch.float64):
 
 @pytest.mark.parametrize("t, chunk_size", [(8192, 128), (8191, 256), (1, 128), (130, 128)])
 def test_parity_scan(t, chunk_size):
-    """The chunked scan is the recurrence, over 8,192 tokens and across document boundaries."""
+    """The chunked scan of a row is the recurrence, over 8,192 tokens, from any state."""
     x, dt, A, B, C = scan_inputs(t)
-    segments = (torch.arange(t) >= t // 3).long() + (torch.arange(t) >= t - 2).long()
     start = torch.ones(1, 4, 3, 2, dtype=torch.float64)
-    for ids in (None, segments):
-        state, outputs = start.clone(), []
-        for i in range(t):
-            if ids is not None and i and ids[i] != ids[i - 1]:
-                state = torch.zeros_like(start)
-            outputs.append(scan_step(x[:, i], dt[:, i], A, B[:, i], C[:, i], state))
-        ids = None if ids is None else ids[None]
-        scanned, last = chunk_scan(x, dt, A, B, C, chunk_size, ids, start)
-        assert (scanned - torch.stack(outputs, 1)).abs().max() < 1e-9
-        assert (last - state).abs().max() < 1e-9
+    state, outputs = start.clone(), []
+    for i in range(t):
+        outputs.append(scan_step(x[:, i], dt[:, i], A, B[:, i], C[:, i], state))
+    scanned, last = row_scan(x, dt, A, B, C, chunk_size, start)
+    assert (scanned - torch.stack(outputs, 1)).abs().max() < 1e-9
+    assert (last - state).abs().max() < 1e-9
 
 
 def test_invariance_step_blocks(monkeypatch):
@@ -148,21 +144,32 @@ def test_invariance_balance():
     assert worst[0] > 1.5 and worst[-1] < 1.2
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_invariance_spans(packed, monkeypatch):
-    """A row scanned in spans, a document ending on a span's edge or not, gives output, state and
-    gradients of one scan (fp64)."""
+@pytest.mark.parametrize("kind", ["rows", "documents"])
+def test_invariance_spans(kind, monkeypatch):
+    """A scan in spans gives output, state and gradients of one scan: rows that start from states,
+    and documents of which one continues another over a span's edge (fp64)."""
     torch.manual_seed(0)
     sizes = (2, 70, 4, 3), (2, 70, 4), (4,), (2, 70, 2, 5), (2, 70, 2, 5)  # of x, dt, A, B, C
     inputs = [torch.rand(size, dtype=torch.float64, requires_grad=True) for size in sizes]
-    ends = [[20, 20, 30], [16, 54, 0]]  # lengths of documents; a span has 16
-    ids = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(x)) for x in ends])  # (b, t)
-    ids, entry = ids if packed else None, torch.rand(2, 4, 3, 5, dtype=torch.float64)
+    config = ModelConfig(hidden_size=12, mamba_num_heads=4, mamba_head_dim=3, mamba_n_groups=2)
+    mixer = mamba2.Mamba2(config).double()
+    mixer.reset_parameters(0.5)
+    documents = Documents(torch.tensor([20, 20, 30, 70]), torch.tensor([-1, 0, -1, -1]))
+    entry = torch.rand(2, 4, 3, 5, dtype=torch.float64)
+    packed = torch.randn(2, 70, 12, dtype=torch.float64, requires_grad=True)  # (b, t, d)
     found = []
     for span in (1000, 16):
         monkeypatch.setattr(mamba2, "SPAN", span)
-        x, dt, A, B, C = inputs
-        y, state = mamba2.long_scan(x, dt, -A, B, C, 8, ids, entry)
-        found.append([y, state, *torch.autograd.grad(y.square().sum() + state.sum(), inputs)])
+        if kind == "rows":
+            x, dt, A, B, C = inputs
+            y, state = row_scan(x, dt, -A, B, C, 8, entry)
+            outputs, leaves = [y, state], inputs
+        else:
+            plans, places = scan_plans(documents, 8, config.conv_kernel - 1, span, packed.device)
+            assert len(plans) == (1 if span == 1000 else 5)
+            outputs = [mixer(packed, Context(scans=plans, scan_outputs=places))]
+            leaves = [packed, *mixer.parameters()]
+        loss = sum(x.square().sum() for x in outputs)
+        found.append([*outputs, *torch.autograd.grad(loss, leaves)])
     for one, spans in zip(*found, strict=True):
         assert (one - spans).abs().max() < 1e-13 * one.abs().max()

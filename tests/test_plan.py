@@ -94,7 +94,8 @@ def trace_whole(config, layout, width):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         ids = torch.zeros(1, width, dtype=torch.long)  # (b, t)
-        context = meter.fake_context(config, ids, 0, dist.dtype)
+        with meter.as_on_gpu():
+            context = meter.fake_context(config, ids, 0, dist.dtype)
         model.context = lambda *_: context
         with meter.as_on_gpu(), meter.Meter(int(pairs)) as whole:
             for _ in range(2):

@@ -49,30 +49,25 @@ def enter(rank: int, variables: list[dict], layout: dict):
 
 
 def documents(n: int) -> list[Rollout]:
-    """n stored responses of very unequal length, with the sampler's log-probs and advantages."""
+    """n stored responses of very unequal length to two prompts, in turns, with the sampler's
+    log-probs and advantages."""
     random = torch.Generator().manual_seed(5)
-    found = []
+    found, texts = [], ([7, 9], [4, 4, 30, 1, 12])
     for i in range(n):
-        length = 3 + 11 * i * (i % 2)
-        tokens = torch.randint(1, 32, (length,), generator=random).tolist()
-        found.append(
-            Rollout(
-                {"id": i},
-                tokens,
-                1,
-                [False] + [True] * (length - 1),
-                [-3.0] * length,
-                advantage=1.5 - i % 3,
-            )
-        )
+        prompt, new = texts[i % 2], 1 + 11 * i * (i % 2)
+        tokens = prompt + torch.randint(1, 32, (new,), generator=random).tolist()
+        mask = [False] * len(prompt) + [True] * new
+        x = Rollout({"id": i}, tokens, len(prompt), mask, [-3.0] * len(tokens))
+        x.advantage = 1.5 - i % 3
+        found.append(x)
     return found
 
 
-def train(model, optimizer, dist, rollouts, replay=None) -> dict:
+def train(model, optimizer, dist, rollouts, share=True) -> dict:
     """One step of GRPO on stored tokens as train_rl.py takes it: loss, norm and gradients."""
     num_tokens = sum(x.num_loss_tokens for x in rollouts)
     total, load = 0.0, no_load(model)
-    for batch in step_batches(model, dist, dist.shard(rollouts), 40, row=32):
+    for batch in step_batches(model, dist, dist.shard(rollouts), 40, share=share):
         routing = new_routing(model, batch)
         logprobs, _ = score(model, batch, 0.7, routing)
         loss, _ = grpo_loss(
@@ -84,7 +79,7 @@ def train(model, optimizer, dist, rollouts, replay=None) -> dict:
         )
         loss.backward()
         total += float(loss.detach())
-        load += routing.load(batch.valid, model.config.num_experts)
+        load += routing.load(batch.copies, model.config.num_experts)
     dist.sum_gradients(model)
     grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
     alone, dist.sum_gradients = dist.sum_gradients, lambda model: None  # they are summed already
@@ -147,9 +142,8 @@ def compare(rank, variables, path, layout, out) -> None:
         for step in range(2):  # in the second the first rank has all the work
             # 14 tokens: over 3, the gradient of q_proj has 7e-6 of noise in fp32 itself
             rollouts = documents(7) if step == 0 else documents(2)[1:]
-            found, known = (
-                train(*x, rollouts) for x in ((model, optimizer, dist), (expected, wanted, one))
-            )
+            found = train(model, optimizer, dist, rollouts)
+            known = train(expected, wanted, one, rollouts, share=False)
             assert found["loss"] == pytest.approx(known["loss"], rel=1e-5)
             assert found["norm"] == pytest.approx(known["norm"], rel=1e-5)
             assert found["load"].equal(known["load"])
@@ -208,8 +202,8 @@ LAYOUTS = [
 @pytest.mark.parametrize("size, layout, case, others", LAYOUTS)
 def test_invariance_layouts(size, layout, case, others, tmp_path):
     """Losses, gradients, their norm, loads, updated weights, samples and checkpoints of ranks are
-    those of one process, with unequal lengths and a rank without work; what they saved, other
-    numbers of ranks go on from."""
+    those of one process that computes a prompt for each response, with unequal lengths and a rank
+    without work; what they saved, other numbers of ranks go on from."""
     make_parity.write_checkpoint(tmp_path / "start", make_parity.CONFIGS[case])
     spawn(size, compare, tmp_path / "start", layout, tmp_path)
     for ranks, other in others:

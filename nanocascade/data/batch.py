@@ -1,23 +1,25 @@
-"""Micro-batches: documents packed into rows of tensors."""
+"""Micro-batches: documents packed into rows of tensors, a prompt once for all its responses."""
 
 import bisect
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanocascade.data.episode import Rollout
+from nanocascade.data.episode import Document
 from nanocascade.model.model import Model
 
 
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of documents that share a row of at most `budget` tokens, by best fit, longest first:
+    """Indices of items that share a row of at most `budget` tokens, by best fit, longest first:
     [5, 3, 6, 2], 8 -> [[2, 3], [0, 1]]."""
     rows, room = defaultdict(list), []  # room: (tokens left, row), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > budget:
-            raise ValueError(f"document {i} has {lengths[i]} tokens, a row takes {budget}")
+            raise ValueError(f"item {i} has {lengths[i]} tokens, a row takes {budget}")
         place = bisect.bisect_left(room, (lengths[i], -1))
         left, row = room.pop(place) if place < len(room) else (budget, len(rows))
         rows[row].append(i)
@@ -27,81 +29,164 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 @dataclass
 class Batch:
-    """A micro-batch of packed rows; position j of a row predicts targets[:, j].
+    """A micro-batch: t tokens of packed documents, and n predictions of tokens that follow them.
 
-    mask marks the targets that carry loss, segments the documents (-1 = padding), response_ids the
-    document's index in the step's list. Per-token tensors are (b, t).
+    A prompt and two responses of it, [5 6 7] + [8 9 1] and [5 6 7] + [4]:
+
+        ids      5 6 7 8 9      segments 0 0 0 1 1      parents -1, 0      copies 2 2 2 1 1
+        targets  8 9 1 4        sources  2 3 4 2        response_ids 0 0 0 1
+
+    segments (1, t): the document of each token; parents: for each document the one it continues, or
+    -1; copies (1, t): responses that a token belongs to, 0 for padding. sources (1, n): the token
+    whose hidden state predicts the target; response_ids (1, n): index in the step's list; mask
+    (1, n): targets that carry loss. experts (1, t, l, a): recorded while sampling.
     """
 
     ids: Tensor
-    targets: Tensor
     segments: Tensor
+    parents: list[int]
+    copies: Tensor
+    sources: Tensor
+    targets: Tensor
     response_ids: Tensor
     mask: Tensor
     sampler_logprobs: Tensor
     advantages: Tensor
-    experts: Tensor | None = None  # (b, t, l, a) recorded while sampling
+    experts: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
-        return self.segments >= 0  # (b, t)
+        return self.copies > 0  # (1, t)
+
+    def to(self, device) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{k: x.to(device) for k, x in values.items() if isinstance(x, Tensor)}
+        )
 
 
-def step_batches(model: Model, dist, rollouts, micro_tokens: int, replay=False, row=256):
-    """The micro-batches of this rank's rollouts, and empty ones until every rank has as many.
+class Group(NamedTuple):
+    """Documents of a step (indices) that share a prompt of so many tokens (0: nothing shared)."""
+
+    prompt: int
+    members: list[int]
+    size: int  # tokens of the prompt, once, and of what follows it
+
+
+class Piece(NamedTuple):
+    """Tokens start .. end of a document, as one document of the micro-batch."""
+
+    document: Document
+    start: int
+    end: int
+    parent: int
+    copies: int
+
+
+def step_batches(
+    model: Model, dist, documents, micro_tokens: int, replay=False, share=True
+) -> list[Batch]:
+    """The micro-batches of this rank's documents, and empty ones until every rank has as many.
 
     A sharded forward is a collective: a rank without work runs it, with a zero loss, all the same.
     """
-    batches = make_batches(rollouts, micro_tokens, dist.device, replay, row)
+    batches = make_batches(documents, micro_tokens, dist.device, replay, share)
     missing = dist.in_step(len(batches)) - len(batches)
     if missing:
         layers = (model.config.num_moe_layers, model.config.num_experts_per_tok)
-        experts = torch.zeros(2, *layers, dtype=torch.long) if replay else None  # (t, l, a)
-        nobody = Rollout({"id": ""}, [0, 0], 2, [False] * 2, [0.0] * 2, experts=experts)
-        empty = make_batches([nobody], 1, dist.device, replay, 1)[0]
-        empty.segments[:] = -1  # padding: in no load either
-        batches += [empty] * missing
+        experts = torch.zeros(1, *layers, dtype=torch.long) if replay else None  # (t, l, a)
+        empty = Document({}, [0, 0], mask=[False, False], experts=experts)
+        batch = make_batches([empty], 1, dist.device, replay)[0]
+        batch.copies[:] = 0  # padding: in no load either
+        batches += [batch] * missing
     return batches
 
 
-def make_batches(rollouts: list[Rollout], micro_tokens: int, device="cpu", replay=False, row=256):
-    """Pack documents into rows of `row` tokens, rows into micro-batches of about `micro_tokens`.
+def make_batches(
+    documents: Sequence[Document], micro_tokens: int, device="cpu", replay=False, share=True
+) -> list[Batch]:
+    """Pack groups into micro-batches of `micro_tokens`, or of the longest document if it is longer.
 
-    A document of n tokens is n - 1 predictions. Rows are longer where a document is, and no longer
-    than a micro-batch where none is.
+    A document of n tokens is n - 1 inputs. share: documents with the same prompt form a group, and
+    the prompt is in the micro-batch once; a group that is too large is cut, with its prompt in each
+    part.
     """
-    if not rollouts:  # a rank that dynamic filtering left without groups
+    if not documents:  # a rank that dynamic filtering left without groups
         return []
-    lengths = [len(x.tokens) - 1 for x in rollouts]
-    if max(lengths) * len(lengths) <= 1.05 * sum(lengths):  # alike: a row each, nothing to mask
-        row = 1
-    width = max(max(lengths), min(row, micro_tokens))
-    packed = pack(lengths, width)
-    per_batch = max(micro_tokens // width, 1)
-    layers = rollouts[0].experts.shape[1:] if replay else None
-    batches = []
-    for first in range(0, len(packed), per_batch):
-        rows = packed[first : first + per_batch]
-        t = max(sum(lengths[i] for i in members) for members in rows)
-        ids, targets, responses = (torch.zeros(len(rows), t, dtype=torch.long) for _ in range(3))
-        segments = torch.full((len(rows), t), -1)  # (b, t)
-        mask = torch.zeros(len(rows), t, dtype=torch.bool)
-        sampler, advantages = torch.zeros(len(rows), t), torch.zeros(len(rows), t)
-        experts = torch.zeros(len(rows), t, *layers, dtype=torch.long) if replay else None
-        for j, members in enumerate(rows):
-            start = 0
-            for k, i in enumerate(members):
-                x, span = rollouts[i], slice(start, start + lengths[i])
-                tokens = torch.tensor(x.tokens)
-                ids[j, span], targets[j, span] = tokens[:-1], tokens[1:]
-                segments[j, span], responses[j, span] = k, i
-                mask[j, span] = torch.tensor(x.mask[1:]) & x.loss
-                if x.sampler_logprobs:
-                    sampler[j, span] = torch.tensor(x.sampler_logprobs[1:])
-                advantages[j, span] = x.advantage
-                if replay:
-                    experts[j, span] = x.experts[: lengths[i]].cpu()
-                start += lengths[i]
-        tensors = (ids, targets, segments, responses, mask, sampler, advantages, experts)
-        batches.append(Batch(*(None if x is None else x.to(device) for x in tensors)))
-    return batches
+    budget = max(micro_tokens, max(len(x.tokens) - 1 for x in documents))
+    groups = make_groups(documents, budget, share)
+    rows = pack([x.size for x in groups], budget)
+    return [fill(documents, [groups[i] for i in row], replay).to(device) for row in rows]
+
+
+def make_groups(documents: Sequence[Document], budget: int, share: bool) -> list[Group]:
+    """Groups of at most `budget` tokens, in the order of their first members."""
+    same_prompt, groups = defaultdict(list), []
+    for i, x in enumerate(documents):
+        prompt = tuple(x.tokens[: x.prompt_length]) if share else ()
+        same_prompt[prompt or i].append(i)
+    for members in same_prompt.values():
+        prompt = documents[members[0]].prompt_length
+        part, size = [], 0
+        for i in members:
+            response = len(documents[i].tokens) - 1 - prompt
+            if part and size + response > budget:
+                groups.append(Group(prompt, part, size))
+                part, size = [], 0
+            size += response if part else prompt + response
+            part.append(i)
+        groups.append(Group(prompt, part, size))
+    return [x if len(x.members) > 1 else x._replace(prompt=0) for x in groups]
+
+
+def fill(documents: Sequence[Document], groups: list[Group], replay: bool) -> Batch:
+    """The micro-batch of some groups."""
+    pieces, sources, response_ids, size = [], [], [], 0
+    for prompt, members, _ in groups:
+        parent = -1
+        if prompt:
+            parent = len(pieces)
+            pieces.append(Piece(documents[members[0]], 0, prompt, -1, len(members)))
+            size += prompt
+        prompt_end = size - 1
+        for i in members:
+            first, last = first_target(documents[i]), len(documents[i].tokens) - 1
+            places = torch.arange(first - 1, last) + size - prompt  # (n,)
+            if prompt:
+                places[0] = prompt_end
+            if prompt < last:  # a response of one token is predicted by its prompt alone
+                pieces.append(Piece(documents[i], prompt, last, parent, 1))
+                size += last - prompt
+            sources.append(places)
+            response_ids.append(torch.full_like(places, i))
+    lengths = torch.tensor([x.end - x.start for x in pieces])  # (o,)
+    copies = torch.tensor([x.copies for x in pieces])  # (o,)
+    ids = [token for x in pieces for token in x.document.tokens[x.start : x.end]]
+    experts = [x.document.experts[x.start : x.end].cpu() for x in pieces] if replay else []
+    chosen = [documents[i] for group in groups for i in group.members]
+    targets = [token for x in chosen for token in x.tokens[first_target(x) :]]
+    mask = [flag and x.loss for x in chosen for flag in x.mask[first_target(x) :]]
+    counts = torch.tensor([len(x) for x in sources])  # (r,) targets of each response
+    advantages = torch.tensor([x.advantage for x in chosen])  # (r,)
+    logprobs = [  # an SFT document has none
+        value
+        for x, places in zip(chosen, sources, strict=True)
+        for value in x.sampler_logprobs[first_target(x) :] or [0.0] * len(places)
+    ]
+    return Batch(
+        ids=torch.tensor(ids)[None],
+        segments=torch.repeat_interleave(lengths)[None],
+        parents=[x.parent for x in pieces],
+        copies=copies.repeat_interleave(lengths)[None],
+        sources=torch.cat(sources)[None],
+        targets=torch.tensor([targets]),
+        response_ids=torch.cat(response_ids)[None],
+        mask=torch.tensor([mask]),
+        sampler_logprobs=torch.tensor([logprobs]),
+        advantages=advantages.repeat_interleave(counts)[None],
+        experts=torch.cat(experts)[None] if replay else None,
+    )
+
+
+def first_target(document: Document) -> int:
+    return max(document.prompt_length, 1)  # nothing predicts token 0

@@ -32,35 +32,42 @@ class Sampling:
 
 
 @dataclass
-class Rollout:
+class Document:
+    """Tokens to train on; mask says which of them carry loss. An SFT conversation is no more than
+    that; the other fields are those of a response, set in Rollout."""
+
+    row: dict  # of the data file
+    tokens: list[int]
+    prompt_length: int = 0
+    mask: list[bool] = field(default_factory=list)
+    sampler_logprobs: list[float] = field(default_factory=list)
+    experts: Tensor | None = None  # (t, l, a) recorded while sampling
+    advantage: float = 0.0
+    loss: bool = True  # False: masked out (overlong filter, a prompt nobody solved)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(self.mask) if self.loss else 0
+
+
+@dataclass
+class Rollout(Document):
     """One episode. tokens, mask and sampler_logprobs have one entry a token, prompt included.
 
     turns: [{"role": "assistant" | "tool", "content": text}, ...]; reward is what the group's
     advantage is made of, outcome the raw verdict before any shaping.
     """
 
-    row: dict
-    tokens: list[int]
-    prompt_length: int
-    mask: list[bool] = field(default_factory=list)
-    sampler_logprobs: list[float] = field(default_factory=list)
     turns: list[dict] = field(default_factory=list)
     stop_reason: str = ""
-    experts: Tensor | None = None
     played: tuple | None = None  # (number of calls, state) of the row's environment
     reward: float = 0.0
     outcome: float | None = 0.0  # None: no judge, or no stored answer to compare with
     reason: str = ""
-    advantage: float = 0.0
-    loss: bool = True  # False: masked out (overlong filter, a prompt nobody solved)
 
     @property
     def domain(self) -> str:
         return self.row["domain"]
-
-    @property
-    def num_loss_tokens(self) -> int:
-        return sum(self.mask) if self.loss else 0
 
     @property
     def response_length(self) -> int:

@@ -4,21 +4,26 @@ import torch
 from torch import Tensor
 
 from nanocascade.data.batch import Batch
+from nanocascade.model.documents import gather
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.model import Model
 from nanocascade.model.moe import Routing
 
 
 def score_tokens(model: Model, batch: Batch, temperature: float = 1.0, routing=None):
-    """Log-probs (b, t) of the loss tokens under softmax(logits / T), and entropies (b, t)."""
-    hidden = model(batch.ids, segments=batch.segments, routing=routing)  # (b, t, d)
-    # Only what carries loss meets the head: log-probs of prompts and padding are left 0.
-    places = batch.mask.flatten().nonzero()[:, 0]  # (n,)
-    wanted = hidden.flatten(0, 1).index_select(0, places)  # (n, d)
-    targets = batch.targets.flatten()[places]  # (n,)
-    found = token_logprobs(wanted, model.head.weight, targets, temperature)  # (n,) twice
-    blank = found[0].new_zeros(batch.mask.numel())  # (b*t,)
-    return tuple(blank.index_copy(0, places, x).view(batch.mask.shape) for x in found)
+    """Log-probs (1, n) of the batch's targets under softmax(logits / T), and entropies (1, n).
+
+    Only targets with a loss go through the output head; the values of the others stay 0.
+    """
+    hidden = model(
+        batch.ids, segments=batch.segments, parents=batch.parents, routing=routing
+    )  # (1, t, d)
+    places = batch.mask[0].nonzero()[:, 0]  # (m,)
+    wanted = gather(hidden[0], batch.sources[0, places])  # (m, d)
+    targets = batch.targets[0, places]  # (m,)
+    found = token_logprobs(wanted, model.head.weight, targets, temperature)  # (m,) twice
+    blank = found[0].new_zeros(batch.mask.shape)  # (1, n)
+    return tuple(blank.index_copy(1, places, x[None]) for x in found)
 
 
 def no_load(model: Model) -> Tensor:

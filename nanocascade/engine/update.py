@@ -37,12 +37,12 @@ class Update:
         mask = self.batch.mask
         entropy = masked_mean(self.entropy, mask)
         self.metrics.add(metrics | {"entropy": entropy}, weight=int(mask.sum()))
-        self.load += self.routing.load(self.batch.valid, self.model.config.num_experts)
+        self.load += self.routing.load(self.batch.copies, self.model.config.num_experts)
 
     def check_finite(self, loss: Tensor, documents: list) -> None:
         """Stop before a NaN reaches the weights, naming the rows; the last checkpoint is good."""
         if not torch.isfinite(loss):
-            indices = self.batch.response_ids[self.batch.valid].unique().tolist()  # not of padding
+            indices = self.batch.response_ids[self.batch.mask].unique().tolist()
             rows = sorted({str(documents[i].row.get("id")) for i in indices})
             raise ValueError(
                 f"loss is {loss.item()} at step {self.step}; rows {', '.join(rows[:20])}"

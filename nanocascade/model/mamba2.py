@@ -9,12 +9,14 @@ The recurrence, a head at a time, with state h (c, s), input x (c), and B, C (s)
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanocascade.model.documents import Documents, ScanPlan, gather, scan_plans
 from nanocascade.model.layers import upcast
 
 SPAN = 8192  # positions of a row that are scanned at once
@@ -22,88 +24,70 @@ CPU_CHUNK = 64  # a core's cache holds 64 x 64 weights of all heads; a GPU takes
 STEP_BYTES = 1 << 20  # of state that a decoding step works on at once: half a core's cache
 
 
-def chunk_scan(x, dt, A, B, C, chunk_size, segments=None, state=None):
-    """The recurrence above over whole sequences (without D x).
+def chunk_scan(x, dt, A, B, C, roots, levels, lasts, lone=0, state=None):
+    """The recurrence above over chunks of q positions (without D x).
 
     Args:
-        x: (b, t, h, c) inputs; dt: (b, t, h), 0 where a position must leave no trace; A: (h,) < 0;
-        B, C: (b, t, g, s); segments: (b, t) document ids, the state is zero again where they
-        change; state: (b, h, c, s) of the first document, zeros if None. All at least fp32.
-    Returns: y (b, t, h, c) and the state after the last position (b, h, c, s).
-    Source: Mamba-2 (arXiv 2405.21060), section 6, with a document mask of our own.
+        x: (k, q, h, c) inputs; dt: (k, q, h), 0 where a position must leave no trace; A: (h,) < 0;
+        B, C: (k, q, g, s); roots, levels, lasts, lone: the order of the chunks and what each of
+        them continues, see ScanPlan; state: (m, h, c, s) that the first level continues where it
+        has no roots. All at least fp32.
+    Returns: y (k, q, h, c) and the states after the last level of continued chunks (m, h, c, s).
+    Source: Mamba-2 (arXiv 2405.21060), section 6, with a tree of chunks of our own.
     """
-    b, t, h, c = x.shape
+    k, q, h, c = x.shape
     g, s = B.shape[-2:]
-    q = min(chunk_size, t)
-    tail = -t % q
-    if tail:  # dt = 0 on the tail: neither input nor decay
-        x, B, C = (F.pad(y, (0, 0, 0, 0, 0, tail)) for y in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, tail))
-    z = (t + tail) // q
     # A head axis of (g, h/g) lets the heads of a group share B and C by broadcasting.
-    xdt = (x * dt[..., None]).view(b, z, q, g, h // g, c).permute(0, 1, 3, 4, 2, 5)
-    B = B.view(b, z, q, g, 1, s).permute(0, 1, 3, 4, 2, 5)  # (b, z, g, 1, q, s)
-    C = C.view(b, z, q, g, 1, s).permute(0, 1, 3, 4, 2, 5)  # (b, z, g, 1, q, s)
-    log_decay = (dt * A).view(b, z, q, g, h // g).permute(0, 1, 3, 4, 2)  # (b, z, g, h/g, q)
-    total = log_decay.cumsum(-1)  # (b, z, g, h/g, q) log decay from the chunk's start to here
+    xdt = (x * dt[..., None]).view(k, q, g, h // g, c).permute(0, 2, 3, 1, 4)  # (k, g, h/g, q, c)
+    B = B.view(k, q, g, 1, s).permute(0, 2, 3, 1, 4)  # (k, g, 1, q, s)
+    C = C.view(k, q, g, 1, s).permute(0, 2, 3, 1, 4)  # (k, g, 1, q, s)
+    log_decay = (dt * A).view(k, q, g, h // g).permute(0, 2, 3, 1)  # (k, g, h/g, q)
+    total = log_decay.cumsum(-1)  # (k, g, h/g, q) log decay from the chunk's start to here
 
-    # Which pairs may see each other: j <= i, and in the same document.
-    sees = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()  # (q, q)
-    to_end = from_start = carry = None
-    if segments is not None:
-        # A document is contiguous, so equal ids across a chunk's edge mean "not interrupted".
-        ids = F.pad(segments, (0, tail), mode="replicate") if tail else segments
-        ids = ids.view(b, z, q)
-        last = ids[:, :, -1]  # (b, z)
-        before = torch.cat([ids[:, :1, 0], last[:, :-1]], 1)  # (b, z) document open at entry
-        sees = sees & (ids[..., :, None] == ids[..., None, :])[:, :, None, None]
-        to_end = (ids == last[..., None])[:, :, None, None]  # (b, z, 1, 1, q) reaches the end
-        from_start = (ids == before[..., None])[:, :, None, None]  # (b, z, 1, 1, q)
-        carry = (last == before)[:, :, None, None]  # (b, z, 1, 1)
+    # Within chunks: attention with weights C_i.B_j * decay(j -> i) for j <= i.
+    later = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)  # (q, q)
+    gap = (total[..., :, None] - total[..., None, :]).masked_fill(later, -math.inf)
+    y = (C @ B.mT * gap.exp()) @ xdt  # (k, g, h/g, q, c)
 
-    # Within chunks: attention with weights C_i.B_j * decay(j -> i).
-    gap = (total[..., :, None] - total[..., None, :]).masked_fill(~sees, -math.inf)
-    y = (C @ B.mT * gap.exp()) @ xdt  # (b, z, g, h/g, q, c)
-
-    # Between chunks: what each chunk adds to the state, carried on chunk by chunk.
-    decay = (total[..., -1:] - total).exp()  # (b, z, g, h/g, q)
-    enter, keep = total.exp(), total[..., -1].exp()  # (b, z, g, h/g, q), (b, z, g, h/g)
-    if segments is not None:
-        decay, enter, keep = decay * to_end, enter * from_start, keep * carry
-    added = (xdt * decay[..., None]).mT @ B  # (b, z, g, h/g, c, s)
-    state = x.new_zeros(b, h, c, s) if state is None else state
-    state = state.view(b, g, h // g, c, s)
-    states = []
-    # unbind: the gradient of an index would be a whole tensor of zeros for every chunk
-    for kept, new in zip(keep[..., None, None].unbind(1), added.unbind(1), strict=True):
-        states.append(state)
-        state = torch.addcmul(new, state, kept)  # (b, g, h/g, c, s)
-    entry = torch.stack(states, 1)  # (b, z, g, h/g, c, s)
-    y = y + (C @ entry.mT) * enter[..., None]  # (b, z, g, h/g, q, c)
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(b, t + tail, h, c)[:, :t]  # (b, t, h, c)
-    return y, state.reshape(b, h, c, s)
+    # Between chunks: what each continued chunk adds to the state, carried on level by level.
+    sizes = [roots, *map(len, levels)]
+    into = total[: sum(sizes)]  # (k', g, h/g, q)
+    decay, keep = (into[..., -1:] - into).exp(), into[..., -1].exp()[..., None, None]
+    added = (xdt[: len(into)] * decay[..., None]).mT @ B[: len(into)]  # (k', g, h/g, c, s)
+    # split: the gradient of a slice would be a whole tensor of zeros for every level
+    (first, *added), (_, *keep) = added.split(sizes), keep.split(sizes)
+    ends = [first if state is None else state.view(-1, *first.shape[1:])]  # (m, g, h/g, c, s)
+    entries = []  # the state that each chunk continues, in their order without roots and lone ones
+    for index, new, kept in zip(levels, added, keep, strict=True):
+        entries.append(gather(ends[-1], index))  # (m, g, h/g, c, s)
+        ends.append(torch.addcmul(new, entries[-1], kept))
+    if len(lasts):
+        entries.append(gather(torch.cat(ends), lasts))
+    if entries:
+        before, after, alone = y.split([roots, k - roots - lone, lone])
+        part = slice(roots, k - lone)
+        read = (C[part] @ torch.cat(entries).mT) * total[part].exp()[..., None]
+        y = torch.cat([before, after + read, alone])  # (k, g, h/g, q, c)
+    y = y.permute(0, 3, 1, 2, 4).reshape(k, q, h, c)
+    return y, ends[-1].reshape(-1, h, c, s)
 
 
-def long_scan(x, dt, A, B, C, chunk_size, segments=None, state=None):
-    """chunk_scan, of rows beyond SPAN positions a span at a time.
-
-    Inside a scan of the 30B model 0.3 MB a token live until backward, 15 GB at 49K: of a long row
-    each span is computed again in backward, from its inputs and the state at its entry.
-    """
-    ids = [None] if segments is None else segments.split(SPAN, 1)  # each (b, t')
-    spans = [*zip(*(y.split(SPAN, 1) for y in (x, dt, B, C)), strict=True)]
-    if len(spans) == 1:
-        return chunk_scan(x, dt, A, B, C, chunk_size, segments, state)
-    ys = []
-    for i, (x, dt, B, C) in enumerate(spans):
-        here = None if segments is None else ids[i]
-        if i and here is not None:  # chunk_scan takes the state for that of the first document
-            goes_on = here[:, 0] == ids[i - 1][:, -1]  # (b,)
-            state = state * goes_on[:, None, None, None]
-        args = x, dt, A, B, C, chunk_size, here, state
-        y, state = checkpoint(chunk_scan, *args, use_reentrant=False, preserve_rng_state=False)
-        ys.append(y)
-    return torch.cat(ys, 1), state  # (b, t, h, c), (b, h, c, s)
+def row_scan(x, dt, A, B, C, chunk_size, state):
+    """The recurrence over rows of equal length, each from its own state (b, h, c, s): the sampler's
+    prefill. x (b, t, h, c), dt (b, t, h), B and C (b, t, g, s). Returns y (b, t, h, c), state."""
+    b, t = dt.shape[:2]
+    q = min(chunk_size, t)
+    same = torch.arange(b, device=x.device)  # (b,) each row's chunks continue its own
+    span, ys = max(SPAN // q, 1) * q, []
+    for parts in zip(*(y.split(span, 1) for y in (x, dt, B, C)), strict=True):
+        tail = -parts[0].shape[1] % q  # filled with dt = 0: neither input nor decay
+        chunks = [F.pad(y, (0, 0) * (y.ndim - 2) + (0, tail)) for y in parts]
+        chunks = [y.unflatten(1, (-1, q)).transpose(0, 1).flatten(0, 1) for y in chunks]
+        levels = [same] * (len(chunks[0]) // b)
+        x, dt, B, C = chunks  # (z*b, q, ...)
+        y, state = chunk_scan(x, dt, A, B, C, 0, levels, same[:0], state=state)
+        ys.append(y.unflatten(0, (-1, b)).transpose(0, 1).flatten(1, 2))  # (b, z*q, h, c)
+    return torch.cat(ys, 1)[:, :t], state  # (b, t, h, c), (b, h, c, s)
 
 
 def scan_step(x, dt, A, B, C, state):
@@ -128,23 +112,25 @@ def scan_step(x, dt, A, B, C, state):
     return y.view(b, h, c)
 
 
-def causal_conv(padded, weight, bias, segments=None):
-    """Depthwise causal convolution that starts anew at each document.
-
-    padded (b, w-1+t, m) the inputs after those before them, or zeros; weight (m, 1, w) as on disk,
-    bias (m,), segments (b, t). Returns (b, t, m). Written as a sum of w shifted products: the
-    document mask then costs one comparison a tap.
-    """
+def causal_conv(padded, weight, bias):
+    """Depthwise causal convolution of inputs after those before them: padded (b, w-1+t, m), weight
+    (m, 1, w) as on disk, bias (m,). Returns (b, t, m). Written as a sum of w shifted products."""
     *earlier, now = weight[:, 0].unbind(-1)  # w taps (m,)
     t = padded.shape[1] - len(earlier)
     y = torch.addcmul(bias, padded[:, len(earlier) :], now)  # (b, t, m)
     for i, tap in enumerate(earlier):
-        back, shifted = len(earlier) - i, padded[:, i : i + t]  # (b, t, m) x, `back` earlier
-        if segments is not None:
-            same = F.pad(segments, (back, 0), value=-1)[:, :t] == segments  # (b, t)
-            shifted = shifted * same[..., None]
-        y = torch.addcmul(y, shifted, tap)
+        y = torch.addcmul(y, padded[:, i : i + t], tap)
     return y
+
+
+def chunk_limit(config, device: torch.device) -> int:
+    return min(config.chunk_size, CPU_CHUNK) if device.type == "cpu" else config.chunk_size
+
+
+def plan_scan(config, documents: Documents, device: torch.device):
+    """(plans, outputs) of packed documents for a config's scan, see scan_plans."""
+    limit = chunk_limit(config, device)
+    return scan_plans(documents, limit, config.conv_kernel - 1, SPAN, device)
 
 
 class Mamba2(nn.Module):
@@ -203,36 +189,70 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor, ctx, layer: dict | None = None) -> Tensor:
         """x (b, t, d) -> (b, t, d). `ctx` is the forward's Context, `layer` the block's cache."""
         cfg = self.config
-        b, t, _ = x.shape
         if ctx.valid is not None:
             x = x * ctx.valid[..., None]  # so that the conv sees zeros on padding
-        projected = self.in_proj(x)
-        sizes = (cfg.mamba_inner, cfg.conv_dim, cfg.mamba_num_heads)
-        gate, xBC, raw_dt = projected.split(sizes, dim=-1)  # (b, t, h*c), (b, t, m), (b, t, h)
+        gate, inputs = self.in_proj(x).tensor_split([cfg.mamba_inner], dim=-1)  # (b, t, h*c), ...
         if layer is None:
-            padded = F.pad(xBC, (0, 0, cfg.conv_kernel - 1, 0))  # (b, w-1+t, m)
+            y = self.packed(inputs, ctx.scans, ctx.scan_outputs)  # (b, t, h*c)
         else:
-            padded = self.continued(layer["conv"], xBC, ctx.valid)  # (b, w-1+t, m)
-        weight, bias = self.conv1d.weight, self.conv1d.bias
-        mixed = F.silu(causal_conv(padded, weight, bias, ctx.segments))  # (b, t, m)
+            y = self.cached(inputs, ctx.valid, layer)  # (b, t, h*c)
+        return self.out_proj(self.gated_norm(y, gate))  # (b, t, d)
+
+    def packed(self, inputs: Tensor, plans: list[ScanPlan], outputs: Tensor) -> Tensor:
+        """inputs (b, t, m+h) of packed documents, by the plans of their chunks -> (b, t, h*c).
+
+        Inside a scan of the 30B model 0.3 MB a token live until backward, 15 GB at 49K: of long
+        documents each plan is computed again in backward, from its inputs and the states it
+        continues.
+        """
+        tokens = F.pad(inputs.flatten(0, 1), (0, 0, 0, 1))  # (n+1, m+h) the last one: nothing there
+        run = self.scan_plan
+        if len(plans) > 1:
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        ys, state = [], None
+        for plan in plans:
+            y, state = run(tokens, plan, state)
+            ys.append(y.flatten(0, 1))
+        y = ys[0] if len(ys) == 1 else torch.cat(ys)  # (k*q, h, c)
+        return gather(y, outputs).view(*inputs.shape[:2], -1)
+
+    def scan_plan(self, tokens: Tensor, plan: ScanPlan, state: Tensor | None):
+        chunks = gather(tokens, plan.inputs)  # (k, w-1+q, m+h)
+        padded, raw_dt = chunks.split([self.config.conv_dim, self.config.mamba_num_heads], -1)
+        x, B, C = self.mixed(padded)
+        dt = self.dt(raw_dt[:, self.config.conv_kernel - 1 :], plan.valid)  # (k, q, h)
+        order = plan.roots, plan.levels, plan.lasts, plan.lone
+        y, state = chunk_scan(x, dt, self.decay_rate, B, C, *order, state)
+        return torch.addcmul(y, x, upcast(self.D)[:, None]), state
+
+    def cached(self, inputs: Tensor, valid: Tensor | None, layer: dict) -> Tensor:
+        """inputs (b, t, m+h) that continue the rows of a cache, which is updated -> (b, t, h*c)."""
+        xBC, raw_dt = inputs.split([self.config.conv_dim, self.config.mamba_num_heads], -1)
+        padded = self.continued(layer["conv"], xBC, valid)  # (b, w-1+t, m)
+        layer["conv"] = self.next_window(padded, valid)
+        x, B, C = self.mixed(padded)
+        dt, A = self.dt(raw_dt, valid), self.decay_rate  # (b, t, h), (h,)
+        if x.shape[1] == 1:
+            y = scan_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], layer["ssm"])[:, None]
+        else:
+            y, layer["ssm"] = row_scan(
+                x, dt, A, B, C, chunk_limit(self.config, x.device), layer["ssm"]
+            )
+        return torch.addcmul(y, x, upcast(self.D)[:, None]).flatten(-2)
+
+    @property
+    def decay_rate(self) -> Tensor:
+        return -torch.exp(upcast(self.A_log))  # A (h,)
+
+    def mixed(self, padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Conv inputs (b, w-1+t, m) -> x (b, t, h, c), B and C (b, t, g, s) of the scan."""
+        cfg = self.config
+        y = F.silu(causal_conv(padded, self.conv1d.weight, self.conv1d.bias))  # (b, t, m)
         groups_size = cfg.mamba_n_groups * cfg.ssm_state_size
-        xs, B, C = mixed.split((cfg.mamba_inner, groups_size, groups_size), dim=-1)
-        xs = upcast(xs).unflatten(-1, (cfg.mamba_num_heads, -1))  # (b, t, h, c)
-        B = upcast(B).unflatten(-1, (cfg.mamba_n_groups, -1))  # (b, t, g, s)
-        C = upcast(C).unflatten(-1, (cfg.mamba_n_groups, -1))  # (b, t, g, s)
-        dt, A = self.dt(raw_dt, ctx.valid), -torch.exp(upcast(self.A_log))
-        if layer is not None and t == 1:
-            y = scan_step(xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], layer["ssm"])[:, None]
-        else:
-            state = None if layer is None else layer["ssm"]
-            q = min(cfg.chunk_size, CPU_CHUNK) if x.device.type == "cpu" else cfg.chunk_size
-            y, state = long_scan(xs, dt, A, B, C, q, ctx.segments, state)
-            if layer is not None:
-                layer["ssm"] = state
-        if layer is not None:
-            layer["conv"] = self.next_window(padded, ctx.valid)
-        y = torch.addcmul(y, xs, upcast(self.D)[:, None])  # (b, t, h, c)
-        return self.out_proj(self.gated_norm(y.flatten(-2), gate))  # (b, t, d)
+        x, B, C = upcast(y).split((cfg.mamba_inner, groups_size, groups_size), dim=-1)
+        x = x.unflatten(-1, (cfg.mamba_num_heads, -1))  # (b, t, h, c)
+        groups = (cfg.mamba_n_groups, -1)
+        return x, B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def continued(self, window: Tensor, xBC: Tensor, valid: Tensor | None) -> Tensor:
         """xBC (b, t, m), each row's first valid input right after its window (b, w-1, m)."""

@@ -10,21 +10,22 @@ with transformers. Nothing here knows about ranks or devices.
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanocascade.model.cache import Cache
+from nanocascade.model.documents import (
+    AttentionPlan,
+    Documents,
+    ScanPlan,
+    attention_plan,
+    gather,
+)
 from nanocascade.model.layers import MLP, RMSNorm, upcast
-from nanocascade.model.mamba2 import Mamba2
+from nanocascade.model.mamba2 import Mamba2, plan_scan
 from nanocascade.model.moe import Experts, MoE, Router, Routing
-
-# Packed rows attend a document at a time, or, where rows have at most MASK_MAX tokens and documents
-# fewer than MASK_DOCUMENT in the mean, under one (t, t) mask:
-# it is quadratic (2.4 GB at 49K tokens), but a call a document costs as much as 64 tokens.
-MASK_MAX, MASK_DOCUMENT = 2048, 64
 
 
 @dataclass
@@ -124,28 +125,29 @@ class ModelConfig:
 
 @dataclass
 class Context:
-    """What every block of one forward pass needs to know about its tokens.
+    """What every block of one forward pass needs to know about its tokens, made once.
 
-    valid (b, t): False on padding, or None; segments (b, t): document ids of packed rows, or None;
-    rows (b, 1) and slots (b, t): where in the cache each token is written; seen: cache slots that
-    attention reads; rotary: cos and sin (b, 1, t, c), or None; mask: (b, 1, t, t'), or None for
-    plain causal (or, for single tokens of equally long rows, everything);
-    documents: lengths of each row's documents where they attend one by one.
+    Of packed documents: how they attend, and the plans of their scan (documents.py). Of rows that
+    continue a cache: valid (b, t), False on padding, or None; rows (b, 1) and slots (b, t), where
+    in the cache each token is written; seen: cache slots that attention reads; mask (b, 1, t, t'),
+    or None for plain causal (or, for single tokens of equally long rows, everything).
+    rotary: cos and sin (b, t, 1, c), or None.
     """
 
+    attention: AttentionPlan | None = None
+    scans: list[ScanPlan] | None = None
+    scan_outputs: Tensor | None = None
     valid: Tensor | None = None
-    segments: Tensor | None = None
     rows: Tensor | None = None
     slots: Tensor | None = None
     seen: int = 0
-    rotary: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    documents: list[list[int]] | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
     routing: Routing | None = None
 
 
 def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos (b, 1, t, c) and sin, its first half negated, of the rotary embedding at positions."""
+    """cos (b, t, 1, c) and sin, its first half negated, of the rotary embedding of positions."""
     half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / config.rope_theta ** (half / config.head_dim)  # (c/2,)
     scaling = config.rope_scaling
@@ -154,13 +156,13 @@ def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         smooth = ((turns - low) / (high - low)).clamp(0, 1)  # (c/2,)
         frequency = frequency * (smooth + (1 - smooth) / scaling["factor"])
-    angle = positions[:, None, :, None].float() * frequency  # (b, 1, t, c/2)
+    angle = positions[..., None, None].float() * frequency  # (b, t, 1, c/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate-half rotary embedding of x (b, h, t, c): (first, second) halves of the channels become
+    """Rotate-half rotary embedding of x (b, t, h, c): (first, second) halves of the channels become
     (first * cos - second * sin, second * cos + first * sin)."""
     cos, sin = rotary
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
@@ -189,37 +191,46 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, c))  # (b, t, k, c)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, h | k, t, c)
         if ctx.rotary is not None:
             q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
-        if layer is not None:
-            layer["k"][ctx.rows, :, ctx.slots] = k.transpose(1, 2)
-            layer["v"][ctx.rows, :, ctx.slots] = v.transpose(1, 2)
-            if ctx.seen:  # 0: the cache was empty, and a prompt sees only itself
-                k, v = layer["k"][:, :, : ctx.seen], layer["v"][:, :, : ctx.seen]  # (b, k, t', c)
-        if layer is not None and x.shape[1] == 1:
-            # The queries that share a key head are rows of one product: each key is read once.
-            q = q.reshape(len(x), k.shape[1], -1, c)  # (b, k, h/k, c)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask)  # (b, k, h/k, c)
-            y = y.reshape(len(x), -1, 1, c)  # (b, h, 1, c)
-        elif ctx.documents is not None:
-            y = self.by_document(q, k, v, ctx.documents)  # (b, h, t, c)
+        if layer is None:
+            y = self.packed(q, k, v, ctx.attention)  # (b, t, h, c)
         else:
-            causal = ctx.mask is None
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=ctx.mask, is_causal=causal, enable_gqa=True
-            )  # (b, h, t, c)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (b, t, d)
+            y = self.cached(q, k, v, ctx, layer)  # (b, t, h, c)
+        return self.o_proj(y.flatten(2))  # (b, t, d)
 
-    def by_document(self, q, k, v, documents) -> Tensor:
-        """One causal attention a document: linear memory, and no neighbour's key is ever read."""
-        rows = []
-        for *qkv, sizes in zip(q.split(1), k.split(1), v.split(1), documents, strict=True):
-            # split, since the gradient of a slice is as large as what it was cut from
-            pieces = zip(*(x.split(sizes, 2) for x in qkv), strict=True)
-            attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-            rows.append(torch.cat([attend(*piece) for piece in pieces], 2))  # (1, h, t, c)
-        return torch.cat(rows)  # (b, h, t, c)
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+        """Attention of packed documents, each to its parent's keys and its own: (b, t, h, c)."""
+        shape, attend = q.shape, partial(F.scaled_dot_product_attention, enable_gqa=True)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (n, h | k, c)
+        q, k, v = gather(q, plan.queries), gather(k, plan.keys), gather(v, plan.keys)
+        q_sizes = [x.documents * x.own for x in plan.calls]
+        k_sizes = [x.documents * (x.inherited + x.own) for x in plan.calls]
+        pieces = zip(plan.calls, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), strict=True)
+        answers = []
+        for call, *qkv in pieces:
+            qkv = [x.unflatten(0, (call.documents, -1)).transpose(1, 2) for x in qkv]
+            y = attend(*qkv, attn_mask=call.mask, is_causal=call.mask is None)  # (m, h, own, c)
+            answers.append(y.transpose(1, 2).flatten(0, 1))  # (m*own, h, c)
+        return gather(torch.cat(answers), plan.answers).view(shape)
+
+    def cached(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, layer: dict) -> Tensor:
+        """Attention of tokens (b, t, h | k, c) that join the rows of a cache: (b, t, h, c)."""
+        b, t, h, c = q.shape
+        layer["k"][ctx.rows, :, ctx.slots] = k
+        layer["v"][ctx.rows, :, ctx.slots] = v
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, h | k, t, c)
+        if ctx.seen:  # 0: the cache was empty, and a prompt sees only itself
+            k, v = layer["k"][:, :, : ctx.seen], layer["v"][:, :, : ctx.seen]  # (b, k, t', c)
+        if t == 1:
+            # The queries that share a key head are rows of one product: each key is read once.
+            q = q.reshape(b, k.shape[1], -1, c)  # (b, k, h/k, c)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask)  # (b, k, h/k, c)
+            return y.reshape(b, 1, h, c)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None, enable_gqa=True
+        )  # (b, h, t, c)
+        return y.transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -284,17 +295,20 @@ class Model(nn.Module):
         *,
         cache: Cache | None = None,
         segments: Tensor | None = None,
+        parents: list[int] | None = None,
         mask: Tensor | None = None,
         routing: Routing | None = None,
     ) -> Tensor:
         """Hidden states (b, t, d) of ids (b, t), after the final norm.
 
         segments (b, t): document ids of packed rows; attention, conv and SSM state start anew where
-        they change. mask (b, t): False on padding, left or right. cache: the tokens continue its
-        rows, and are added to it. routing: records the chosen experts, or replays recorded ones.
+        they change. parents: for each document the one that it continues, or -1: how a prompt's
+        state reaches its responses is told in documents.py. mask (b, t): False on padding, left or
+        right. cache: the tokens continue its rows, and are added to it. routing: records the chosen
+        experts, or replays recorded ones.
         """
         assert cache is None or segments is None, "packed rows have no cache"
-        ctx = self.context(ids, cache, segments, mask, routing)
+        ctx = self.context(ids, cache, segments, parents, mask, routing)
         x = self.embed(ids)  # (b, t, d)
         for i, block in enumerate(self.blocks):
             x = block(x, ctx, cache.layers[i] if cache is not None else None)
@@ -303,52 +317,48 @@ class Model(nn.Module):
             cache.lengths = cache.lengths + added
         return self.norm(x)  # (b, t, d)
 
-    def context(self, ids, cache, segments, mask, routing) -> Context:
-        """Positions, masks and slots, computed once for all blocks of a forward pass."""
+    def context(self, ids, cache, segments, parents, mask, routing) -> Context:
+        """What a forward pass makes once for all blocks."""
+        if cache is not None:
+            ctx, positions = self.cached_context(ids, cache, mask)
+        else:  # a row is a document, or its real tokens are one and its padding another
+            segments = mask if segments is None else segments
+            segments = torch.zeros_like(ids) if segments is None else segments
+            documents = split_documents(segments, parents)
+            ctx = packed_context(self.config, documents, self.embed.weight)
+            positions = documents.positions.to(ids.device).view_as(ids)  # (b, t)
+        if self.config.rope_theta is not None:
+            dtype = self.embed.weight.dtype
+            ctx.rotary = tuple(x.to(dtype) for x in rotary_table(self.config, positions))
+        ctx.routing = routing
+        return ctx
+
+    def cached_context(self, ids: Tensor, cache: Cache, mask: Tensor | None):
+        """Context and positions (b, t) of tokens that continue the rows of a cache.
+
+        Rows that hold 3 and 1 tokens get 5 6 and, padded on the left, 7: positions 3 4 and 0 1,
+        slots 3 4 and bin 1 (a slot that is never read), and the 7 sees slots 0 and 1.
+        """
         b, t = ids.shape
         valid = mask.bool() if mask is not None else None
-        ctx = Context(valid=valid, segments=segments, routing=routing)
+        ctx = Context(valid=valid)
         steps = torch.arange(t, device=ids.device).expand(b, t)  # (b, t)
         if valid is not None:
             steps = valid.long().cumsum(1) - 1  # (b, t) counts real tokens only
         # Right padding comes after all that real tokens may see: plain causal attention skips it.
         right = valid is None or bool(valid[:, 0].all())
-        if cache is not None:
-            positions = cache.lengths[:, None] + steps  # (b, t)
-            bin_slot = cache.max_len  # padding writes there
-            ctx.rows = torch.arange(b, device=ids.device)[:, None]  # (b, 1)
-            ctx.slots = positions if valid is None else positions.where(valid, bin_slot)
-            shortest, longest = (int(x) for x in cache.lengths.aminmax())
-            last = longest + t - 1 if valid is None else int(positions[:, -1].max())
-            assert last < cache.max_len, f"{last + 1} tokens in a cache of {cache.max_len}"
-            if longest or not right:
-                ctx.seen = last + 1
-                if t > 1 or shortest < longest or not right:
-                    ctx.mask = self.cache_mask(positions, ctx.seen)
-        elif segments is not None:
-            starts = torch.zeros_like(steps)  # (b, t) where the token's document begins
-            changed = segments[:, 1:] != segments[:, :-1]  # (b, t-1)
-            starts[:, 1:] = torch.where(changed, steps[:, 1:], 0)
-            positions = steps - starts.cummax(1).values  # (b, t)
-            ends = [[*(row.nonzero().flatten() + 1).tolist(), t] for row in changed]
-            if t <= MASK_MAX and b * t < MASK_DOCUMENT * sum(map(len, ends)):
-                same = segments[:, :, None] == segments[:, None, :]  # (b, t, t)
-                ctx.mask = same.tril()[:, None]  # (b, 1, t, t)
-            elif max(map(len, ends)) > 1:
-                ctx.documents = [[y - x for x, y in pairwise([0, *row])] for row in ends]
-            else:  # one document a row: nothing to keep apart
-                ctx.segments = None
-        else:
-            positions = steps.clamp(min=0)  # (b, t)
-            if not right:
-                causal = torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()  # (t, t)
-                # padding may look at itself: a row of the mask without any key would give NaN
-                itself = torch.eye(t, dtype=torch.bool, device=ids.device)  # (t, t)
-                ctx.mask = (causal & valid[:, None, :] | itself)[:, None]  # (b, 1, t, t)
-        if self.config.rope_theta is not None:
-            dtype = self.embed.weight.dtype
-            ctx.rotary = tuple(x.to(dtype) for x in rotary_table(self.config, positions))
-        return ctx
+        positions = cache.lengths[:, None] + steps  # (b, t)
+        bin_slot = cache.max_len  # padding writes there
+        ctx.rows = torch.arange(b, device=ids.device)[:, None]  # (b, 1)
+        ctx.slots = positions if valid is None else positions.where(valid, bin_slot)
+        shortest, longest = (int(x) for x in cache.lengths.aminmax())
+        last = longest + t - 1 if valid is None else int(positions[:, -1].max())
+        assert last < cache.max_len, f"{last + 1} tokens in a cache of {cache.max_len}"
+        if longest or not right:
+            ctx.seen = last + 1
+            if t > 1 or shortest < longest or not right:
+                ctx.mask = self.cache_mask(positions, ctx.seen)
+        return ctx, positions
 
     def cache_mask(self, positions: Tensor, seen: int) -> Tensor:
         """0 on the slots up to a token's own, -inf beyond (b, 1, t, t'): added in one operation,
@@ -361,3 +371,22 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., v) of hidden states (..., d), in at least fp32."""
         return upcast(self.head(hidden))
+
+
+def split_documents(segments: Tensor, parents: list[int] | None) -> Documents:
+    """The documents of packed rows (b, t): [[4, 4, 7], [7, 7, 7]] are three, of 2, 1 and 3."""
+    changed = torch.ones_like(segments, dtype=torch.bool)  # (b, t)
+    changed[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = changed.flatten().nonzero()[:, 0].cpu()  # (o,)
+    lengths = torch.diff(starts, append=torch.tensor([segments.numel()]))  # (o,)
+    return Documents(lengths, torch.tensor([-1] * len(lengths) if parents is None else parents))
+
+
+def packed_context(config: ModelConfig, documents: Documents, like: Tensor) -> Context:
+    """Context of packed documents for a model whose weights are on the device of `like`."""
+    ctx = Context()
+    if "*" in config.pattern:
+        ctx.attention = attention_plan(documents, like.dtype, like.device)
+    if "M" in config.pattern:
+        ctx.scans, ctx.scan_outputs = plan_scan(config, documents, like.device)
+    return ctx

@@ -30,13 +30,15 @@ class Routing:
             raise ValueError("routing replay: this model is dense, it has no experts to replay")
         return torch.stack(self.chosen, 2)  # (b, t, l, a)
 
-    def load(self, valid: Tensor, num_experts: int) -> Tensor:
-        """Tokens each expert got at the positions `valid` (b, t): (l, e), counted exactly."""
+    def load(self, copies: Tensor, num_experts: int) -> Tensor:
+        """Tokens each expert got (l, e), a token counted copies (b, t) times: 0 on padding, and on
+        a shared prompt the number of its responses."""
         if not self.chosen:  # a dense model
-            return torch.zeros(0, num_experts, dtype=torch.long, device=valid.device)
-        kept = self.experts()[valid]  # (n, l, a)
-        pairs = kept.transpose(0, 1).flatten(1).sort(dim=1).values  # (l, n*a)
-        return torch.diff(group_ends(pairs, num_experts), prepend=pairs.new_zeros(len(pairs), 1))
+            return torch.zeros(0, num_experts, dtype=torch.long, device=copies.device)
+        chosen = self.experts().flatten(0, 1).transpose(0, 1)  # (l, n, a)
+        counts = copies.long().view(1, -1, 1).expand_as(chosen).flatten(1)  # (l, n*a)
+        load = counts.new_zeros(len(chosen), num_experts)  # (l, e)
+        return load.scatter_add_(1, chosen.flatten(1), counts)
 
 
 def group_ends(sorted_experts: Tensor, num_experts: int) -> Tensor:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -23,8 +23,9 @@ from nanocascade.engine.experts import CHUNK_TOKENS
 from nanocascade.engine.layout import parallelize, unsharded
 from nanocascade.model import mamba2
 from nanocascade.model.cache import Cache
+from nanocascade.model.documents import Documents
 from nanocascade.model.logprobs import token_logprobs
-from nanocascade.model.model import MASK_MAX, Context, Model
+from nanocascade.model.model import Context, Model, packed_context
 from nanocascade.model.moe import Experts
 from nanocascade.sampler import draw
 
@@ -141,7 +142,8 @@ def trace(config, kind: str, layout: dict, rows: int, width: int, seen=0, grad=T
         like = {"dtype": dist.dtype, "requires_grad": grad}
         x = torch.empty(rows, width, config.hidden_size, **like)  # (b, t, d)
         weight = torch.empty(config.vocab_size, config.hidden_size, **like)  # (v, d)
-        ctx = fake_context(config, ids, seen, dist.dtype)
+        with as_on_gpu() if dist.sharded else nullcontext():
+            ctx = fake_context(config, ids, seen, dist.dtype)
         model.context = lambda *_: ctx
         marks = [0, 0]  # bytes alive before and after the block
         model.blocks[0].register_forward_pre_hook(lambda *_: marks.append(meter.live()))
@@ -175,16 +177,15 @@ def as_on_gpu():
 def fake_context(config, ids: Tensor, seen: int, dtype) -> Context:
     """Model.context, whose numbers nobody knows here: a packed row, or a step of decoding."""
     rows, width = ids.shape
-    ctx = Context(segments=None if seen else ids)
+    with unset_fake_temporarily():
+        lengths = torch.full((rows,), width)  # (o,)
+        documents = Documents(lengths, torch.full((rows,), -1))
+        ctx = Context() if seen else packed_context(config, documents, torch.empty(0, dtype=dtype))
     if config.rope_theta is not None:
-        table = torch.empty(rows, 1, width, config.head_dim, dtype=dtype)  # (b, 1, t, c)
+        table = torch.empty(rows, width, 1, config.head_dim, dtype=dtype)  # (b, t, 1, c)
         ctx.rotary = table, table
     if seen:
         ctx.rows = torch.arange(rows)[:, None]  # (b, 1)
         ctx.slots, ctx.seen = torch.zeros_like(ids), seen  # (b, t)
         ctx.mask = torch.zeros(rows, 1, 1, seen, dtype=dtype)  # (b, 1, t, t')
-    elif width > MASK_MAX:
-        ctx.documents = [[width]] * rows
-    else:
-        ctx.mask = (ids[:, :, None] == ids[:, None, :]).tril()[:, None]  # (b, 1, t, t)
     return ctx

@@ -59,7 +59,9 @@ class Work:
     replay: bool = False  # chosen experts are recorded
 
 
-def work_of(recipe, micro_tokens: int, max_rows: int, config, ranks: int, prompt: int) -> Work:
+def work_of(
+    recipe, micro_tokens: int, max_rows: int, config, ranks: int, prompt: int, share=True
+) -> Work:
     if isinstance(recipe, SFT):
         width = recipe.row_tokens
         micro = max(width, min(micro_tokens, recipe.batch_tokens // ranks))
@@ -73,7 +75,9 @@ def work_of(recipe, micro_tokens: int, max_rows: int, config, ranks: int, prompt
     longest = min(prompt + recipe.max_new_tokens, limit)
     new = min(recipe.max_new_tokens, longest)
     rollouts = recipe.prompts * recipe.rollouts
-    tokens = rollouts * (prompt + MEAN * new)
+    # A group's prompt is computed once in each micro-batch that has responses of the group.
+    fitting = max(int((max(micro_tokens, longest) - prompt) / (MEAN * new)), 1) if share else 1
+    tokens = recipe.prompts * -(-recipe.rollouts // fitting) * prompt + rollouts * MEAN * new
     rows = parts(-(-recipe.prompts // ranks), recipe.rollouts, max_rows)[1]
     micro = max(longest, min(micro_tokens, int(tokens / ranks)))
     return Work(
@@ -167,10 +171,11 @@ class Plan:
         # Embedding and head with its gradient; the block that is fetched while one computes, and
         # the fp32 sum of the last one's gradients. The block's own weights are in its peak.
         gathered = 1.5 * self.size * self.root + (self.size + 4) * self.block
+        hidden = micro * self.config.hidden_size * self.size  # the final norm's, for the head
         return {
             "gathered": gathered * dist.sharded,
             "kept": stored,
-            "block": max(block, self.of("head", micro).peak),
+            "block": max(block, self.of("head", micro).peak + hidden),
         }
 
     def sampling(self, work: Work) -> dict[str, float]:
@@ -317,7 +322,7 @@ def report(recipe, run, layout: Layout, evaluation, config=None, prompt: int = P
         )
     print(describe(recipe, run, layout, evaluation))
     config = config or load_config(run.init or FULL)
-    work = work_of(recipe, run.micro_tokens, run.max_rows, config, ranks, prompt)
+    work = work_of(recipe, run.micro_tokens, run.max_rows, config, ranks, prompt, run.share_prompts)
     with imaginary_node():
         train_router = isinstance(recipe, SFT) or recipe.train_router
         plan = Plan(config, work, vars(layout), ranks, train_router)

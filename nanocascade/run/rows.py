@@ -1,6 +1,6 @@
 """The rows of a run, read or generated, and everything that is checked before training starts."""
 
-from nanocascade.data.episode import Rollout, Sampling
+from nanocascade.data.episode import Document, Sampling
 from nanocascade.data.rows import conversation, read_references, read_rows, sft_conversation
 from nanocascade.engine.distributed import Dist
 from nanocascade.rewards import kind_of
@@ -76,12 +76,12 @@ def check_conversations(
                 sft_document(row, tokenizer, thinking, row_tokens)
 
 
-def sft_document(row: dict, tokenizer: Tokenizer, thinking: bool, row_tokens: int) -> Rollout:
+def sft_document(row: dict, tokenizer: Tokenizer, thinking: bool, row_tokens: int) -> Document:
     """A conversation as ids and loss mask, up to the last token that carries loss."""
     ids, mask = tokenizer.render(sft_conversation(row, thinking), conversation(row)[1], thinking)
     size = max((i for i, has_loss in enumerate(mask) if has_loss), default=-1) + 1
     check_size(row, size, 0, row_tokens, "--row_tokens")
-    return Rollout(row, ids[:size], 0, mask[:size], [])
+    return Document(row, ids[:size], mask=mask[:size])
 
 
 def check_size(row: dict, size: int, new_tokens: int, limit: int, name: str) -> None:

@@ -28,6 +28,7 @@ class RunSettings:
     device: str = ""  # cuda, mps or cpu (default: the best one found)
     micro_tokens: Positive = 8192  # tokens of a micro-batch; changes no gradient
     max_rows: Positive = 512  # rows decoded at once
+    share_prompts: bool = True  # train on a prompt once for all its responses; changes no gradient
     # ---- Advanced ----
     cluster: str = ""  # cluster that --dry_run plans for: 8xH200, 16xH100 (default: this machine)
     toy_rows: Positive = 1500  # generated rows of each domain
