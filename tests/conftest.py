@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read once, when torch is imported
+os.environ["NANOCASCADE_DEVICE"] = "cpu"  # the scripts under test run alike where there is a GPU
 
 import torch  # noqa: E402
 

@@ -419,7 +419,7 @@ DAMAGE = {
     ),
     "twice": (
         lambda x: edit_weights(
-            x, lambda y: y.update({EXPERT.replace("backbone", "model"): y[EXPERT]})
+            x, lambda y: y.update({EXPERT.replace("backbone", "model"): y[EXPERT].clone()})
         ),
         "a second time",
     ),

@@ -70,9 +70,13 @@ def test_flags_and_presets(argv, expected):
 
 def test_device_is_found(monkeypatch):
     """A Mac's device is taken by one process; ranks could not talk there, so they take the CPU."""
+    monkeypatch.delenv("NANOCASCADE_DEVICE")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert find_device("") == find_device("mps") == "mps"
+    monkeypatch.setenv("NANOCASCADE_DEVICE", "cpu")
+    assert find_device("") == "cpu" and find_device("mps") == "mps"
+    monkeypatch.delenv("NANOCASCADE_DEVICE")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert find_device("") == "cpu"
     with pytest.raises(ValueError, match="--device mps: "):

@@ -6,7 +6,9 @@ import torch
 
 
 def find_device(name: str) -> str:
-    """The device asked for, or the best there is: cuda, mps (one process only), cpu."""
+    """The device asked for by flag or by NANOCASCADE_DEVICE in the environment, or the best there
+    is: cuda, mps (one process only), cpu."""
+    name = name or os.environ.get("NANOCASCADE_DEVICE", "")
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if name and name.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: expected cuda, mps or cpu")
