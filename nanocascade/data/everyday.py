@@ -24,41 +24,8 @@ from nanocascade.cli import parse_args, run_main
 from nanocascade.files import write_text_atomic
 
 TEST_SHARE = 8  # one prompt in so many is held out
-TOPICS = (
-    "a river,a market,the winter,an old bicycle,a train journey,a school garden,a rainy day,bread,"
-    "a lost key,a quiet library,a birthday party,the ocean,a small village,coffee,a football match,"
-    "a kind neighbour,the night sky,a wooden chair,a long walk,an honest friend,a busy kitchen,"
-    "a mountain hut,a letter from home,the first day of school,a broken clock,a summer holiday,"
-    "a farm,a new phone,a street musician,a museum,an apple tree,a family dinner,a snowstorm,"
-    "a lighthouse,a bus driver,a good book,a doctor's visit,a city park,a pet rabbit,a bridge,"
-    "a bakery,a fishing boat,a power cut,a chess game,a wedding,a desert,an orchestra,a tent,"
-    "a hospital,a painter,a lazy Sunday,a cup of tea,a noisy street,an empty house"
-).split(",")
-TASKS = (
-    "Write one sentence about {}.",
-    "Write two sentences about {}.",
-    "Describe {} for a child.",
-    "Give a piece of advice about {}.",
-    "Tell a very short story about {}.",
-    "Explain why people like {}.",
-)
-WORDS = "light,water,time,hand,friend,morning,road,warm,quiet,colour,story,home,green,early".split(
-    ","
-)
-ENDINGS = ("Have a nice day.", "That is all.", "See you soon.", "What do you think?")
-NAMES = "Anna,Ben,Carla,David,Emma,Felix,Grace,Henry,Ines,Jonas,Lena,Omar,Rosa,Tom".split(",")
-GOODS = "apples,books,pencils,eggs,stickers,oranges,candles,coins,marbles,tickets".split(",")
-CITIES = "Lisbon,Oslo,Cairo,Lima,Delhi,Boston,Madrid,Nairobi".split(",")
-JOBS = "teacher,nurse,baker,pilot,farmer,writer,driver,plumber".split(",")
-KINDS = {
-    "an animal": "horse,rabbit,eagle,shark,goat,mouse".split(","),
-    "a fruit": "banana,cherry,lemon,grape,peach,plum".split(","),
-    "a colour": "purple,yellow,orange,brown,grey,pink".split(","),
-    "a tool": "hammer,saw,drill,spade,chisel,wrench".split(","),
-    "a vehicle": "truck,tram,ferry,scooter,van,tractor".split(","),
-    "a musical instrument": "violin,flute,drum,trumpet,harp,piano".split(","),
-}
-DAYS = "Monday,Tuesday,Wednesday,Thursday,Friday,Saturday,Sunday".split(",")
+WORDS = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+NEEDS_LENGTH = ("startend:end_checker", "keywords:existence", "detectable_format:title")
 BOXED = " Put the final answer in \\boxed{}."
 
 
@@ -79,81 +46,40 @@ def instruction(rng) -> dict:
     bullet). An instruction that a few words satisfy comes with a least number of words: a verifier
     that pays for the phrase alone teaches the phrase alone.
     """
-    word, other = rng.sample(WORDS, 2)
-    least, most = rng.randint(6, 15), rng.randint(12, 30)
-    bullets, places, ending = rng.randint(2, 4), rng.randint(1, 3), rng.choice(ENDINGS)
-    known = [  # (slot, id, kwargs, wordings)
-        ("case", "change_case:english_lowercase", {}, ("Use only lowercase letters.",)),
-        ("case", "change_case:english_capital", {}, ("Write everything in capital letters.",)),
-        ("commas", "punctuation:no_comma", {}, ("Do not use any commas.", "Avoid commas.")),
-        (
-            "length",
-            "length_constraints:number_words",
-            {"relation": "less than", "num_words": most},
-            (f"Use less than {most} words.", f"Stay below {most} words."),
-        ),
-        (
-            "words",
-            "keywords:existence",
-            {"keywords": [word, other]},
-            (f"Use the words {word} and {other}.", f"Include the words {word} and {other}."),
-        ),
-        (
-            "words",
-            "keywords:forbidden_words",
-            {"forbidden_words": [word, "the"]},
-            (f"Do not use the words {word} and the.", f"Avoid the words the and {word}."),
-        ),
-        (
-            "places",
-            "detectable_content:number_placeholders",
-            {"num_placeholders": places},
-            (f"Use at least {places} placeholders in square brackets, such as [name].",),
-        ),
-        (
-            "edges",
-            "startend:end_checker",
-            {"end_phrase": ending},
-            (f"End with the exact words: {ending}", f"Finish with this phrase: {ending}"),
-        ),
-        ("edges", "startend:quotation", {}, ("Wrap the answer in double quotation marks.",)),
-        (
-            "edges",
-            "detectable_format:title",
-            {},
-            ("Add a title in double angular brackets, such as <<my title>>.",),
-        ),
-        (
-            "edges",
-            "detectable_format:number_bullet_lists",
-            {"num_bullets": bullets},
-            (f"Answer with exactly {bullets} bullet points that start with *, such as: * A point",),
-        ),
-        (
-            "edges",
-            "first_word:first_word_answer",
-            {"first_word": word},
-            (f"The first word must be {word}.", f"Begin with the word {word}."),
-        ),
-    ]
+    word, other = rng.sample(WORDS["words"], 2)
+    values = {
+        "word": word,
+        "other": other,
+        "least": rng.randint(6, 15),
+        "most": rng.randint(12, 30),
+        "bullets": rng.randint(2, 4),
+        "places": rng.randint(1, 3),
+        "ending": rng.choice(WORDS["endings"]),
+    }
+    *known, length = WORDS["instructions"]
     first = rng.choice(known)
+    partners = [x for x in known if x["slot"] not in (first["slot"], "words", "edges")]
     chosen = [first]
-    if first[1] in ("startend:end_checker", "keywords:existence", "detectable_format:title"):
-        bound = {"relation": "at least", "num_words": least}
-        wordings = (f"Use at least {least} words.", f"Write {least} words or more.")
-        chosen.append(("length", "length_constraints:number_words", bound, wordings))
+    if first["id"] in NEEDS_LENGTH:
+        chosen.append(length)
     elif rng.random() < 0.5:
-        chosen.append(rng.choice([x for x in known if x[0] not in (first[0], "words", "edges")]))
-    asked = [rng.choice(wordings) for _, _, _, wordings in chosen]
-    prompt = " ".join([rng.choice(TASKS).format(rng.choice(TOPICS)), *asked])
-    ids, kwargs = [x[1] for x in chosen], [x[2] for x in chosen]
+        chosen.append(rng.choice(partners))
+    asked = [rng.choice(x["wordings"]).format(**values) for x in chosen]
+    task = rng.choice(WORDS["tasks"]).format(rng.choice(WORDS["topics"]))
+    prompt = " ".join([task, *asked])
+
+    def fill(value):
+        return [fill(x) for x in value] if isinstance(value, list) else values.get(value, value)
+
+    kwargs = [{name: fill(value) for name, value in x["kwargs"].items()} for x in chosen]
+    ids = [x["id"] for x in chosen]
     return user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=kwargs)
 
 
 def word_problem(rng) -> dict:
     """A story of one or two steps; the solution writes each step down."""
-    name, other = rng.sample(NAMES, 2)
-    goods, kind = rng.choice(GOODS), rng.randrange(6)
+    name, other = rng.sample(WORDS["names"], 2)
+    goods, kind = rng.choice(WORDS["goods"]), rng.randrange(6)
     a, b, c = rng.randint(2, 20), rng.randint(2, 20), rng.randint(2, 9)
     if kind == 0:
         story = f"{name} has {a} {goods} and buys {b} more. How many {goods} does {name} have now?"
@@ -186,8 +112,11 @@ def choice(rng) -> dict:
     """Four options and one letter: a kind of thing, the largest number, a weekday, the alphabet."""
     kind = rng.randrange(4)
     if kind == 0:
-        asked, *others = rng.sample(list(KINDS), 4)
-        right, wrong = rng.choice(KINDS[asked]), [rng.choice(KINDS[x]) for x in others]
+        asked, *others = rng.sample(list(WORDS["kinds"]), 4)
+        right, wrong = (
+            rng.choice(WORDS["kinds"][asked]),
+            [rng.choice(WORDS["kinds"][x]) for x in others],
+        )
         question, work = f"Which of these is {asked}?", f"The {right} is {asked}."
     elif kind == 1:
         largest = rng.random() < 0.5
@@ -198,12 +127,12 @@ def choice(rng) -> dict:
     elif kind == 2:
         day, step = rng.randrange(7), rng.choice((1, 2, 3, -1, -2))
         when = f"{abs(step)} day{'s' * (abs(step) > 1)} {'after' if step > 0 else 'before'}"
-        right = DAYS[(day + step) % 7]
-        wrong = rng.sample([x for x in DAYS if x != right], 3)
-        question = f"Which day is {when} {DAYS[day]}?"
-        work = f"{when[0].upper()}{when[1:]} {DAYS[day]} is {right}."
+        right = WORDS["days"][(day + step) % 7]
+        wrong = rng.sample([x for x in WORDS["days"] if x != right], 3)
+        question = f"Which day is {when} {WORDS['days'][day]}?"
+        work = f"{when[0].upper()}{when[1:]} {WORDS['days'][day]} is {right}."
     else:
-        pool = rng.sample([x for words in KINDS.values() for x in words], 4)
+        pool = rng.sample([x for words in WORDS["kinds"].values() for x in words], 4)
         right, *wrong = sorted(pool)
         question, work = "Which word comes first in the alphabet?", f"{right} comes first."
     values = [right, *wrong]
@@ -223,10 +152,10 @@ def choice(rng) -> dict:
 def record(rng) -> dict:
     """Facts of a sentence as JSON; the schema holds the very values, so copying right matters."""
     facts = {
-        "name": rng.choice(NAMES),
+        "name": rng.choice(WORDS["names"]),
         "age": rng.randint(18, 90),
-        "city": rng.choice(CITIES),
-        "job": rng.choice(JOBS),
+        "city": rng.choice(WORDS["cities"]),
+        "job": rng.choice(WORDS["jobs"]),
     }
     keys = rng.sample(list(facts), rng.randint(2, 3))
     text = "{name} is {age} years old, lives in {city} and works as a {job}.".format(**facts)
