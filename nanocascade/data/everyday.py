@@ -112,11 +112,9 @@ def choice(rng) -> dict:
     """Four options and one letter: a kind of thing, the largest number, a weekday, the alphabet."""
     kind = rng.randrange(4)
     if kind == 0:
-        asked, *others = rng.sample(list(WORDS["kinds"]), 4)
-        right, wrong = (
-            rng.choice(WORDS["kinds"][asked]),
-            [rng.choice(WORDS["kinds"][x]) for x in others],
-        )
+        chosen = rng.sample(list(WORDS["kinds"]), 4)
+        right, *wrong = (rng.choice(WORDS["kinds"][x]) for x in chosen)
+        asked = chosen[0]
         question, work = f"Which of these is {asked}?", f"The {right} is {asked}."
     elif kind == 1:
         largest = rng.random() < 0.5
