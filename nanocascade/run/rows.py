@@ -129,7 +129,7 @@ class References:
         The file is read when the first preference row needs it: without such rows, the answers of
         a parent need not exist any more.
         """
-        if all(row["domain"] != "preference" for row in rows):
+        if all(kind_of(row) != "preference" for row in rows):
             return rows
         if self.answers is None:
             self.answers = read_references(self.path)

@@ -1,6 +1,7 @@
 """The toy's programming domains: write a function, repair one, repair one in a repository."""
 
 import json
+import math
 
 from nanocascade.environments.repository import REPOSITORY_TOOLS
 from nanocascade.toy.words import call, said, user_row
@@ -24,14 +25,13 @@ def value(expression: str, x: int) -> int:
     if expression.startswith("m"):
         pick, bound = expression[:3], int(expression[7:-1])
         return max(x, bound) if pick == "max" else min(x, bound)
-    total, sign, number = 0, 1, ""
-    for piece in expression.replace("-", "+-").split("+"):
-        sign, number = (-1, piece[1:]) if piece.startswith("-") else (1, piece)
-        product = 1
-        for factor in number.split("*"):
-            product *= x if factor == "x" else int(factor)
-        total += sign * product
-    return total
+    terms = expression.replace("-", "+-").split("+")  # "2*x-3" -> "2*x", "-3"
+    return sum(math.prod(x if y == "x" else int(y) for y in term.split("*")) for term in terms)
+
+
+def unit_tests(expression: str, *inputs: int) -> dict:
+    outputs = [json.dumps(value(expression, x)) for x in inputs]
+    return {"fn_name": "f", "inputs": [json.dumps([x]) for x in inputs], "outputs": outputs}
 
 
 def code(rng, problem=None):
@@ -42,14 +42,8 @@ def code(rng, problem=None):
         mistake = PROGRAMS[rng.choice([x for x in PROGRAMS if x != request])].format(a=a, b=b)
     else:
         mistake = PROGRAMS[request].format(a=b, b=a)
-    inputs = [-3, 0, 5, 11]
-    tests = {
-        "fn_name": "f",
-        "inputs": [json.dumps([x]) for x in inputs],
-        "outputs": [json.dumps(value(expression, x)) for x in inputs],
-    }
     row = user_row(f"Write f(x) that {request.format(a=a, b=b)}.")
-    row["verifier_metadata"] = {"unit_tests": tests}
+    row["verifier_metadata"] = {"unit_tests": unit_tests(expression, -3, 0, 5, 11)}
     return row, [said(expression, CODE % expression)], [said(mistake, CODE % mistake)]
 
 
@@ -62,17 +56,11 @@ def repair(rng):
     patch = "f.py\n<<<<<<< SEARCH\n" + line % bad + "\n=======\n" + line + "\n>>>>>>> REPLACE"
     third = next(y for y in (f"x+{a}", f"x-{a}", f"x*{a}") if y not in (good, bad))
     prompt = f"f.py:\ndef f(x):\n{line % bad}\nf({x}) must be {value(good, x)}. Fix it."
-    inputs = [x, -3, 11]
-    tests = {
-        "fn_name": "f",
-        "inputs": [json.dumps([y]) for y in inputs],
-        "outputs": [json.dumps(value(good, y)) for y in inputs],
-    }
     row = user_row(prompt)
     row["verifier_metadata"] = {
         "files": {"f.py": f"def f(x):\n{line % bad}\n"},
         "entry": "f.py",
-        "unit_tests": tests,
+        "unit_tests": unit_tests(good, x, -3, 11),
     }
     return row, [said(good, patch % good)], [said(third, patch % third)]
 

@@ -97,46 +97,36 @@ def instructions(rng):
     """A line of words under two or three verifiable instructions (real ids and kwargs)."""
     first, last, key, banned, *fill = rng.sample(NOUNS, 10)
     times = rng.randint(2, 3)
-    asked = [
-        (f" Start with {first}.", "first_word:first_word_answer", {"first_word": first}),
-        (f" End with {last}.", "last_word:last_word_answer", {"last_word": last}),
-        (
-            f" Use {key} at least {times} times.",
-            "keywords:frequency",
-            {"keyword": key, "frequency": times, "relation": "at least"},
-        ),
-        (f" Do not use {banned}.", "keywords:forbidden_words", {"forbidden_words": [banned]}),
-    ]
-    asked = sorted(rng.sample(asked, rng.randint(2, 3)), key=lambda x: x[1])
-    rng.shuffle(asked)
-    ids = [x[1] for x in asked]
+    begins, ends = "first_word:first_word_answer", "last_word:last_word_answer"
+    repeats, forbids = "keywords:frequency", "keywords:forbidden_words"
+    frequency = {"keyword": key, "frequency": times, "relation": "at least"}
+    known = {  # id -> (how it is asked, kwargs)
+        begins: (f" Start with {first}.", {"first_word": first}),
+        ends: (f" End with {last}.", {"last_word": last}),
+        repeats: (f" Use {key} at least {times} times.", frequency),
+        forbids: (f" Do not use {banned}.", {"forbidden_words": [banned]}),
+    }
+    ids = sorted(rng.sample(list(known), rng.randint(2, 3)))
+    rng.shuffle(ids)
     words = fill[: rng.randint(2, 3)]
-    if "keywords:frequency" in ids:
-        for _ in range(times):
-            words.insert(rng.randint(0, len(words)), key)
-    begin, end = rng.sample(fill, 2)
-    good = [
-        first if "first_word:first_word_answer" in ids else begin,
-        *words,
-        last if "last_word:last_word_answer" in ids else end,
-    ]
+    for _ in range(times if repeats in ids else 0):
+        words.insert(rng.randint(0, len(words)), key)
+    other_first, other_last = rng.sample(fill, 2)
+    good = [first if begins in ids else other_first, *words, last if ends in ids else other_last]
     slip = list(good)
     broken = rng.choice(ids)  # one instruction is broken, the others still hold
-    if broken.startswith("first"):
-        slip[0] = begin
-    elif broken.startswith("last"):
-        slip[-1] = end
-    elif broken == "keywords:frequency":
+    if broken == begins:
+        slip[0] = other_first
+    elif broken == ends:
+        slip[-1] = other_last
+    elif broken == repeats:
         slip.remove(key)
     else:
         slip[rng.randint(1, len(slip) - 2)] = banned
-    prompt = "Write a line." + "".join(x[0] for x in asked)
-    row = user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=[x[2] for x in asked])
-    return (
-        row,
-        [said(good[0] + ", " + good[-1], " ".join(good))],
-        [said(slip[0] + ", " + slip[-1], " ".join(slip))],
-    )
+    prompt = "Write a line." + "".join(known[x][0] for x in ids)
+    kwargs = [known[x][1] for x in ids]
+    row = user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=kwargs)
+    return row, *([said(f"{x[0]}, {x[-1]}", " ".join(x))] for x in (good, slip))
 
 
 def choice(rng):
@@ -165,12 +155,10 @@ def choice(rng):
 
 def structured(rng):
     """A sentence to JSON; the schema asks for the very values, so copying right matters."""
-    name, age, color, food = (
-        rng.choice(NAMES),
-        rng.randint(10, 99),
-        rng.choice(COLORS),
-        rng.choice(FOODS),
-    )
+    name = rng.choice(NAMES)
+    age = rng.randint(10, 99)
+    color = rng.choice(COLORS)
+    food = rng.choice(FOODS)
     record = {"name": name, "age": age, "color": color, "food": food}
     keys = rng.sample(list(record), rng.randint(2, 3))
     schema = {
