@@ -188,30 +188,30 @@ def tools(rng):
     state = {"stock": {item: stock, other: rng.randint(2, 9)}, "orders": []}
     kind = rng.choice(("count", "order", "order all", "order all"))
     wrong = rng.choice([x for x in range(2, 10) if x not in (stock, count)])
+
+    def look_up(name: str) -> dict:
+        return said("lookup", "", [call("lookup", item=name)])
+
+    def order(number: int) -> dict:
+        return said("order", "", [call("order", item=item, count=number)])
+
+    stock_known = [look_up(item), {"role": "tool", "content": str(stock)}]
+    looks, orders = {"item": item}, {"item": item, "count": stock}
     if kind == "count":
-        prompt = f"How many {item} are there?"
-        truth = [("lookup", {"item": item})]
-        good = [said("lookup", "", [call("lookup", item=item)])]
-        slip = [said("lookup", "", [call("lookup", item=other)])]
+        prompt, truth = f"How many {item} are there?", [("lookup", looks)]
+        good, slip = [look_up(item)], [look_up(other)]
     elif kind == "order":
-        prompt = f"Order {count} {item}."
-        truth = [("order", {"item": item, "count": count})]
-        good = [said("order", "", [call("order", item=item, count=count)])]
-        slip = [said("order", "", [call("order", item=item, count=wrong)])]
+        prompt, truth = f"Order {count} {item}.", [("order", orders | {"count": count})]
+        good, slip = [order(count)], [order(wrong)]
     else:
-        prompt = f"Order all {item}."
-        truth = [("lookup", {"item": item}), ("order", {"item": item, "count": stock})]
-        looked = said("lookup", "", [call("lookup", item=item)])
-        result = {"role": "tool", "content": str(stock)}
-        good = [looked, result, said("order", "", [call("order", item=item, count=stock)])]
-        guess = said("order", "", [call("order", item=item, count=wrong)])
-        slip = [guess] if rng.random() < 0.5 else [looked, result, guess]
+        prompt, truth = f"Order all {item}.", [("lookup", looks), ("order", orders)]
+        good = [*stock_known, order(stock)]
+        slip = [order(wrong)] if rng.random() < 0.5 else [*stock_known, order(wrong)]
     row = user_row(prompt, category="shop", environment={"name": "shop", "state": state})
     row["ground_truth"] = [{"name": n, "arguments": json.dumps(x)} for n, x in truth]
     row["responses_create_params"]["tools"] = SHOP_TOOLS
-    done = {"role": "tool", "content": "done"}
-    finish = said("done", "Done.")
-    closing = {"count": [{"role": "tool", "content": str(stock)}, finish]}.get(kind, [done, finish])
+    result = str(stock) if kind == "count" else "done"
+    closing = [{"role": "tool", "content": result}, said("done", "Done.")]
     return row, good + closing, slip + closing
 
 
