@@ -27,7 +27,7 @@ from nanocascade.files import read_text
 from nanocascade.rewards import kind_of, name_of, needs_judge, score
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
-from nanocascade.rollouts.strategies import STRATEGIES
+from nanocascade.rollouts.strategies import STRATEGIES, final_grades
 from nanocascade.run.evaluate import mean_interval
 from nanocascade.run.log import show_rollout
 from nanocascade.sampler import generate, step_seed
@@ -51,6 +51,8 @@ class Config:
     rounds: Positive = 4  # of a strategy, num_samples new answers in each
     checks: Positive = 4  # refine: how often the model checks each answer
     keep: Positive = 2  # refine: best answers that the next round revises
+    shown: Positive = 2  # refine: lowest-scored checks of an answer whose texts a revision sees
+    gradings: Count = 0  # how often the model itself grades the last answers (0 = not at all)
     tools: Literal["", "python"] = ""  # python: run the programs that the model calls for
     show: Count = 2  # whole responses printed of each domain of the tasks
     show_mask: Count = 0  # print this many SFT conversations of the tasks, loss in green, and exit
@@ -227,6 +229,8 @@ def play(cfg: Config, model, tokenizer, rows: list[dict]):
 
     def ask(rows: list[dict], n: int) -> list[list[str]]:
         nonlocal calls, spent
+        if not rows:
+            return []
         calls, spent = calls + 1, spent + n * len(rows)
         drawn = replace(cfg, num_samples=n, seed=step_seed(cfg.seed, calls))
         groups = sample_rows(drawn, model, tokenizer, rows)
@@ -242,11 +246,13 @@ def play(cfg: Config, model, tokenizer, rows: list[dict]):
     def grade(rows: list[dict], answers: list[str]) -> list[float]:
         return [reward.value for reward in scorer.pool.map(score, rows, answers)]
 
-    strategy = STRATEGIES[cfg.strategy]
-    for answers in strategy(
-        rows, ask, grade, cfg.rounds, cfg.num_samples, checks=cfg.checks, keep=cfg.keep
-    ):
+    strategy, options = STRATEGIES[cfg.strategy], ("checks", "keep", "shown")
+    options = {name: getattr(cfg, name) for name in options}
+    for answers in strategy(rows, ask, grade, cfg.rounds, cfg.num_samples, **options):
         yield spent / len(rows), grade(rows, answers)
+    if cfg.gradings:
+        grades = final_grades(rows, ask, answers, cfg.gradings)
+        print(f"the last answers, graded by the model: {interval(grades)}")
 
 
 def evaluate_strategy(cfg: Config, model, tokenizer) -> None:

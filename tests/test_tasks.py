@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from fixtures.machine import confinement
@@ -33,6 +34,12 @@ def turns(tokenizer, row, messages) -> list[dict]:
     return [{"role": "assistant", "content": x.split("<|im_end|>")[0]} for x in parts]
 
 
+def tried_right(row) -> bool:
+    """Whether a revision's prompt ends with an attempt that is already right."""
+    tried = tasks.text_of(row).partition("\nTried: ")[2].rpartition("\nTried: ")[2]
+    return bool(tried) and score(row, re.split("\nCheck: |\nScore: ", tried)[0]).value == 1
+
+
 @pytest.mark.parametrize("domain", GRADED)
 def test_rewards_of_solutions(domain, tokenizer):
     """Of 60 problems every good solution earns 1 and every slip 0 from the row's real verifier; a
@@ -45,7 +52,7 @@ def test_rewards_of_solutions(domain, tokenizer):
         row, good, slip = tasks.GENERATORS[domain](rng)
         assert check_row(row | {"id": i}) in KINDS[domain]
         assert score(row, turns(tokenizer, row, good)).value == 1.0, (row, good)
-        paid = domain == "revise" and tasks.text_of(row).endswith("Score: 1")
+        paid = domain == "revise" and tried_right(row)
         assert score(row, turns(tokenizer, row, slip)).value == float(paid), (row, slip)
 
 
@@ -73,7 +80,7 @@ def test_slips_come_at_their_rate(tokenizer):
     """The share of wrong SFT solutions is that of SLIPS, within four standard errors."""
     for domain in GRADED:
         rows, rate = tasks.make_rows(domain, 600), tasks.SLIPS[domain]
-        rows = [x for x in rows if not tasks.text_of(x).endswith("Score: 1")][:400]
+        rows = [x for x in rows if domain != "revise" or not tried_right(x)][:400]
         right = [score(x, turns(tokenizer, x, x["solutions"]["on"])).value for x in rows]
         assert abs(1 - sum(right) / 400 - rate) < 4 * (rate * (1 - rate) / 400) ** 0.5, domain
 

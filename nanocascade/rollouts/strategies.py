@@ -1,19 +1,21 @@
-"""Test-time strategies: several answers to one problem, and which of them is given.
+"""Test-time strategies: sample several answers to a problem, and choose the one to give.
 
 A strategy plays rounds, all problems at once, and yields after each round the answer it would give
 now, one text a problem. It sees the problems through two functions: ask(rows, n) samples n answers
 to each row, [[text] * n] * p; grade(rows, answers) is the rows' own verifier, [score] * p, which
-only best_of_n and submit may call: the others choose without knowing.
+only best_of_n and submit may call: the others choose without it.
 Source: Nemotron-Cascade 2, IMO (refine) and IOI / ICPC (submit).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
+from typing import NamedTuple
 
 from nanocascade.rewards.math import last_boxed
 
-TRIED, SCORE = "\nTried: ", "\nScore: "
+TRIED, SCORE, ANALYSIS, ACCEPTED = "\nTried: ", "\nScore: ", "\nCheck: ", "\nAccepted: "
 CHECK = "\nIs it right? Check each step, then say \\boxed{1} if it is right and \\boxed{0} if not."
-SHOWN = 2  # earlier attempts in a prompt: as many as the toy's SFT rows have
+SHOWN = 2  # submissions, or accepted programs, in a prompt: as many as the toy's SFT rows have
+CERTAIN = 0.99999  # an answer with this mean score is not refined any more
 
 
 def text_of(row: dict) -> str:
@@ -31,13 +33,18 @@ def verification_prompt(question: str, answer: str) -> str:
     return question + TRIED + answer + CHECK
 
 
-def revision_prompt(question: str, attempts: list[tuple[str, float]]) -> str:
-    """attempts: (answer, score), the last one nearest to the new answer."""
-    return question + "".join(f"{TRIED}{x}{SCORE}{score:.3g}" for x, score in attempts)
+def refinement_prompt(question: str, answer: str, analyses: list[str]) -> str:
+    return question + TRIED + answer + "".join(ANALYSIS + x for x in analyses)
+
+
+def submission_prompt(question: str, submissions: list[tuple[str, float]], accepted=()) -> str:
+    """submissions: (answer, its score), oldest first. accepted: answers to other subtasks."""
+    past = [f"{TRIED}{answer}{SCORE}{score:.3g}" for answer, score in submissions]
+    return question + "".join([*(ACCEPTED + x for x in accepted), *past])
 
 
 def final(answer: str) -> str:
-    """What two answers must share to be the same one: the last box, else the whole text."""
+    """The part that equal answers share: the last box, else the whole text."""
     return last_boxed(answer)[0] or answer.strip()
 
 
@@ -87,66 +94,101 @@ def verdict(text: str) -> float | None:
     return score if 0 <= score <= 1 else None
 
 
-def believed(checks: list[str]) -> float:
-    """Any 0 makes it 0, else the mean; checks without a verdict do not count, none at all is 0."""
-    scores = [x for x in map(verdict, checks) if x is not None]
-    return sum(scores) / len(scores) if scores and min(scores) > 0 else 0.0
+class Attempt(NamedTuple):
+    answer: str
+    score: float  # mean of its checks
+    analyses: list[str]  # texts of its checks, lowest score first
 
 
-def refine(rows, ask, grade, rounds, samples, checks, keep, **_):
+def attempt(answer: str, checks: list[str]) -> Attempt:
+    """An answer and its checks; those without a verdict do not count, and none at all score 0."""
+    found = [(score, x) for x in checks if (score := verdict(x)) is not None]
+    found.sort(key=lambda x: x[0])
+    mean = sum(score for score, _ in found) / max(len(found), 1)
+    return Attempt(answer, mean, [text for _, text in found])
+
+
+def final_grades(rows, ask, answers, gradings: int) -> list[float]:
+    """Grades of the answers that a strategy gave: any 0 makes it 0, else the mean.
+
+    A separate, harder judgement at the end, as in the report's ProofBench: no search sees it.
+    """
+    grades = []
+    for texts in ask(verifications(rows, answers), gradings):
+        scores = [x for x in map(verdict, texts) if x is not None]
+        grades.append(sum(scores) / len(scores) if scores and min(scores) > 0 else 0.0)
+    return grades
+
+
+def verifications(rows, answers) -> list[dict]:
+    return [
+        asking(row, verification_prompt(text_of(row), x))
+        for row, x in zip(rows, answers, strict=True)
+    ]
+
+
+def refine(rows, ask, grade, rounds, samples, checks, keep, shown, **_):
     """Generate - verify - refine: the `keep` best answers are revised in the next round.
 
-    Each answer is checked `checks` times by the model itself (`believed`). The answer given is the
-    most frequent of those believed most, over all rounds. The report: 128 proofs, 64 checks, 32.
+    The model itself checks each answer `checks` times; the mean of the scores ranks the answers. A
+    revision sees the answer and the texts of its `shown` lowest-scored checks. A problem with an
+    answer of mean CERTAIN is finished. The report: 128 proofs, 64 checks, the best 32 revised 4
+    times each, 8 analyses shown, at most 8 rounds.
     """
-    pools = [[] for _ in rows]  # of (answer, belief)
+    pools: list[list[Attempt]] = [[] for _ in rows]
     for turn in range(rounds):
-        if turn == 0:
-            groups = ask(rows, samples)
-        else:
-            kept = [sorted(pool, key=lambda x: -x[1])[:keep] for pool in pools]
-            prompts = [
-                asking(row, revision_prompt(text_of(row), [x]))
-                for row, best in zip(rows, kept, strict=True)
-                for x in best
-            ]
-            groups = regroup(ask(prompts, -(-samples // keep)), map(len, kept))
-        asked = [
-            asking(row, verification_prompt(text_of(row), x))
-            for row, group in zip(rows, groups, strict=True)
-            for x in group
-        ]
-        beliefs = iter([believed(x) for x in ask(asked, checks)])
-        for pool, group in zip(pools, groups, strict=True):
-            pool += [(x, next(beliefs)) for x in group]
-        yield [
-            most_frequent([x for x, b in pool if b == max(b for _, b in pool)]) for pool in pools
-        ]
+        owners, prompts = [], []
+        for i, row in enumerate(rows):
+            best = sorted(pools[i], key=lambda x: -x.score)[:keep]
+            if turn == 0:
+                texts = [text_of(row)]
+            elif best[0].score >= CERTAIN:
+                texts = []
+            else:
+                texts = [
+                    refinement_prompt(text_of(row), x.answer, x.analyses[:shown]) for x in best
+                ]
+            owners += [i] * len(texts)
+            prompts += [asking(row, text) for text in texts]
+        groups = ask(prompts, samples if turn == 0 else -(-samples // keep))
+        found = [(i, x) for i, group in zip(owners, groups, strict=True) for x in group]
+        asked = verifications([rows[i] for i, _ in found], [x for _, x in found])
+        for (i, answer), texts in zip(found, ask(asked, checks), strict=True):
+            pools[i].append(attempt(answer, texts))
+        yield [most_frequent(best_answers(pool)) for pool in pools]
 
 
-def regroup(groups, sizes):
-    """Consecutive groups joined, `sizes` of them each time."""
-    groups = iter(groups)
-    return [[x for _ in range(n) for x in next(groups)] for n in sizes]
+def best_answers(pool: list[Attempt]) -> list[str]:
+    best = max(x.score for x in pool)
+    return [x.answer for x in pool if x.score == best]
 
 
 def submit(rows, ask, grade, rounds, samples, **_):
-    """Generate - select - submit: a round's most frequent answer that was not submitted before goes
-    to the hidden tests, and what earlier ones scored stands in the next prompt."""
+    """Generate - select - submit: a round's most frequent new answer goes to the hidden tests.
+
+    The next prompt holds the last submissions with their scores and, for rows that share a
+    "subtask_of", the last answers that were accepted for the problem's other subtasks. The report:
+    50 rounds of 40 candidates.
+    """
     sent = [[] for _ in rows]  # of (answer, score)
+    accepted = defaultdict(list)  # problem -> (subtask, answer)
     for _ in range(rounds):
         open_ = [i for i, past in enumerate(sent) if not any(score == 1 for _, score in past)]
-        prompts = [
-            asking(rows[i], revision_prompt(text_of(rows[i]), sent[i][-SHOWN:])) for i in open_
-        ]
+        prompts = []
+        for i in open_:
+            others = [x for j, x in accepted[rows[i].get("subtask_of")] if j != i]
+            text = submission_prompt(text_of(rows[i]), sent[i][-SHOWN:], others[-SHOWN:])
+            prompts.append(asking(rows[i], text))
         chosen = []
         for i, answers in zip(open_, ask(prompts, samples), strict=True):
             old = {final(x) for x, _ in sent[i]}
             new = [x for x in answers if x and final(x) not in old]
             chosen.append(most_frequent(new or answers))
         scores = grade([rows[i] for i in open_], chosen)
-        for i, x, score in zip(open_, chosen, scores, strict=True):
-            sent[i].append((x, score))
+        for i, answer, score in zip(open_, chosen, scores, strict=True):
+            sent[i].append((answer, score))
+            if score == 1 and "subtask_of" in rows[i]:
+                accepted[rows[i]["subtask_of"]].append((i, answer))
         yield [max(past, key=lambda x: x[1])[0] for past in sent]
 
 

@@ -18,11 +18,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from nanocascade.environments.base import make_tool
-from nanocascade.rollouts.strategies import (
-    revision_prompt,
-    text_of,
-    verification_prompt,
-)
+from nanocascade.rollouts import strategies
+from nanocascade.rollouts.strategies import text_of
 from nanocascade.tokenizer.chat import render_pieces
 from nanocascade.toy.programs import PROGRAMS, agentic, code, repair
 from nanocascade.toy.words import (
@@ -265,27 +262,40 @@ def compared(mine: str, tried: str) -> str:
     return " ".join(said)
 
 
+def analysis(mine: dict, tried: dict, flip=False) -> str:
+    """The text of a check: two answers piece by piece, then the verdict (`flip`: the other one)."""
+    inner = re.compile(r"boxed.(.*)}|return (.*)")  # the part of an answer that is compared
+    mine, tried = ("".join(inner.search(x["content"]).groups("")) for x in (mine, tried))
+    return compared(mine, tried) + "\n\\boxed{%d}" % ((mine == tried) != flip)
+
+
 def verify(rng):
-    """Is an attempt right? The thought solves the problem again and compares; answer 1 or 0."""
+    """Is an attempt right? The thought solves the problem again, the answer compares and judges."""
     row, good, slip, _ = attempted(rng)
-    right = rng.random() < 0.5
-    tried = good if right else slip
-    prompt = verification_prompt(text_of(row), tried["content"])
-    thought, inner = good["reasoning_content"], re.compile(r"boxed.(.*)}|return (.*)")
-    mine, theirs = ("".join(inner.search(x["content"]).groups("")) for x in (good, tried))
-    thought += (", " if "expected_answer" in row else "\n") + compared(mine, theirs)
-    check = user_row(prompt, question=prompt, expected_answer=str(int(right)))
-    verdicts = [[said(thought, "\\boxed{%d}" % x)] for x in (right, not right)]
-    return check | {"problem": row["problem"]}, *verdicts
+    tried = good if rng.random() < 0.5 else slip
+    prompt = strategies.verification_prompt(text_of(row), tried["content"])
+    check = user_row(prompt, question=prompt, expected_answer=str(int(tried is good)))
+    answers = [[said(good["reasoning_content"], analysis(good, tried, x))] for x in (False, True)]
+    return check | {"problem": row["problem"]}, *answers
 
 
 def revise(rng):
-    """A better answer after attempts and what they scored; the slip repeats a wrong one."""
+    """A better answer after an attempt and checks of it, some of them mistaken (refine), or after
+    attempts and their scores (submit). The slip repeats the last attempt."""
     row, good, slip, other = attempted(rng)
-    attempts = rng.choice(([(slip, 0)], [(other, 0), (slip, 0)], [(good, 1)]))
-    prompt = revision_prompt(text_of(row), [(x["content"], score) for x, score in attempts])
+    tried = good if rng.random() < 0.3 else slip
+    if rng.random() < 0.6:
+        checkers = [other if rng.random() < 0.2 else good for _ in range(rng.randint(1, 2))]
+        texts = sorted((analysis(x, tried) for x in checkers), key=lambda x: x[-2])
+        prompt = strategies.refinement_prompt(text_of(row), tried["content"], texts)
+    else:
+        past = [(other, 0), (slip, 0)] if rng.random() < 0.5 else [(tried, int(tried is good))]
+        tried = past[-1][0]
+        prompt = strategies.submission_prompt(
+            text_of(row), [(x["content"], score) for x, score in past]
+        )
     row["responses_create_params"] = user_row(prompt)["responses_create_params"]
-    return row, [good], [attempts[-1][0]]
+    return row, [good], [tried]
 
 
 GENERATORS = {
