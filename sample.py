@@ -22,7 +22,7 @@ from nanocascade.data.episode import Rollout, Sampling
 from nanocascade.data.rows import conversation, read_rows, sft_conversation
 from nanocascade.engine.device import find_device
 from nanocascade.engine.distributed import DTYPES
-from nanocascade.environments.loop import answer, equip
+from nanocascade.environments.loop import answer, end_episode, equip
 from nanocascade.files import read_text
 from nanocascade.rewards import kind_of, name_of, needs_judge, score
 from nanocascade.rollouts.rollout import roll_out
@@ -145,6 +145,7 @@ def chat(cfg: Config, model, tokenizer) -> None:
             results.append({"role": "tool", "content": result})
             print(result)
         if not results:
+            end_episode(row, played)
             played, asked = None, turn  # a budget of calls and turns for each question
             if sys.stdin.isatty():
                 print("> ", end="", flush=True)

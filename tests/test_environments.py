@@ -4,9 +4,11 @@ import io
 import json
 import os
 import random
+import re
 import sys
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,14 +20,15 @@ from fixtures.toy_runs import run_here, start
 
 from nanocascade import sampler
 from nanocascade.data.rows import conversation, normalize
-from nanocascade.environments import base
 from nanocascade.environments import loop as environments
+from nanocascade.environments import python
 from nanocascade.environments.base import MAX_RESULT
-from nanocascade.environments.loop import answer
+from nanocascade.environments.loop import answer, end_episode
 from nanocascade.rewards import check_row, score
 from nanocascade.rollouts import rollout
 from nanocascade.sampler import Sample
-from nanocascade.sandbox.sandbox import Sandbox, shared_sandbox
+from nanocascade.sandbox.sandbox import LIMITS, Sandbox, shared_sandbox
+from nanocascade.sandbox.session import Session
 from nanocascade.tokenizer.chat import render_pieces
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
@@ -63,6 +66,7 @@ def play(row, *calls):
     for name, arguments in calls:
         played, result = answer(row, played, {"name": name, "arguments": arguments})
         results.append(result)
+    end_episode(row, played)
     return results
 
 
@@ -71,7 +75,7 @@ def play(row, *calls):
     [
         ("print(3 + 4)", "7"),
         ("exit()", "no output"),
-        ("import os; os._exit(3)", "error: exit status 3"),
+        ("import os; os._exit(3)", "error: exit status 3; all names are lost"),
         ("x =", "SyntaxError: invalid syntax (program.py, line 1)"),
         ("print('a')\n1 / 0", "a\nZeroDivisionError: division by zero (__main__, line 2)"),
         (
@@ -89,19 +93,38 @@ def test_python_tool(program, result):
 
 def test_python_tool_is_bounded(monkeypatch):
     """Output is cut in the middle, 100 calls are answered, and of programs that must be stopped
-    three are run; every call starts afresh and prints a set in the same order in any sandbox."""
+    three are run; a set is printed in the same order in any sandbox."""
     (flood,) = play(TIR, ("python", {"code": "print('<' + 'x' * 10**5 + '>')"}))
     assert flood[0] == "<" and flood[-1] == ">" and len(flood) < MAX_RESULT + 50
     assert "\n... 92002 characters left out ...\n" in flood
-    later = play(TIR, ("python", {"code": "x = 1"}), ("python", {"code": "print(x)"}))[1]
-    assert later == "NameError: name 'x' is not defined (__main__, line 1)"
     assert play(TIR, *[("shell", {})] * 101)[99:] == ["error: no such tool", "error: no calls left"]
-    monkeypatch.setattr(base, "LIMITS", base.LIMITS._replace(test_seconds=0.1))
+    short = partial(Session, limits=LIMITS._replace(test_seconds=0.1))
+    monkeypatch.setattr(python, "Session", short)
     stopped = play(TIR, *[("python", {"code": "while 1: pass"})] * 4)
-    assert stopped == ["error: time limit"] * 3 + ["error: no time left"]
+    assert stopped == ["error: time limit; all names are lost"] * 3 + ["error: no time left"]
     with Sandbox(1) as one, Sandbox(1) as other:
         source = {"p": "print(set('abcdefgh'))"}
         assert one.run_script(source, "p").stdout == other.run_script(source, "p").stdout
+
+
+def test_python_names_stay():
+    """A name defined in one call is there three calls later, after an exception and an exit too;
+    another episode does not see it, and a program that has to be stopped takes it along."""
+    codes = ("def double(y): return 2 * y", "1 / 0", "exit()", "print(double(21))")
+    talk = [("python", {"code": code}) for code in codes]
+    assert play(TIR, *talk)[3] == "42"
+    missing = "NameError: name 'double' is not defined (__main__, line 1)"
+    assert play(TIR, talk[3]) == [missing]
+    died = ("python", {"code": "import os; os.abort()"})
+    lost, later = play(TIR, talk[0], died, talk[3])[1:]
+    assert re.fullmatch("error: crashed: SIG.*; all names are lost", lost) and later == missing
+    (one, _), (other, _) = (
+        answer(TIR, None, {"name": "python", "arguments": x}) for _, x in talk[:2]
+    )
+    assert answer(TIR, one, {"name": "python", "arguments": talk[3][1]})[1] == "42"  # side by side
+    assert answer(TIR, other, {"name": "python", "arguments": talk[3][1]})[1] == missing
+    for played in (one, other):
+        end_episode(TIR, played)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from fixtures.machine import needs_landlock, needs_sandbox
 
 from nanocascade.sandbox import jail, sandbox
 from nanocascade.sandbox.sandbox import Limits, Sandbox
+from nanocascade.sandbox.session import Session
 
 pytestmark = needs_sandbox
 ROOT = str(Path(__file__).parents[1])
@@ -111,10 +112,15 @@ def test_calls_refused(box, attacks):
 
 
 def refuse(box, attacks):
-    """Each attack, an expression, fails in the program: it prints those that do not."""
+    """Each attack, an expression, fails in a program and in the second one of a session: they print
+    those that do not."""
     source = TRY + "".join(f"refused(lambda: {x}) or print({x!r})\n" for x in attacks)
     outcome = run(box, source + "print('end')", seconds=2.0)
     assert outcome.stdout == b"end\n", outcome
+    session = Session(box, "told = repr")
+    assert session.run("before = 'end'") == ("", "")
+    assert session.run(source + "print(before)") == ("end\n", "")
+    session.close()
 
 
 def test_files(box, tmp_path):
@@ -333,6 +339,38 @@ def test_server_killed(box):
         await_end(*children)
         assert job.result().ended == ""
     assert box.idle.queue[-1].process.pid != server
+
+
+def test_sessions(box):
+    """A session's limits hold for each of its programs: time, sleep, memory, output; what ends one
+    leaves no process, no open file and the server as it was. Files that it tampers with, or a byte
+    that it sends too early, spoil only its own results."""
+    limits = Limits(test_seconds=0.2, memory=1 << 28, output=1 << 12)
+
+    def used():
+        (server,) = box.idle.queue
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        return len(os.listdir("/proc/self/fd")), children.read_text()
+
+    run(box, "1")
+    before = used()
+    ends = {
+        "while 1: pass": "time limit",
+        "import time; time.sleep(9)": "asleep",
+        "import os; os.close(5)": "exit status 1",
+        "print('x' * 5000)": "output limit",
+        "import os; os._exit(0)": "exit status 0",
+    }
+    for program, expected in ends.items():
+        session = Session(box, "told = repr", limits)
+        assert session.run("print('first')") == ("first\n", "")
+        assert session.run(program)[1] == expected, program
+    session = Session(box, "told = repr", limits)
+    assert session.run("x = 'y' * (1 << 28)") == ("MemoryError()\n", "")
+    spoiled = "import os; os.write(5, b'....'); os.ftruncate(0, 0); os.lseek(1, 99, 0); print(1)"
+    session.run(spoiled)
+    session.close()
+    assert run(box, "print(2)").stdout == b"2\n" and used() == before
 
 
 def test_many_threads():

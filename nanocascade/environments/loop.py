@@ -3,15 +3,16 @@
 A row names one, {"environment": {"name": "repository"}, ...}, and carries what it starts from:
 
     shop         the toy's: stock and orders of environment.state (shop.py)
-    python       a program a call, for any row; what it prints comes back
+    python       programs, for any row; what they print comes back, and names stay
     repository   verifier_metadata {"files": {path: text}, "entry": "pkg/module.py", "unit_tests"}:
                  files to list, read, search, edit and test; the tests, which the model never
                  sees, of the entry module are the reward
 
 A step maps (state, call) to (new state, text). States are plain values, never changed in place: no
 episode can see another's, and a repository is a dictionary of texts, with no folder on a disk to
-protect and to remove. A verifier plays the edits again (rewards/code.py): they are a pure function
-of row and calls, so that nothing in a transcript has to be believed or carried along.
+protect and to remove. (Python's state is a process of its own, which `end_episode` ends.) A
+verifier plays the edits again (rewards/code.py): they are a pure function of row and calls, so that
+nothing in a transcript has to be believed or carried along.
 
 Whatever a model asks for, a step returns: programs run in the sandbox under its CPU limit, and a
 result has at most MAX_RESULT characters. Not covered: the sandbox has the standard library and the
@@ -22,7 +23,7 @@ prints the time or an unseeded random number prints another one when a run is re
 from typing import NamedTuple
 
 from nanocascade.environments.base import MAX_RESULT, make_tool
-from nanocascade.environments.python import PYTHON_CALLS, python_step
+from nanocascade.environments.python import PYTHON_CALLS, close_python, python_step
 from nanocascade.environments.repository import REPOSITORY_TOOLS, repository_step
 from nanocascade.environments.shop import MAX_CALLS, run_tool
 
@@ -34,6 +35,7 @@ class Environment(NamedTuple):
     start: object  # function row -> state
     step: object  # function (state, name, arguments) -> (state, text)
     max_calls: int  # of an episode
+    close: object = lambda state: None  # function state -> None, once the episode is over
 
 
 ENVIRONMENTS = {
@@ -44,10 +46,11 @@ ENVIRONMENTS = {
         MAX_CALLS,
     ),
     "python": Environment(
-        [make_tool("python", "Run a program; what it prints comes back.", code="string")],
-        lambda row: 0,
+        [make_tool("python", "Run Python code. Returns its output; names stay.", code="string")],
+        lambda row: (None, 0),
         python_step,
         PYTHON_CALLS,
+        close_python,
     ),
     "repository": Environment(
         REPOSITORY_TOOLS,
@@ -84,3 +87,9 @@ def answer(row: dict, played, call: dict):
         text = f"{text[:half]}\n... {more} characters left out ...\n{text[-half:]}"
     # Half a character, which JSON can carry, is none that a tokenizer reads.
     return (number + 1, state), text.encode(errors="replace").decode()
+
+
+def end_episode(row: dict, played) -> None:
+    """Free what the episode's environment holds; `played` as `answer` returned it, or None."""
+    if played is not None:
+        ENVIRONMENTS[row["environment"]["name"]].close(played[1])

@@ -12,7 +12,7 @@ from nanocascade.data.episode import Rollout, Sampling
 from nanocascade.data.rows import conversation
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.layout import unsharded
-from nanocascade.environments.loop import answer
+from nanocascade.environments.loop import answer, end_episode
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.sampler import Sample, generate
 from nanocascade.tokenizer.chat import parse_response
@@ -63,6 +63,7 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
                 on_sample=partial(episodes.add_later_turn, places),
             )
             places = episodes.calling(places)
+    episodes.end()
     sampled = time.perf_counter()
     episodes.book_rewards()
     spent = {"time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
@@ -132,6 +133,12 @@ class Episodes:
                 continue
             rollout.extend(ids)
             rollout.turns.append({"role": "tool", "content": "\n".join(results)})
+
+    def end(self) -> None:
+        """Free what the environments hold: a session of the Python tool is a process."""
+        for rollout in (x for group in self.groups for x in group):
+            end_episode(rollout.row, rollout.played)
+            rollout.played = None
 
     def book_rewards(self) -> None:
         for p, group in enumerate(self.groups if self.scorer is not None else ()):

@@ -367,31 +367,31 @@ def end(child):
 
 
 def serve(control):
-    """Answer requests: b"j" with a job's files starts a child and returns its process id, b"k" ends
-    all children and returns how they ended."""
+    """Answer requests: b"jNAME" with a child's files starts it for the job NAME and returns its
+    process id; b"kNAME" ends the job's children and returns how they ended."""
     for name in PRELOAD.split():
         importlib.import_module(name)
     builtins.exit = builtins.quit = sys.exit  # missing because of -S, and programs use them
-    confinement, children = Confinement(), []
+    confinement, children = Confinement(), {}
     about = {"refused": probe(confinement), "landlock": confinement.landlock}
     control.sendall(json.dumps(about).encode() + b"\n")
     gc.disable()
     gc.freeze()  # a collection would write to, and so copy, every page shared with a child
     while True:
-        message, files, _, _ = socket.recv_fds(control, 1, 7)
-        if message == b"j":
-            children.append(os.fork())
-            if children[-1] == 0:
+        message, files, _, _ = socket.recv_fds(control, 20, 7)
+        name = message[1:]
+        if message.startswith(b"j"):
+            children.setdefault(name, []).append(os.fork())
+            if children[name][-1] == 0:
                 run_child(confinement, files)
             for file in files:
                 os.close(file)
-            control.sendall(b"%d\n" % children[-1])
+            control.sendall(b"%d\n" % children[name][-1])
             continue
-        ended = [end(child) for child in children]
+        ended = [end(x) for job in ([name] if message else [*children]) for x in children.pop(job)]
         if not message:
             return  # the process that started us is gone
         control.sendall(json.dumps(ended).encode() + b"\n")
-        children = []
 
 
 if __name__ == "__main__":

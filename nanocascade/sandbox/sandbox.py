@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ def is_plain(source):
 
 
 class Server:
-    """A fork server: runs one job at a time."""
+    """A fork server: runs one job at a time, and sessions beside it."""
 
     def __init__(self):
         self.control, control_of_server = socket.socketpair()
@@ -122,6 +123,7 @@ class Server:
         )
         control_of_server.close()
         self.lines = self.control.makefile("r")
+        self.lock, self.num_jobs = threading.Lock(), 0
         self.about = self.read_line()
 
     def read_line(self):
@@ -130,6 +132,18 @@ class Server:
         if not line:
             raise ConnectionError("a sandbox server died; was it killed, or is memory short?")
         return json.loads(line)
+
+    def new_name(self):
+        """A name for the children of one job."""
+        with self.lock:
+            self.num_jobs += 1
+            return b"%d" % self.num_jobs
+
+    def ask(self, request, files=()):
+        """Send a request (see jail.serve) and its files; the server's answer."""
+        with self.lock:
+            socket.send_fds(self.control, [request], [file.fileno() for file in files])
+            return self.read_line()
 
     def run(self, jobs, limits):
         """Run a child for each job (header, input, calls); their Outcomes, once the last is done.
@@ -155,17 +169,16 @@ class Server:
                 children[0][jail.CALLS], children[1][jail.STDOUT] = pipes[1]
                 children[1][jail.STDIN], children[0][jail.REPLIES] = pipes[2]
             done, children[-1][jail.DONE] = pipes[0]
+            name = self.new_name()
             for files in children:
-                socket.send_fds(self.control, [b"j"], [file.fileno() for file in files])
-                self.read_line()
+                self.ask(b"j" + name, files)
             for file in sum(pipes, []):
                 if file is not done:
                     file.close()  # now only the child holds it open
             waiting = select.poll()
             waiting.register(done)
             finished = finishes(waiting, left[-1][1], limits)
-            self.control.sendall(b"k")
-            ended = self.read_line()
+            ended = self.ask(b"k" + name)
             return [
                 outcome(*how, finished, limits, *files)
                 for how, files in zip(ended, left, strict=True)
@@ -201,12 +214,14 @@ class Sandbox:
     """
 
     def __init__(self, num_servers=2, *, allow_unprotected=False, plain_only=False):
-        first = Server()
+        with ThreadPoolExecutor(num_servers) as threads:  # all at once, before the first verdict
+            servers = list(threads.map(lambda _: Server(), range(num_servers)))
+        first = servers[0]
         self.missing = sorted(set(jail.ATTACKS) - set(first.about["refused"]))
         self.plain_only = bool(self.missing) and plain_only and not allow_unprotected
         self.landlock, self.num_servers = first.about["landlock"], num_servers
-        self.idle = queue.LifoQueue()  # of servers; None for one that is not started yet
-        for server in [None] * (num_servers - 1) + [first]:
+        self.idle = queue.LifoQueue()  # of servers; None for one that died
+        for server in servers:
             self.idle.put(server)
         if self.missing and not (allow_unprotected or plain_only):
             self.close()
