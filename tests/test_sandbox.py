@@ -357,9 +357,10 @@ def test_sessions(box):
     ends = {
         "while 1: pass": "time limit",
         "import time; time.sleep(9)": "asleep",
-        "import os; os.close(5)": "exit status 1",
+        "import os; os.close(5)": "process ended",
         "print('x' * 5000)": "output limit",
-        "import os; os._exit(0)": "exit status 0",
+        "import os; os._exit(0)": "process ended",
+        "import os; os.abort()": "process ended",
     }
     for program, expected in ends.items():
         session = Session(box, "told = repr", limits)

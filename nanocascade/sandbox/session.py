@@ -72,12 +72,13 @@ class Session:
         finished = bool(waiting.poll(1000 * SLEEP_FACTOR * self.limits.test_seconds))
         alive = finished and self.replies.read(1 << 16)[-1:] == b"."  # not so if the loop ended
         printed = os.pread(self.stdout.fileno(), self.limits.output, 0).decode(errors="replace")
-        return printed, "" if alive else self.close(finished) or "exit status 0"
+        return printed, "" if alive else self.close(finished)
 
     def close(self, finished=True) -> str:
-        """Kill the child; how it ended if that was before."""
+        """Kill the child; how it ended if that was before: over a limit, or by itself."""
         ((status, seconds),) = self.server.ask(b"k" + self.name)
         ended = outcome(status, seconds, finished, self.limits, self.stdout, self.stdout).ended
         for file in (self.program, self.stdout, self.calls, self.replies):
             file.close()
-        return ended
+        limits = "time limit", "output limit", "asleep"
+        return ended if ended in limits else "process ended"  # its status depends on who was first
