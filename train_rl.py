@@ -78,6 +78,11 @@ def train(
     # ---- Data ------------------------------------------------------------------------------------
     rows, evaluation = run.read_prompts(shares, sampling, eval_settings)
     scorer = Scorer(find_judge(settings, rows, evaluation), pairing=recipe.pairing)
+    tools = {x["environment"]["name"] for x in rows if "environment" in x}
+    if tools and recipe.max_turns < 2:
+        raise ValueError(
+            f"--max_turns {recipe.max_turns}: rows with tools ({tools}) need 2 or more"
+        )
     check_outcomes(
         rows,
         dynamic_filtering=recipe.dynamic_filtering,
