@@ -107,6 +107,7 @@ def train(
         seed = step_seed(settings.seed, step)
         groups, timing = collect_groups(play, stream, recipe.prompts, recipe.rollouts, seed, dist)
         apply_overlong(groups, recipe.overlong)
+        run.log.choose(groups)
         rollouts = [x for g in groups for x in g]
         taught = teachers.split(rollouts)  # by teacher; response_ids count in this order
         rollouts = [x for _, part in taught for x in part]
@@ -146,7 +147,7 @@ def train(
                     max_sequence_error=recipe.max_sequence_error,
                 )
                 metrics[f"mopd/reverse_kl/{name}"] = metrics["mopd/reverse_kl"]
-                update.backward(loss, metrics, part)
+                update.backward(loss, metrics, part, teacher_logprobs)
             start += len(part)
             teacher.park()
 

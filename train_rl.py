@@ -133,6 +133,7 @@ def train(
         )
         apply_overlong(groups, recipe.overlong)
         mask_unsolved(groups, recipe.mask_unsolved)
+        run.log.choose(groups)
 
         # Advantages, Eq. 1. An overlong-filtered response still counts in its group's mean and std.
         rewards = torch.tensor([[x.reward for x in group] for group in groups])  # (p, r)

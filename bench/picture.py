@@ -24,7 +24,8 @@ PICTURES = {
 
 def take(page: Path, out: Path, name: str, dark: bool = False) -> None:
     section, state, most = PICTURES[name]
-    with tempfile.TemporaryDirectory() as profile, Browser(profile, WIDTH, 900, dark) as browser:
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # helpers may still write
+    with folder as profile, Browser(profile, WIDTH, 900, dark) as browser:
         browser.open(page.resolve(), f"#{state}")
         box = f"document.querySelectorAll('section')[{section}].getBoundingClientRect()"
         height = int(browser.run(f"{box}.bottom - {box}.top * {int(section > 0)}")) + 10

@@ -18,7 +18,6 @@ from nanocascade.stages import RL_STAGES, TEACHER_OF
 
 GAP_ERRORS = 5  # a gap between teacher and start is one from this many standard errors on
 
-PICTURES = {"Scores after every stage": "cascade.png", "What MOPD brought back": "mopd.png"}
 NOTES = {  # how to read a section, where the table alone does not say
     "What was forgotten": "The largest fall of each domain below its best score so far.\n\n",
     "What MOPD brought back": "recovery = (MOPD - start) / (teacher - start), where teacher - start"
@@ -222,7 +221,7 @@ def stage_table(runs: dict) -> str:
 
 
 def write_scores(runs: dict, path: Path) -> None:
-    """The numbers behind the tables and the picture."""
+    """The numbers behind the tables."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "domain", "mean", "interval", "n"])
@@ -248,9 +247,7 @@ def main():
     text += f"{minutes:.1f} minutes of training (evaluations apart). Scores are means at "
     text += "temperature 1 with 95 % intervals; bold is a stage's own domain.\n"
     for title, body in sections:
-        picture = PICTURES.get(title, "")
         text += f"\n## {title}\n\n{NOTES.get(title, '')}"
-        text += f"![{title}]({picture})\n\n" if picture and (out / picture).exists() else ""
         text += body + "\n"
     (out / "report.md").write_text(text)
     write_scores(runs, out / "scores.csv")

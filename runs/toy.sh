@@ -51,6 +51,6 @@ stage train_mopd.py mopd_from_sft --init "$OUT/sft" --eval_data "" \
 # GRPO on mathematics from where MOPD started: nothing to catch up with, two curves.
 rl math_rl math_rl multi_domain_rl --eval_samples 0
 
-python -m bench.plot "$OUT" || true  # matplotlib is optional; the report shows what was drawn
 python runs/report.py "$OUT"
 python -m bench.claims "$OUT"
+python -m nanocascade.show "$OUT"  # one page of everything, to be opened in a browser

@@ -45,6 +45,19 @@ MANIFEST = {
     "versions",
 }
 
+RECORD = {
+    "step",
+    "domain",
+    "group",
+    "prompt",
+    "response",
+    "reward",
+    "reason",
+    "advantage",
+    "stop_reason",
+    "tokens",
+}
+
 # The table of docs/metrics.md: what each script logs at every step.
 ALWAYS = {
     "step",
@@ -129,6 +142,22 @@ def check_left(out, kind: str, extra=frozenset()) -> dict:
     return manifest
 
 
+def check_rollouts(out, *more: str) -> list[dict]:
+    """Every logged rollout is whole: the documented keys, a text and a value for each token, and
+    log-probs of the training forward that are the sampler's."""
+    rollouts = [json.loads(x) for x in (out / "rollouts.jsonl").open()]
+    assert rollouts and all(x.keys() == RECORD for x in rollouts)
+    for x in rollouts:
+        tokens = x["tokens"]
+        assert "".join(tokens["text"]) == x["response"]
+        if "1" in tokens["loss"]:
+            assert tokens.keys() == {"text", "loss", "logprob", "log_ratio", "entropy", *more}
+            assert len({len(values) for values in tokens.values()}) == 1
+            assert max(tokens["logprob"]) <= 0 <= min(tokens["entropy"])
+            assert max(map(abs, tokens["log_ratio"])) < 1e-3
+    return rollouts
+
+
 def test_run_sft(sft):
     """SFT leaves a model, scores of all that it teaches, and answers to be compared with later."""
     manifest = check_left(sft, "sft", {"references.jsonl"})
@@ -164,25 +193,10 @@ def test_run_rl(stage, sft, tmp_path, monkeypatch):
     assert evaluation.keys() == set(tasks.DOMAINS if evaluated else ())
     limits = LIMITS | {"n": 2, "max_turns": 6}  # the parent's scores, of 4, were not taken over
     assert all(y.items() >= limits.items() for x in evaluation.values() for y in x.values())
-    rollouts = [json.loads(x) for x in (tmp_path / "o" / "rollouts.jsonl").open()]
+    rollouts = check_rollouts(tmp_path / "o")
     assert {x["domain"] for x in rollouts} <= RL_STAGES[stage]["domains"].keys()
-    assert (
-        all(
-            x.keys()
-            == {
-                "step",
-                "domain",
-                "prompt",
-                "response",
-                "reward",
-                "reason",
-                "advantage",
-                "stop_reason",
-            }
-            for x in rollouts
-        )
-        and rollouts
-    )
+    trained = {"1" in x["tokens"]["loss"] for x in rollouts}
+    assert True in trained or stage == "swe_rl"  # which masks prompts that nobody solved
 
 
 def test_run_mopd(sft, skilled, tmp_path, monkeypatch):
@@ -203,6 +217,7 @@ def test_run_mopd(sft, skilled, tmp_path, monkeypatch):
         words = ("--init", sft, "--teachers", teachers, "--out", out, *TINY_RL, "--prompts", 24)
         run_here(monkeypatch, "train_mopd.py", *words)
         manifest = check_left(out, "mopd")
+        check_rollouts(out, "teacher")
         found = {domain: x["path"] for domain, x in manifest["teachers"].items()}
         untaught = {d: str(sft) for d in MOPD_SHARES if d not in TEACHER_OF}
         assert found == (paths | untaught if anchor else paths)

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from fixtures.toy_runs import ROOT
 
+from nanocascade.show import __main__ as show
 from nanocascade.show.__main__ import main, render_page
 from nanocascade.show.read import (
     MAX_CHARS,
@@ -95,10 +96,10 @@ def cascade(tmp_path):
 
 def test_metric_table():
     """The package's table is the one of docs/metrics.md; ranges at the start of a text are read."""
-    document = (ROOT / "docs/metrics.md").read_text().splitlines()
-    copy = (ROOT / "nanocascade/show/metrics.md").read_text().splitlines()
-    table = [x for x in document if x.startswith("|")]
-    assert table == copy, "grep '^|' docs/metrics.md > nanocascade/show/metrics.md"
+    document = (ROOT / "docs/metrics.md").read_text()
+    table = "| metric |" + document.partition("| metric |")[2].partition("\n\n")[0] + "\n"
+    copy = (ROOT / "nanocascade/show/metrics.md").read_text()
+    assert table == copy, "copy the table of docs/metrics.md to nanocascade/show/metrics.md"
     known = {x["name"]: (x["low"], x["high"]) for x in metric_table()}
     assert known["group/all_right"] == (None, 0.5) and known["ratio/mean"] == (0.99, 1.01)
     assert known["mismatch/prob_error"] == (None, 1e-5) and known["lr"] == (None, None)
@@ -202,6 +203,26 @@ def test_command(cascade, tmp_path, capsys):
         main([str(tmp_path / "nothing")])
     with pytest.raises(ValueError, match="usage"):
         main(["--watch"])
+
+
+def test_watch(tmp_path, monkeypatch):
+    """--watch writes a page that reloads itself, again after each pause, and a last one that does
+    not, once the run is finished."""
+    out = write_run(tmp_path, "run")
+    manifest = (out / "manifest.json").read_text()
+    (out / "manifest.json").unlink()
+    written = []
+
+    def pause(seconds):
+        written.append((out / "page.html").read_text())
+        if len(written) == 2:
+            (out / "manifest.json").write_text(manifest)
+
+    monkeypatch.setattr(show.time, "sleep", pause)
+    main([str(out), "--watch"])
+    written.append((out / "page.html").read_text())
+    reloads = [re.search(r'"watch":(\d+)', x)[1] for x in written]
+    assert reloads == ["5", "5", "0"] and '"finished":true' in written[2]
 
 
 class Elements(HTMLParser):

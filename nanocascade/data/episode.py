@@ -44,6 +44,7 @@ class Document:
     experts: Tensor | None = None  # (t, l, a) recorded while sampling
     advantage: float = 0.0
     loss: bool = True  # False: masked out (overlong filter, a prompt nobody solved)
+    token_values: dict[str, list[float]] | None = None  # what the loss saw, if it will be logged
 
     @property
     def num_loss_tokens(self) -> int:

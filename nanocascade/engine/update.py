@@ -28,12 +28,18 @@ class Update:
         """Log-probs (b, t) of the batch's loss tokens under softmax(logits / temperature)."""
         self.batch, self.routing = batch, new_routing(self.model, batch)
         logprobs, self.entropy = score_tokens(self.model, batch, temperature, self.routing)
+        self.logprobs = logprobs.detach()  # (1, n)
         return logprobs
 
-    def backward(self, loss: Tensor, metrics: dict, documents: list) -> None:
+    def backward(self, loss: Tensor, metrics: dict, documents: list, teacher_logprobs=None):
         """Add the gradients of the last forward's loss; `documents` are those of its batches."""
         self.check_finite(loss, documents)
         loss.backward()
+        log_ratio = self.logprobs - self.batch.sampler_logprobs  # (1, n)
+        values = {"logprob": self.logprobs, "log_ratio": log_ratio, "entropy": self.entropy}
+        if teacher_logprobs is not None:
+            values["teacher"] = teacher_logprobs
+        keep_token_values(self.batch, documents, values)
         mask = self.batch.mask
         entropy = masked_mean(self.entropy, mask)
         self.metrics.add(metrics | {"entropy": entropy}, weight=int(mask.sum()))
@@ -56,6 +62,16 @@ class Update:
         update_correction_bias(self.model, load, self.stage.bias_rate)
         own = {"grad_norm": norm, "lr": lr, "moe/load_max": load_imbalance(load)}
         return self.metrics.result(self.dist) | own
+
+
+def keep_token_values(batch: Batch, documents: list, values: dict[str, Tensor]) -> None:
+    """Write per-token values (1, n) of a batch back to those of its rollouts that will be logged:
+    name -> a list that ends with one value for each token of the response."""
+    for i, x in enumerate(documents):
+        if x.token_values is not None:
+            places = batch.response_ids == i  # (1, n)
+            if batch.mask[places].any():
+                x.token_values = {name: value[places].tolist() for name, value in values.items()}
 
 
 class Mean:

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from nanocascade.data.episode import Rollout
 from nanocascade.engine.distributed import Dist
 from nanocascade.files import write_text_atomic
+from nanocascade.run.records import rollout_record
+from nanocascade.run.track import Trackers
 
 
 class Log:
@@ -26,16 +28,17 @@ class Log:
         self.out, self.tokenizer, self.dist = out, tokenizer, dist
         self.log_groups, self.show_every = log_groups, show_every
         self.earlier, self.started = 0.0, time.perf_counter()
+        self.chosen: dict[str, list[list[Rollout]]] = {}  # groups of the step by domain
 
     @property
     def elapsed(self) -> float:
         """Seconds of this run, those before it was resumed included."""
         return self.earlier + time.perf_counter() - self.started
 
-    def begin(self, step: int, earlier: float) -> None:
+    def begin(self, step: int, earlier: float, trackers: Trackers) -> None:
         """Start at a step, `earlier` seconds into the run. When resuming, drop the log lines of
         steps that will run again."""
-        self.earlier = earlier
+        self.earlier, self.trackers = earlier, trackers
         for name in ("metrics.jsonl", "rollouts.jsonl") if self.dist.is_main else ():
             path = Path(self.out) / name
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -58,6 +61,16 @@ class Log:
             if self.dist.stopping:
                 raise SystemExit(0)
 
+    def choose(self, groups: list[list[Rollout]]) -> None:
+        """Choose the groups that `step` will write: the main rank's first ones of each domain.
+        While they are trained on, their rollouts collect what the loss sees (Update.backward)."""
+        self.chosen = {}
+        for group in groups if self.dist.is_main else ():
+            self.chosen.setdefault(group[0].domain, []).append(group)
+        for found in self.chosen.values():
+            for x in (x for group in found[: self.log_groups] for x in group):
+                x.token_values = {}
+
     def step(self, step: int, values: dict, groups=()) -> None:
         """metrics.jsonl, rollouts.jsonl, the bar, and now and then whole rollouts."""
         seconds = time.perf_counter() - self.step_started
@@ -70,35 +83,25 @@ class Log:
         values["time/elapsed"] = self.elapsed
         if not self.dist.is_main:
             return
-        self.metrics(step, values)
+        append_lines(os.path.join(self.out, "metrics.jsonl"), [{"step": step, **values}])
         shown = ("outcome/drawn", "reward/mean", "mopd/reverse_kl", "loss/token")
         self.bar.set_postfix({k: f"{values[k]:.3g}" for k in shown if k in values})
-        by_domain: dict[str, list] = {}
-        for group in groups:
-            by_domain.setdefault(group[0].domain, []).append(group)
-        for found in by_domain.values():
-            self.rollouts(step, [x for group in found[: self.log_groups] for x in group])
+        records = [
+            rollout_record(x, step, i, self.tokenizer)
+            for found in self.chosen.values()
+            for i, group in enumerate(found[: self.log_groups])
+            for x in group
+        ]
+        append_lines(os.path.join(self.out, "rollouts.jsonl"), records)
+        self.trackers.call("step", step, values, records)
+        for found in self.chosen.values():
             if self.show_every and step % self.show_every == 0:
                 tqdm.write(show_rollout(found[0][0], self.tokenizer, step))
 
-    def metrics(self, step: int, values: dict) -> None:
-        with open(os.path.join(self.out, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def rollouts(self, step: int, rollouts: list[Rollout]) -> None:
-        with open(os.path.join(self.out, "rollouts.jsonl"), "a") as file:
-            for x in rollouts:
-                record = {
-                    "step": step,
-                    "domain": x.domain,
-                    "prompt": self.tokenizer.decode(x.tokens[: x.prompt_length]),
-                    "response": self.tokenizer.decode(x.tokens[x.prompt_length :]),
-                    "reward": x.reward,
-                    "reason": x.reason,
-                    "advantage": x.advantage,
-                    "stop_reason": x.stop_reason,
-                }
-                file.write(json.dumps(record) + "\n")
+def append_lines(path: str, records: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(x) + "\n" for x in records)
 
 
 def show_rollout(x: Rollout, tokenizer, step: int) -> str:

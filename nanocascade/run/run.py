@@ -29,6 +29,7 @@ from nanocascade.run.rows import (
     read_training_rows,
 )
 from nanocascade.run.settings import EvalSettings, RunSettings, starts_from_nothing
+from nanocascade.run.track import Trackers
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
 from nanocascade.toy.start import build_toy_tokenizer, toy_model_config
@@ -36,7 +37,7 @@ from nanocascade.toy.start import build_toy_tokenizer, toy_model_config
 # A resumed run goes on to the same bits only if everything else is as it was. Other ranks may go on
 # with the same weights, moments and data order, so the layout may change.
 MAY_CHANGE = {"out", "resume", "dry_run", "device", "save_every", "log_groups", "show_every"}
-MAY_CHANGE |= {"cluster", *LAYOUT} - {"dtype"}
+MAY_CHANGE |= {"cluster", "track", *LAYOUT} - {"dtype"}
 
 
 class Run:
@@ -135,7 +136,8 @@ class Run:
             stream.load_state(state["stream"])
             evaluation.results = state["evaluation"]
             first, earlier = state["step"], state["seconds"]
-        self.log.begin(first, earlier)
+        names = self.settings.track if self.dist.is_main else ()
+        self.log.begin(first, earlier, Trackers(names, self.out, self.stage, self.config, first))
         return stream, first
 
     def save(self, done: int, model, optimizer, stream, evaluation: Evaluation) -> None:
@@ -181,6 +183,7 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         write_json_atomic(self.out / "manifest.json", manifest)
+        self.log.trackers.call("finish", manifest)
         remove_state(self.out)
         if evaluation.results:
             print(evaluation_table(evaluation.results))

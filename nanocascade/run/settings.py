@@ -6,6 +6,7 @@ from typing import Literal
 from nanocascade import stages
 from nanocascade.cli import Count, Positive, parse_args
 from nanocascade.engine.distributed import Layout
+from nanocascade.run.track import check_trackers
 
 TOY = "toy"  # as a data source: rows of toy/tasks.py
 
@@ -35,6 +36,7 @@ class RunSettings:
     save_dtype: Literal["memory", "float32", "bfloat16"] = "memory"  # of the trained model's file
     save_every: Count = 10  # steps between checkpoints of the training state (0 = none)
     log_groups: Count = 1  # groups of each domain and step written to rollouts.jsonl
+    track: tuple[str, ...] = ()  # trackers that get a copy of the log: tensorboard, wandb
     show_every: Count = 10  # steps between rollouts printed in full (0 = never)
     allow_unprotected: bool = False  # run programs even where the sandbox cannot be enforced
 
@@ -68,5 +70,6 @@ def require_flags(run: RunSettings, stage: str) -> None:
     """Raise ValueError for a required flag that is missing, before any process is started."""
     needed = [] if starts_from_nothing(run, stage) else ["init"]
     needed += ["data"] if run.dry_run else ["out", "data"]
+    check_trackers(run.track)
     if missing := [f"--{name}" for name in needed if not getattr(run, name)]:
         raise ValueError(f"--config {run.config} needs {', '.join(missing)}")

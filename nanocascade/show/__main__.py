@@ -9,7 +9,6 @@ The page is one file that loads nothing else: it opens from the disk, without a 
 import base64
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanocascade.cli import parse_args, run_main
-from nanocascade.files import read_text
+from nanocascade.files import read_text, write_text_atomic
 from nanocascade.show.read import read_page
 
 WATCH_SECONDS = 5
@@ -55,9 +54,7 @@ def write_page(path: Path, out: Path, watch: int = 0) -> None:
     """Replace `out` in one step, so that a browser never reads half a page. With `watch` the page
     reloads itself every so many seconds."""
     page = read_page(path) | {"watch": watch, "made": time.strftime("%Y-%m-%d %H:%M:%S")}
-    part = out.with_name(out.name + ".part")
-    part.write_text(render_page(page), encoding="utf-8")
-    os.replace(part, out)
+    write_text_atomic(out, render_page(page))
 
 
 def render_page(page: dict) -> str:
