@@ -2,8 +2,8 @@
 
     python -m bench.picture runs/out/page.html docs/images
 
-writes cascade.png (the page's top), curves.png, and a group of rollouts of RL (advantage.png) and
-of MOPD (teacher.png). Debian: apt-get install -y chromium.
+writes cascade.png (the page's top) and cascade-dark.png, and a group of rollouts of RL
+(advantage.png) and of MOPD (teacher.png). Debian: apt-get install -y chromium.
 """
 
 import sys
@@ -16,7 +16,6 @@ WIDTH, SCALE = 1200, 1.5  # CSS pixels, and image pixels in one of them
 # name: (section of the page, state of the page, most CSS pixels of its height)
 PICTURES = {
     "cascade": (0, "", 1200),
-    "curves": (1, "", 700),
     "advantage": (2, "stage=multi_domain_rl&domain=tools&reward=differ", 900),
     "teacher": (2, "stage=mopd&domain=math&reward=0+or+less", 700),
 }

@@ -14,6 +14,7 @@ from nanocascade.show import __main__ as show
 from nanocascade.show.__main__ import main, render_page
 from nanocascade.show.read import (
     MAX_CHARS,
+    bound_groups,
     cut,
     healthy_range,
     metric_table,
@@ -139,6 +140,9 @@ def test_bounds():
     assert sample_groups(groups, 10_000) == groups
     assert sample_groups(groups, 50) == [{"step": i} for i in (0, 3, 6, 9)]  # 11 bytes each
     assert sample_groups(groups, 1) == groups[:1]
+    runs = [{"groups": groups[:n]} for n in (10, 2)]  # JSON of 120 and of 24 bytes
+    bound_groups(runs, 90)  # the small one is whole; 66 are left for 11 a group
+    assert [len(run["groups"]) for run in runs] == [5, 2]
 
 
 def test_place_runs():

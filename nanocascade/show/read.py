@@ -25,7 +25,8 @@ def read_page(path: Path) -> dict:
     places = [x for x in places if (x / "metrics.jsonl").exists()]
     if not places:
         raise ValueError(f"{path}: no metrics.jsonl here or one directory below")
-    runs = [read_run(x, MAX_BYTES // len(places)) for x in places]
+    runs = [read_run(x) for x in places]
+    bound_groups(runs, MAX_BYTES)
     place_runs(runs)
     table = metric_table()
     names = {name for run in runs for name in run["curves"]}
@@ -73,7 +74,7 @@ def healthy_range(text: str) -> tuple[float | None, float | None]:
 # ---- One run -------------------------------------------------------------------------------------
 
 
-def read_run(path: Path, max_bytes: int) -> dict:
+def read_run(path: Path) -> dict:
     """One run, finished (manifest.json) or not (state/run.json, if it is still there)."""
     finished = (path / "manifest.json").exists()
     note = path / ("manifest.json" if finished else "state/run.json")
@@ -85,7 +86,6 @@ def read_run(path: Path, max_bytes: int) -> dict:
     shown = records[::stride]
     names = dict.fromkeys(name for x in shown for name in x if name != "step")
     groups = read_groups(path / "rollouts.jsonl")
-    kept = sample_groups(groups, max_bytes)
     trained = {m[1] for name in names if (m := re.fullmatch("reward/mean/(.+)", name))}
     return {
         "name": path.resolve().name,
@@ -103,7 +103,7 @@ def read_run(path: Path, max_bytes: int) -> dict:
         "stride": stride,
         "steps": [x["step"] for x in shown],
         "curves": {name: [curve_value(x.get(name)) for x in shown] for name in names},
-        "groups": kept,
+        "groups": groups,
         "num_groups": len(groups),
     }
 
@@ -188,6 +188,14 @@ def split_turns(text: str, kind: str) -> list[list[str]]:
         if part.rstrip("\n").endswith("</think>"):
             kind = "answer"
     return turns
+
+
+def bound_groups(runs: list[dict], max_bytes: int) -> None:
+    """Share out max_bytes, small runs first: what they leave is for the larger ones."""
+    runs = sorted(runs, key=lambda run: len(json.dumps(run["groups"])))
+    for i, run in enumerate(runs):
+        run["groups"] = sample_groups(run["groups"], max_bytes // (len(runs) - i))
+        max_bytes -= len(json.dumps(run["groups"]))
 
 
 def sample_groups(groups: list[dict], max_bytes: int) -> list[dict]:
