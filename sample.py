@@ -283,5 +283,9 @@ def show_mask(cfg: Config, tokenizer) -> None:
         print(show_rollout(Rollout(row, ids, 0, [bool(x) for x in mask]), tokenizer, 0))
 
 
-if __name__ == "__main__":
+def command():
     run_main(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -180,5 +180,9 @@ def train(
     run.finish(model, scorer, evaluation, recipe.lora_rank)
 
 
-if __name__ == "__main__":
+def command():
     run_main(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,7 +1,7 @@
 """nanocascade: the post-training recipe of Nemotron-Cascade 2 (arXiv 2603.19220), to be read.
 
-Reading order: stages.py (the cascade as data), train_rl.py -> rollout.py -> grpo.py,
-train_mopd.py -> mopd.py, train_sft.py -> sft.py; then sampler.py, model.py, mamba2.py, moe.py.
+Reading order: stages.py (the cascade as data); train_rl.py with grpo.py, train_mopd.py with mopd.py
+and importance.py, train_sft.py with sft.py; rollouts/; then sampler.py and model/.
 
 Axes, the same letters in every shape comment of the package:
     b  sequences (rows of a batch)        t  positions          v  vocabulary
@@ -23,4 +23,4 @@ Paper symbol -> name in the code:
     |V(y)|                num_tokens         valid response tokens of one response
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
