@@ -5,9 +5,10 @@ import torch
 
 from nanocascade.engine.experts import local_sum
 from nanocascade.model import mamba2, moe
+from nanocascade.model.context import Context
 from nanocascade.model.documents import Documents, scan_plans
 from nanocascade.model.mamba2 import row_scan, scan_step
-from nanocascade.model.model import Context, ModelConfig
+from nanocascade.model.model import ModelConfig
 from nanocascade.model.moe import Experts, Router, load_imbalance, update_correction_bias
 
 

@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanocascade.model.cache import Cache
-from nanocascade.model.documents import (
-    AttentionPlan,
-    Documents,
-    ScanPlan,
-    attention_plan,
-    gather,
+from nanocascade.model.context import (
+    Context,
+    cached_context,
+    packed_context,
+    rotary_table,
+    split_documents,
 )
+from nanocascade.model.documents import AttentionPlan, gather
 from nanocascade.model.layers import MLP, RMSNorm, upcast
-from nanocascade.model.mamba2 import Mamba2, plan_scan
+from nanocascade.model.mamba2 import Mamba2
 from nanocascade.model.moe import Experts, MoE, Router, Routing
 
 
@@ -121,44 +122,6 @@ class ModelConfig:
             idle = 1 - self.num_experts_per_tok / max(self.num_experts, 1)
             total -= round(sum(p.numel() for m in experts for p in m.parameters()) * idle)
         return total
-
-
-@dataclass
-class Context:
-    """What every block of one forward pass needs to know about its tokens, made once.
-
-    Of packed documents: how they attend, and the plans of their scan (documents.py). Of rows that
-    continue a cache: valid (b, t), False on padding, or None; rows (b, 1) and slots (b, t), where
-    in the cache each token is written; seen: cache slots that attention reads; mask (b, 1, t, t'),
-    or None for plain causal (or, for single tokens of equally long rows, everything).
-    rotary: cos and sin (b, t, 1, c), or None.
-    """
-
-    attention: AttentionPlan | None = None
-    scans: list[ScanPlan] | None = None
-    scan_outputs: Tensor | None = None
-    valid: Tensor | None = None
-    rows: Tensor | None = None
-    slots: Tensor | None = None
-    seen: int = 0
-    mask: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    routing: Routing | None = None
-
-
-def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos (b, t, 1, c) and sin, its first half negated, of the rotary embedding of positions."""
-    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = 1.0 / config.rope_theta ** (half / config.head_dim)  # (c/2,)
-    scaling = config.rope_scaling
-    if scaling:  # Llama 3: long wavelengths are stretched, with a smooth step between the bands
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # (c/2,)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)  # (c/2,)
-        frequency = frequency * (smooth + (1 - smooth) / scaling["factor"])
-    angle = positions[..., None, None].float() * frequency  # (b, t, 1, c/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -302,8 +265,8 @@ class Model(nn.Module):
         """Hidden states (b, t, d) of ids (b, t), after the final norm.
 
         segments (b, t): document ids of packed rows; attention, conv and SSM state start anew where
-        they change. parents: for each document the one that it continues, or -1: how a prompt's
-        state reaches its responses is told in documents.py. mask (b, t): False on padding, left or
+        they change. parents: for each document the one that it continues, or -1; documents.py
+        explains how a prompt's state reaches its responses. mask (b, t): False on padding, left or
         right. cache: the tokens continue its rows, and are added to it. routing: records the chosen
         experts, or replays recorded ones.
         """
@@ -318,75 +281,21 @@ class Model(nn.Module):
         return self.norm(x)  # (b, t, d)
 
     def context(self, ids, cache, segments, parents, mask, routing) -> Context:
-        """What a forward pass makes once for all blocks."""
+        """What a forward pass computes once for all blocks."""
+        config, dtype = self.config, self.embed.weight.dtype
         if cache is not None:
-            ctx, positions = self.cached_context(ids, cache, mask)
+            ctx, positions = cached_context(ids, cache, mask, dtype)
         else:  # a row is a document, or its real tokens are one and its padding another
             segments = mask if segments is None else segments
             segments = torch.zeros_like(ids) if segments is None else segments
             documents = split_documents(segments, parents)
-            ctx = packed_context(self.config, documents, self.embed.weight)
+            ctx = packed_context(config, documents, dtype, ids.device)
             positions = documents.positions.to(ids.device).view_as(ids)  # (b, t)
-        if self.config.rope_theta is not None:
-            dtype = self.embed.weight.dtype
-            ctx.rotary = tuple(x.to(dtype) for x in rotary_table(self.config, positions))
+        if config.rope_theta is not None:
+            ctx.rotary = tuple(x.to(dtype) for x in rotary_table(config, positions))
         ctx.routing = routing
         return ctx
-
-    def cached_context(self, ids: Tensor, cache: Cache, mask: Tensor | None):
-        """Context and positions (b, t) of tokens that continue the rows of a cache.
-
-        Rows that hold 3 and 1 tokens get 5 6 and, padded on the left, 7: positions 3 4 and 0 1,
-        slots 3 4 and bin 1 (a slot that is never read), and the 7 sees slots 0 and 1.
-        """
-        b, t = ids.shape
-        valid = mask.bool() if mask is not None else None
-        ctx = Context(valid=valid)
-        steps = torch.arange(t, device=ids.device).expand(b, t)  # (b, t)
-        if valid is not None:
-            steps = valid.long().cumsum(1) - 1  # (b, t) counts real tokens only
-        # Right padding comes after all that real tokens may see: plain causal attention skips it.
-        right = valid is None or bool(valid[:, 0].all())
-        positions = cache.lengths[:, None] + steps  # (b, t)
-        bin_slot = cache.max_len  # padding writes there
-        ctx.rows = torch.arange(b, device=ids.device)[:, None]  # (b, 1)
-        ctx.slots = positions if valid is None else positions.where(valid, bin_slot)
-        shortest, longest = (int(x) for x in cache.lengths.aminmax())
-        last = longest + t - 1 if valid is None else int(positions[:, -1].max())
-        assert last < cache.max_len, f"{last + 1} tokens in a cache of {cache.max_len}"
-        if longest or not right:
-            ctx.seen = last + 1
-            if t > 1 or shortest < longest or not right:
-                ctx.mask = self.cache_mask(positions, ctx.seen)
-        return ctx, positions
-
-    def cache_mask(self, positions: Tensor, seen: int) -> Tensor:
-        """0 on the slots up to a token's own, -inf beyond (b, 1, t, t'): added in one operation,
-        where attention would turn booleans into this once a block."""
-        slots = torch.arange(seen, device=positions.device)  # (t',)
-        hidden = slots > positions.clamp(min=0)[..., None]  # (b, t, t')
-        zeros = torch.zeros_like(hidden, dtype=self.embed.weight.dtype)  # (b, t, t')
-        return zeros.masked_fill_(hidden, -math.inf)[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., v) of hidden states (..., d), in at least fp32."""
         return upcast(self.head(hidden))
-
-
-def split_documents(segments: Tensor, parents: list[int] | None) -> Documents:
-    """The documents of packed rows (b, t): [[4, 4, 7], [7, 7, 7]] are three, of 2, 1 and 3."""
-    changed = torch.ones_like(segments, dtype=torch.bool)  # (b, t)
-    changed[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = changed.flatten().nonzero()[:, 0].cpu()  # (o,)
-    lengths = torch.diff(starts, append=torch.tensor([segments.numel()]))  # (o,)
-    return Documents(lengths, torch.tensor([-1] * len(lengths) if parents is None else parents))
-
-
-def packed_context(config: ModelConfig, documents: Documents, like: Tensor) -> Context:
-    """Context of packed documents for a model whose weights are on the device of `like`."""
-    ctx = Context()
-    if "*" in config.pattern:
-        ctx.attention = attention_plan(documents, like.dtype, like.device)
-    if "M" in config.pattern:
-        ctx.scans, ctx.scan_outputs = plan_scan(config, documents, like.device)
-    return ctx

@@ -23,9 +23,10 @@ from nanocascade.engine.experts import CHUNK_TOKENS
 from nanocascade.engine.layout import parallelize, unsharded
 from nanocascade.model import mamba2
 from nanocascade.model.cache import Cache
+from nanocascade.model.context import Context, packed_context
 from nanocascade.model.documents import Documents
 from nanocascade.model.logprobs import token_logprobs
-from nanocascade.model.model import Context, Model, packed_context
+from nanocascade.model.model import Model
 from nanocascade.model.moe import Experts
 from nanocascade.sampler import draw
 
@@ -180,7 +181,8 @@ def fake_context(config, ids: Tensor, seen: int, dtype) -> Context:
     with unset_fake_temporarily():
         lengths = torch.full((rows,), width)  # (o,)
         documents = Documents(lengths, torch.full((rows,), -1))
-        ctx = Context() if seen else packed_context(config, documents, torch.empty(0, dtype=dtype))
+        cpu = torch.device("cpu")
+        ctx = Context() if seen else packed_context(config, documents, dtype, cpu)
     if config.rope_theta is not None:
         table = torch.empty(rows, width, 1, config.head_dim, dtype=dtype)  # (b, t, 1, c)
         ctx.rotary = table, table
