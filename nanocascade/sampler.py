@@ -20,9 +20,9 @@ from nanocascade.model.moe import Routing
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill call
 CPU_PREFILL_TOKENS = 2048  # what a core's cache nearly holds: 8,192 at once take 1.2 times as long
-# Waking a second CPU thread takes longer than its half of a small product. One decodes where this
-# bounds width^2 times rows, of which more than 8 change nothing (widths 128 to 1,024 measured:
-# at most 256 at any number of rows, 512 up to 2 rows).
+# Waking a second CPU thread takes longer than its half of a small product. Decoding uses one thread
+# where width^2 * min(rows, 8) is at most this (measured for widths 128 to 1,024: up to width 256 at
+# any number of rows, and width 512 up to 2 rows).
 ONE_THREAD_WORK = 1 << 19
 
 
@@ -109,7 +109,7 @@ def fitting_threads(width: int, rows: int):
 
 
 class Decoder:
-    """The rows being decoded: a cache, what each row has said so far, and whose row it is."""
+    """The rows being decoded: their cache, their tokens so far, and the rollout of each row."""
 
     def __init__(self, model: Model, rows: int, max_len: int, max_new: int, options: dict):
         self.model, self.max_new, self.options = model, max_new, options
@@ -156,13 +156,13 @@ class Decoder:
         self.state["key"][rows] = keys.flatten()
         self.state["count"][rows] = 0
         self.state["limit"][rows] = limits[source]
-        self.say(rows, self.model.logits(ends)[source])
+        self.draw_next(rows, self.model.logits(ends)[source])
         if routing is None:
             return []
         return [x[:n] for x, n in zip(routing.experts(), lengths.tolist(), strict=True)]
 
     def step(self) -> None:
-        """Feed every row its last token and draw the next one. Idle rows decode junk in slot 0."""
+        """Feed every row its last token and draw the next one. Idle rows decode padding."""
         self.cache.lengths = self.cache.lengths.where(self.state["owner"] >= 0, 0)
         routing = self.routing()
         with fitting_threads(self.model.config.hidden_size, self.cache.rows):
@@ -171,10 +171,10 @@ class Decoder:
             rows = torch.arange(self.cache.rows, device=self.device)
             at = (self.state["count"] - 1).clamp(0, self.max_new - 1)  # idle rows write anywhere
             self.state["experts"][rows, at] = routing.experts()[:, 0]
-        self.say(slice(None), self.model.logits(hidden[:, -1]))
+        self.draw_next(slice(None), self.model.logits(hidden[:, -1]))
 
-    def say(self, rows, logits: Tensor) -> None:
-        """Draw the next token of `rows` from logits (b, v) and note it down."""
+    def draw_next(self, rows, logits: Tensor) -> None:
+        """Draw the next token of `rows` from logits (b, v) and store it."""
         state, opt = self.state, self.options
         u = hash_uniform(state["key"][rows], self.cache.lengths[rows])  # (b,)
         drawn = draw(logits, u, opt["temperature"], opt["top_p"], opt["top_k"])
@@ -187,7 +187,7 @@ class Decoder:
         state["count"][rows] += 1
 
     def finished(self, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows that are done, and which of them said a stop token (the others ran out)."""
+        """Rows that are done, and which of them drew a stop token (others reached their limit)."""
         active = self.state["owner"] >= 0  # (b,)
         stopped = torch.isin(self.state["last"], stop_ids) & active  # (b,)
         done = stopped | (active & (self.state["count"] >= self.state["limit"]))
@@ -214,7 +214,7 @@ class Decoder:
         return out
 
     def shrink(self) -> None:
-        """Drop idle rows: the last ones move into the places that finished rows left."""
+        """Drop idle rows: the last active ones move into the places of finished ones."""
         active = self.state["owner"] >= 0  # (b,)
         rows = int(active.sum())
         target = (~active[:rows]).nonzero()[:, 0]  # free places among the first

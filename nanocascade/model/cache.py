@@ -1,8 +1,8 @@
-"""What decoding remembers of each row: keys and values, the conv window, the SSM state.
+"""The state of decoding rows: keys and values, the conv window, the SSM state.
 
 One row is one sequence. Keys and values are left-aligned: slot j of a row holds its token j,
-however the input was padded, and `lengths` says how many slots are filled. One more slot, the last,
-is a bin that swallows the writes of padding. SSM and conv states have a constant size (no slot per
+however the input was padded, and `lengths` says how many slots are filled. The last slot is extra:
+padding is written there and never read. SSM and conv states have a constant size (no slot per
 token): a row of the 30B hybrid costs 6,144 bytes of KV a token and 49 MB of state.
 """
 
@@ -60,10 +60,10 @@ class Cache:
     def write(self, index: Tensor, other: "Cache", source: Tensor) -> None:
         """Put rows `source` of another cache into rows `index` of this one: free rows refilled."""
         self.lengths[index] = other.lengths[source]
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            for name, x in mine.items():
-                if name in ("k", "v"):  # only the prompt's slots: the rest is written by decoding
-                    filled = min(other.max_len, self.max_len)
-                    x[index, :, :filled] = theirs[name][source, :, :filled]
+        filled = min(other.max_len, self.max_len)
+        for layer, other_layer in zip(self.layers, other.layers, strict=True):
+            for name, x in layer.items():
+                if name in ("k", "v"):  # only the prompt's slots: decoding writes the others
+                    x[index, :, :filled] = other_layer[name][source, :, :filled]
                 else:
-                    x[index] = theirs[name][source]
+                    x[index] = other_layer[name][source]

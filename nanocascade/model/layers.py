@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, wide.shape[-1:], None, self.eps).to(x.dtype) * self.weight
 
 
-# Small, and ruinous when rounded: at least fp32 in memory and on disk.
+# Small parameters that must not be rounded: at least fp32 in memory and on disk.
 KEEP_FP32 = (".gate.weight", ".e_score_correction_bias", ".A_log", ".D", ".dt_bias")
 
 

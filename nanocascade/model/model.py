@@ -217,12 +217,12 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, blocks, final norm; `logits` is apart, so that nobody needs (b, t, v) at once."""
+    """Embedding, blocks and final norm; `logits` is separate: (b, t, v) need not exist."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Unlike nn.Embedding(v, d) this draws nothing, for which on meta torch loads its compiler.
+        # nn.Embedding(v, d) would draw random numbers, for which torch loads its compiler on meta.
         table = torch.empty(config.vocab_size, config.hidden_size)  # (v, d)
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         kinds = config.pattern
