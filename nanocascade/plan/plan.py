@@ -171,7 +171,8 @@ class Plan:
         # Embedding and head with its gradient; the block that is fetched while one computes, and
         # the fp32 sum of the last one's gradients. The block's own weights are in its peak.
         gathered = 1.5 * self.size * self.root + (self.size + 4) * self.block
-        hidden = micro * self.config.hidden_size * self.size  # the final norm's, for the head
+        # No block makes the embedded tokens and the final norm's hidden states.
+        hidden = 2 * micro * self.config.hidden_size * self.size
         return {
             "gathered": gathered * dist.sharded,
             "kept": stored,
