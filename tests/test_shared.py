@@ -93,18 +93,20 @@ def test_invariance_shared(case, micro_tokens, groups, tmp_path):
     assert load.equal(own_load)
 
 
-@pytest.mark.parametrize("variant", ["replay", "recomputed", "one by one", "spans"])
+@pytest.mark.parametrize("variant", ["replay", "recomputed", "one by one", "kernels", "spans"])
 @pytest.mark.parametrize("case", ["nemotron_h-groups", "qwen3_moe-dense"])
 def test_invariance_shared_variants(case, variant, tmp_path, monkeypatch):
     """So they are with replayed experts, recomputed blocks, an attention call for each document,
-    and scans cut into spans."""
+    without masks where a device has kernels for that, and with scans cut into spans."""
     layout = {"checkpoint_blocks": True, "offload_blocks": True} if variant == "recomputed" else {}
     plain, network = build(case, tmp_path), build(case, tmp_path, **layout)
     plain.config.chunk_size = network.config.chunk_size = 8
     episodes = rollouts(network.config, GROUPS["unequal, of 1 token, of one response"])
     replay = variant == "replay"
     own_scores, own_grads, own_load = one_step(plain, episodes, 60, False, replay)
-    if variant == "one by one":
+    if variant == "kernels":
+        monkeypatch.setattr(documents, "CAUSAL_KERNELS", ("cpu",))
+    if variant in ("one by one", "kernels"):
         monkeypatch.setattr(documents, "CALL_PAIRS", 0)
     if variant == "spans":
         monkeypatch.setattr(mamba2, "SPAN", 8)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+CAUSAL_KERNELS = ("cuda",)  # devices that need no mask where all queries are a document's last
 CALL_PAIRS = 4096  # an attention call costs as much as so many (query, key) pairs more in another
 
 
@@ -139,7 +140,7 @@ def call_mask(inherited: Tensor, own: int, dtype, device):
     if not longest:
         return None
     alike = int(inherited.min()) == longest
-    if alike and device.type == "cuda":  # which has kernels for it: no mask is made
+    if alike and device.type in CAUSAL_KERNELS:
         return causal_lower_right(own, longest + own)
     inherited = (inherited[:1] if alike else inherited).to(device)[:, None, None]  # (m, 1, 1)
     padding = torch.arange(longest, device=device) >= inherited  # (m, 1, inherited)
