@@ -132,5 +132,5 @@ def test_pack():
     rows = pack(lengths := [i * 37 % 100 + 1 for i in range(1000)], 128)
     assert sorted(i for row in rows for i in row) == list(range(1000))
     assert max(sum(lengths[i] for i in x) for x in rows) <= 128 < sum(lengths) / len(rows) * 1.01
-    with pytest.raises(ValueError, match="document 1 has 9 tokens"):
+    with pytest.raises(ValueError, match="item 1 has 9 tokens"):
         pack([3, 9], 8)

@@ -358,7 +358,7 @@ def test_run_rl_with_python(sft, refused, tmp_path, monkeypatch, capsys):
     row = {"question": "1+1?", "answer": "2", "environment": {"name": "python"}}
     (tmp_path / "rows").write_text(json.dumps(row))
     args = ("train_rl.py", "--stage", "math_rl", "--init", sft, "--data", tmp_path / "rows")
-    refused(r"--max_turns 1: rows with tools \({'python'}\) need 2", *args)
+    refused(r"--max_turns 1: rows with tools \({'python'}\) need 2", *args, "--max_turns", 1)
     run_here(
         monkeypatch,
         *args,
