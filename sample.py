@@ -245,7 +245,7 @@ def play(cfg: Config, model, tokenizer, rows: list[dict]):
         ]
 
     def grade(rows: list[dict], answers: list[str]) -> list[float]:
-        return [reward.value for reward in scorer.pool.map(score, rows, answers)]
+        return [reward.value for reward in scorer.programs.map(score, rows, answers)]
 
     strategy, options = STRATEGIES[cfg.strategy], ("checks", "keep", "shown")
     options = {name: getattr(cfg, name) for name in options}

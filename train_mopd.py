@@ -75,7 +75,8 @@ def train(
 
     # ---- Data ------------------------------------------------------------------------------------
     rows, evaluation = run.read_prompts(teachers.domains, sampling, eval_settings)
-    scorer = Scorer(find_judge(settings, rows, evaluation, needed=False))
+    judge = find_judge(settings, rows, evaluation, needed=False)
+    scorer = Scorer(judge, settings.score_workers, settings.judge_concurrency)
     if settings.dry_run:
         longest = run.longest_prompt(rows)
         return plan.report(recipe, settings, layout, eval_settings, run.model_config, longest)

@@ -77,7 +77,8 @@ def train(
 
     # ---- Data ------------------------------------------------------------------------------------
     rows, evaluation = run.read_prompts(shares, sampling, eval_settings)
-    scorer = Scorer(find_judge(settings, rows, evaluation), pairing=recipe.pairing)
+    judge = find_judge(settings, rows, evaluation)
+    scorer = Scorer(judge, settings.score_workers, settings.judge_concurrency, recipe.pairing)
     tools = {x["environment"]["name"] for x in rows if "environment" in x}
     if tools and recipe.max_turns < 2:
         raise ValueError(

@@ -66,7 +66,8 @@ def train(
     if settings.data != (TOY,):
         check_conversations(rows, tokenizer, recipe.row_tokens, recipe.strip_thinking)
     check_sandbox(evaluation.all_rows(), settings, eval_settings.eval_data, dist)
-    scorer = Scorer(find_judge(settings, (), evaluation))
+    judge = find_judge(settings, (), evaluation)
+    scorer = Scorer(judge, settings.score_workers, settings.judge_concurrency)
     if settings.dry_run:
         longest = run.longest_prompt(rows)
         return plan.report(recipe, settings, layout, eval_settings, run.model_config, longest)

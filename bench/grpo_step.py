@@ -53,7 +53,7 @@ class LetterScorer(Scorer):
 
     def submit(self, rollout):
         text = rollout.turns[-1]["content"]
-        return self.pool.submit(lambda: Reward(reward_of(text), "letters"))
+        return self.programs.submit(lambda: Reward(reward_of(text), "letters"))
 
 
 class Ours:

@@ -16,6 +16,7 @@ from nanocascade.data.episode import Rollout, Sampling
 from nanocascade.data.rows import conversation
 from nanocascade.data.stream import PromptStream
 from nanocascade.engine.distributed import Dist
+from nanocascade.rewards import score_group
 from nanocascade.rollouts import groups as drawing
 from nanocascade.rollouts import rollout
 from nanocascade.rollouts.groups import MAX_DRAWS
@@ -23,8 +24,10 @@ from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import NOT_SCORED, Scorer
 from nanocascade.run import evaluate as evaluation
 from nanocascade.sampler import Sample, step_seed
+from nanocascade.tokenizer.chat import parse_response
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
+from nanocascade.toy.judge import rule_judge
 from nanocascade.toy.start import build_toy_tokenizer
 
 ALONE = Dist(0, 1, "cpu")
@@ -172,6 +175,50 @@ def collect(calls, rows, prompts, dynamic, dist=ALONE):
     groups, timing = drawing.collect_groups(calls, *args)
     order = [x["id"] for _, x in PromptStream(rows, 0).take(99)]
     return [g[0].row["id"] for g in groups], timing, order
+
+
+@pytest.mark.parametrize("pairing", ["all", "circle"])
+def test_pairs_are_asked_early(pairing):
+    """A pair goes to the judge once both responses are there: 0 and 3 after the second one, a
+    circle's when the group is complete; one that was cut off never. The rewards are score_group's
+    own, and the outcome is that against the stored answer."""
+    row = tasks.preference(random.Random(0))[0] | {
+        "domain": "preference",
+        "reference": "</think>no",
+    }
+    texts = ["<think>\na\n</think>\nThe cat is old.", "<think>\nb\n</think>\n", "<think>\nc"]
+    texts += ["<think>\nd\n</think>\nThe cat is kind. It can swim. I hope this helps."]
+    group = [Rollout(row, [1], 1) for _ in texts]
+    asked, ends = [], ["stop", "stop", "length", "stop"]
+
+    def judge(conversation, first, second):
+        asked.append((first, second))
+        return rule_judge(conversation, first, second)
+
+    scorer, matches, seen = Scorer(judge, 1, 1, pairing), {}, []
+    for r in (0, 3, 2, 1):
+        group[r].turns, group[r].stop_reason = [{"role": "assistant", "content": texts[r]}], ends[r]
+        new = scorer.match(group, r)
+        seen.append([*new])
+        matches |= new
+    late = {"all": [(0, 1), (1, 3)], "circle": [(0, 1), (1, 3), (3, 0)]}[pairing]
+    assert seen == [[], [(0, 3)] * (pairing == "all"), [], late]
+    for verdict in matches.values():
+        verdict.result()
+    before = len(asked)
+    scorer.book(group, [None] * 4, matches, list)
+    assert len(asked) == before + 2 * 3  # both orders of three answers against the reference
+    expected = score_group(
+        row,
+        texts,
+        rule_judge,
+        pairing=pairing,
+        finished=[x == "stop" for x in ends],
+        thought_lengths=[1] * 4,
+        answer_lengths=[len(parse_response(x)["content"]) for x in texts],
+    )
+    assert [(x.reward, x.reason) for x in group] == [tuple(x) for x in expected]
+    assert [x.outcome for x in group] == [1.0, 0.5, 0.0, 1.0]  # a blank answer is as bad as "no"
 
 
 def test_dynamic_filtering(calls):

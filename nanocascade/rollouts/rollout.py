@@ -15,6 +15,7 @@ from nanocascade.engine.layout import unsharded
 from nanocascade.environments.loop import answer, end_episode
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.sampler import Sample, generate
+from nanocascade.sandbox.sandbox import share_of_cores
 from nanocascade.tokenizer.chat import parse_response
 from nanocascade.tokenizer.tokenizer import Tokenizer
 
@@ -96,6 +97,7 @@ class Episodes:
             for row, ids in zip(rows, self.prompts, strict=True)
         ]
         self.verdicts: dict[tuple[int, int], Future] = {}  # by place
+        self.matches = [{} for _ in rows]  # pairs of preference: {(r, other r): Future}
 
     def at(self, place: tuple[int, int]) -> Rollout:
         p, r = place
@@ -109,9 +111,10 @@ class Episodes:
         rollout.remember(sample.experts)
         text = self.tokenizer.said(sample.tokens, self.sampling.thinking)
         rollout.turns.append({"role": "assistant", "content": text})
-        scored = self.scorer is not None and self.scorer.grades_alone(rollout.row)
+        scored = self.scorer is not None and self.scorer.grades(rollout.row)
         if scored and not wants_tool(rollout, self.sampling):
             self.verdicts[p, r] = self.scorer.submit(rollout)
+            self.matches[p] |= self.scorer.match(self.groups[p], r)
 
     def add_later_turn(self, places: list, i: int, _, sample: Sample) -> None:
         self.add_turn(*places[i], sample)
@@ -123,7 +126,7 @@ class Episodes:
     def answer_calls(self, places: list[tuple[int, int]]) -> None:
         """Add the tools' results, without loss, up to where the next turns begin."""
         rollouts = [self.at(place) for place in places]
-        with ThreadPoolExecutor(2) as threads:  # each waits for a process if programs are run
+        with ThreadPoolExecutor(share_of_cores()) as threads:  # each may wait for a program
             all_results = list(threads.map(run_calls, rollouts))
         for rollout, results in zip(rollouts, all_results, strict=True):
             ids = self.tokenizer.tool_result_ids(results, self.sampling.thinking)
@@ -143,7 +146,7 @@ class Episodes:
     def book_rewards(self) -> None:
         for p, group in enumerate(self.groups if self.scorer is not None else ()):
             verdicts = [self.verdicts.get((p, r)) for r in range(len(group))]
-            self.scorer.book(group, verdicts, self.tokenizer.encode)
+            self.scorer.book(group, verdicts, self.matches[p], self.tokenizer.encode)
 
 
 def wants_tool(rollout: Rollout, sampling: Sampling) -> bool:

@@ -1,65 +1,99 @@
 """Verdicts of episodes, computed while others are still sampled."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from nanocascade.data.episode import Rollout
 from nanocascade.rewards import kind_of, needs_judge, score, score_group
-from nanocascade.rewards.preference import win_rate
+from nanocascade.rewards.preference import conversation_of, make_pairs, win_rate
+from nanocascade.sandbox.sandbox import share_of_cores
 from nanocascade.tokenizer.chat import parse_response
 
 NOT_SCORED = "not scored: no judge"
 
 
 class Scorer:
-    """Verdicts, computed in worker threads while sampling goes on (programs run in processes)."""
+    """Verdicts in threads: programs wait for their sandbox, other questions for the judge.
 
-    def __init__(self, judge=None, workers: int = 2, **group_options):
-        self.judge, self.group_options = judge, group_options
-        self.pool = ThreadPoolExecutor(workers)
+    workers: programs at a time (0 = share_of_cores). judge_concurrency: questions to the judge.
+    """
+
+    def __init__(self, judge=None, workers: int = 0, judge_concurrency: int = 1, pairing="all"):
+        self.judge, self.pairing = judge, pairing
+        self.programs = ThreadPoolExecutor(workers or share_of_cores())
+        self.questions = ThreadPoolExecutor(judge_concurrency)
 
     def grades(self, row: dict) -> bool:
         return self.judge is not None or not needs_judge(row)
 
-    def grades_alone(self, row: dict) -> bool:
-        """Whether a response has a verdict without the others of its group."""
-        return self.grades(row) and kind_of(row) != "preference"
-
     def submit(self, rollout: Rollout) -> Future:
+        """The verdict of a finished episode; of a preference row, that against its reference."""
+        if kind_of(rollout.row) == "preference":
+            return self.questions.submit(self.against_reference, rollout)
+        threads = self.questions if needs_judge(rollout.row) else self.programs
         options = {"finished": rollout.stop_reason == "stop", "judge": self.judge}
-        return self.pool.submit(score, rollout.row, rollout.turns, **options)
+        return threads.submit(score, rollout.row, rollout.turns, **options)
 
-    def book(self, group: list[Rollout], verdicts: list[Future | None], encode) -> None:
+    def match(self, group: list[Rollout], new: int) -> dict[tuple[int, int], Future]:
+        """{(i, j): verdict} of the pairs that response `new` makes possible.
+
+        All pairs: of `new` and each response that was finished before. A circle: every pair, once
+        the last response is there. A response that was cut off is not judged.
+        """
+        row, answers = group[0].row, {i: judged_answer(x) for i, x in enumerate(group)}
+        answers = {i: x for i, x in answers.items() if x is not None}
+        if kind_of(row) != "preference":
+            return {}
+        if self.pairing == "all":
+            pairs = [(min(i, new), max(i, new)) for i in answers if i != new and new in answers]
+        else:
+            complete = all(x.stop_reason for x in group)
+            places = sorted(answers)
+            pairs = make_pairs(len(places), self.pairing) if complete else []
+            pairs = [(places[i], places[j]) for i, j in pairs]
+        ask = partial(self.questions.submit, self.judge, conversation_of(row))
+        return {(i, j): ask(answers[i], answers[j]) for i, j in pairs}
+
+    def book(self, group: list[Rollout], verdicts: list[Future | None], matches, encode) -> None:
         """Write rewards and outcomes into the rollouts of one prompt.
 
-        verdicts: those that `submit` was asked for; where there is none yet, an episode ran out of
-        turns or tokens while a call was open, and is scored now.
+        verdicts, matches: those that `submit` and `match` were asked for. If a verdict is None, the
+        episode ran out of turns or tokens while a call was open, and is scored now.
         """
         row = group[0].row
         if not self.grades(row):  # in MOPD, whose loss has no rewards
             for rollout in group:
                 rollout.outcome, rollout.reason = None, NOT_SCORED
-        elif kind_of(row) == "preference":
-            for rollout, reward in zip(group, self.compare(group, encode), strict=True):
-                rollout.reward, rollout.reason = reward
-                rollout.outcome = self.against_reference(rollout)
-        else:
-            verdicts = [y or self.submit(x) for x, y in zip(group, verdicts, strict=True)]
-            for rollout, verdict in zip(group, verdicts, strict=True):
-                rollout.reward, rollout.reason = verdict.result()
-                rollout.outcome = rollout.reward
+            return
+        verdicts = [y or self.submit(x) for x, y in zip(group, verdicts, strict=True)]
+        try:
+            results = [verdict.result() for verdict in verdicts]
+            rewards = results
+            if kind_of(row) == "preference":
+                rewards = self.compare(group, matches, encode)
+        except ConnectionError:  # the judge is away: ask it nothing more
+            self.questions.shutdown(wait=False, cancel_futures=True)
+            raise
+        for rollout, reward, result in zip(group, rewards, results, strict=True):
+            rollout.reward, rollout.reason = reward
+            rollout.outcome = result if kind_of(row) == "preference" else rollout.reward
 
-    def compare(self, group: list[Rollout], encode) -> list:
+    def compare(self, group: list[Rollout], matches, encode) -> list:
         """Pairwise rewards of one prompt's rollouts; lengths are counted in tokens."""
         responses = [x.turns[-1]["content"] for x in group]
         parts = [parse_response(text) for text in responses]
+        known = {
+            (parts[i]["content"], parts[j]["content"]): verdict
+            for (i, j), verdict in matches.items()
+        }
         return score_group(
             group[0].row,
             responses,
-            self.judge,
+            lambda _, first, second: known[first, second].result(),
+            pairing=self.pairing,
             thought_lengths=[len(encode(x["reasoning_content"] or "")) for x in parts],
             answer_lengths=[len(encode(x["content"])) for x in parts],
             finished=[x.stop_reason == "stop" for x in group],
-            **self.group_options,
         )
 
     def against_reference(self, rollout: Rollout) -> float | None:
@@ -71,3 +105,11 @@ class Scorer:
         if rollout.stop_reason != "stop":
             return 0.0
         return win_rate(rollout.row, rollout.turns[-1]["content"], reference, self.judge)
+
+
+def judged_answer(rollout: Rollout) -> str | None:
+    """The text that a judge is shown; None if the response is not finished, or was cut off."""
+    if rollout.stop_reason != "stop":
+        return None
+    message = parse_response(rollout.turns[-1]["content"])
+    return None if message["unfinished"] else message["content"]

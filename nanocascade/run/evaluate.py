@@ -157,7 +157,7 @@ def find_judge(settings: RunSettings, rows: list[dict], evaluation: Evaluation, 
     has no rewards in its loss).
     """
     if settings.judge_url:
-        return EndpointJudge(settings.judge_url, settings.judge_model)
+        return EndpointJudge(settings.judge_url, settings.judge_model, workers=1)
     trained = settings.data != (TOY,) and any(map(needs_judge, rows))
     evaluated = any(map(needs_judge, evaluation.all_rows()))
     toy_eval = evaluation.settings.eval_data == (TOY,)

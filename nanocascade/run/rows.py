@@ -102,7 +102,11 @@ def check_sandbox(rows: list[dict], settings: RunSettings, eval_data, dist: Dist
     if rows:
         toy = settings.data == (TOY,) and eval_data in ((), (TOY,))
         plain = toy and not any("environment" in x for x in rows)
-        sandbox = shared_sandbox(allow_unprotected=settings.allow_unprotected, plain_only=plain)
+        sandbox = shared_sandbox(
+            settings.score_workers,
+            allow_unprotected=settings.allow_unprotected,
+            plain_only=plain,
+        )
         if dist.is_main:
             print(sandbox.describe())
 

@@ -37,6 +37,7 @@ from nanocascade.toy.start import build_toy_tokenizer, toy_model_config
 # A resumed run goes on to the same bits only if everything else is as it was. Other ranks may go on
 # with the same weights, moments and data order, so the layout may change.
 MAY_CHANGE = {"out", "resume", "dry_run", "device", "save_every", "log_groups", "show_every"}
+MAY_CHANGE |= {"score_workers", "judge_concurrency"}
 MAY_CHANGE |= {"cluster", "track", *LAYOUT} - {"dtype"}
 
 

@@ -25,10 +25,14 @@ class RunSettings:
     references: str = ""  # JSONL of stored answers that preference answers are compared with
     judge_url: str = ""  # OpenAI-compatible endpoint of a generative reward model
     judge_model: str = ""  # name of the model at --judge_url
+    judge_concurrency: Positive = 16  # questions to the judge at a time, of each rank
     # ---- Memory and speed ----
     device: str = ""  # cuda, mps or cpu (default: the best one found)
     micro_tokens: Positive = 8192  # tokens of a micro-batch; changes no gradient
     max_rows: Positive = 512  # rows decoded at once
+    score_workers: Count = (
+        0  # programs verified at a time by each rank (0 = its share of the cores)
+    )
     share_prompts: bool = True  # train on a prompt once for all its responses; changes no gradient
     # ---- Advanced ----
     cluster: str = ""  # cluster that --dry_run plans for: 8xH200, 16xH100 (default: this machine)

@@ -213,7 +213,7 @@ class Sandbox:
     which then runs nothing but plain programs (`is_plain`).
     """
 
-    def __init__(self, num_servers=2, *, allow_unprotected=False, plain_only=False):
+    def __init__(self, num_servers, *, allow_unprotected=False, plain_only=False):
         with ThreadPoolExecutor(num_servers) as threads:  # all at once, before the first verdict
             servers = list(threads.map(lambda _: Server(), range(num_servers)))
         first = servers[0]
@@ -303,14 +303,23 @@ lock = threading.Lock()
 shared = {}  # process id -> Sandbox; a forked process starts its own
 
 
-def shared_sandbox(num_servers=2, **options):
+def share_of_cores():
+    """Processors of this machine for each of its ranks (torchrun's, or launch.sh's), at least 1."""
+    local = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if local else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1
+    return max(cores // int(ranks), 1)
+
+
+def shared_sandbox(num_servers=0, **options):
     """The sandbox of all rewards. The first call creates it: a script's, with its options.
 
-    OSError where programs cannot be confined and the options do not allow that.
+    num_servers: 0 = share_of_cores. OSError where programs cannot be confined and the options do
+    not allow that.
     """
     with lock:
         if os.getpid() not in shared:
-            shared[os.getpid()] = Sandbox(num_servers, **options)
+            shared[os.getpid()] = Sandbox(num_servers or share_of_cores(), **options)
         return shared[os.getpid()]
 
 
