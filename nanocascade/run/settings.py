@@ -30,9 +30,7 @@ class RunSettings:
     device: str = ""  # cuda, mps or cpu (default: the best one found)
     micro_tokens: Positive = 8192  # tokens of a micro-batch; changes no gradient
     max_rows: Positive = 512  # rows decoded at once
-    score_workers: Count = (
-        0  # programs verified at a time by each rank (0 = its share of the cores)
-    )
+    score_workers: Count = 0  # programs a rank verifies at once (0 = its share of the cores)
     share_prompts: bool = True  # train on a prompt once for all its responses; changes no gradient
     # ---- Advanced ----
     cluster: str = ""  # cluster that --dry_run plans for: 8xH200, 16xH100 (default: this machine)
