@@ -107,6 +107,7 @@ def train(
         # Rollouts from the student, scored if there is a verifier.
         seed = step_seed(settings.seed, step)
         groups, timing = collect_groups(play, stream, recipe.prompts, recipe.rollouts, seed, dist)
+        timing |= scorer.judge_metrics(dist)
         apply_overlong(groups, recipe.overlong)
         run.log.choose(groups)
         rollouts = [x for g in groups for x in g]

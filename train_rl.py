@@ -132,6 +132,7 @@ def train(
         groups, timing = collect_groups(
             play, stream, recipe.prompts, recipe.rollouts, seed, dist, dynamic
         )
+        timing |= scorer.judge_metrics(dist)
         apply_overlong(groups, recipe.overlong)
         mask_unsolved(groups, recipe.mask_unsolved)
         run.log.choose(groups)

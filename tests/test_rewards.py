@@ -462,7 +462,7 @@ def test_malformed_rows_are_errors_with_their_id():
         {"schema_str": "{"},
         ROWS["structured"] | {"schema_type": "ini"},
         {"ground_truth": [{"arguments": "{}"}]},
-        ROWS["structured"] | {"response_mode": "tool_call"},
+        ROWS["structured"] | {"response_mode": "call"},
         {"ground_truth": 3},
         {"ground_truth": [], "environment": {"name": "bank", "state": {}}},
         *(

@@ -1,6 +1,7 @@
 """A repository in memory: files to list, read, search, edit and test; patches that answers hold."""
 
 import re
+from typing import NamedTuple
 
 from nanocascade.environments.base import TOLD, make_tool, run
 
@@ -117,17 +118,43 @@ def repository_step(state: tuple, name: str, arguments: dict):
     return state, LOOKING[name](files, **known)
 
 
-HUNK = re.compile(r"^@@ -\d+(?:,(\d{1,6}))? \+\d+(?:,(\d{1,6}))? @@", re.MULTILINE)
+HUNK = re.compile(r"^@@ -(\d{1,6})(?:,(\d{1,6}))? \+\d+(?:,(\d{1,6}))? @@", re.MULTILINE)
+MARKER = re.compile(r"<{7} SEARCH|={7}\s*$|>{7} REPLACE")
 MAX_PATCH = 1 << 16  # characters; Codeforces takes 65,536 bytes
 PATH = re.compile(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*")  # of a new file
+MARKED = re.compile(
+    r"[#>*`\s]*(?:(?:file|path|filename)\s*:)?[*`\s]*(\S+?)[*`:]*\s*", re.IGNORECASE
+)
 
 
-def block_edits(lines):
-    """[(path, old lines, new lines)] of the blocks of an answer; None if one has no end. A block:
+class Edit(NamedTuple):
+    path: str
+    old: list[str]  # lines to replace
+    new: list[str]
+    line: int = 0  # where the old ones stand, from 1; 0 if the edit does not say
 
-        path, <<<<<<< SEARCH, old lines, =======, new lines, >>>>>>> REPLACE
 
-    each on a line of its own.
+def path_above(lines, start, files):
+    """The path that the lines above a block name: bare, or as "### path", "**path**", "`path`:",
+    with blank lines or a fence between; the last that is a file, else the last that may be one."""
+    named = []
+    for line in reversed(lines[max(start - 4, 0) : start]):
+        if line.startswith(">>>>>>>"):
+            break
+        if not line.strip() or re.match(r"\s*(`{3,}|~{3,})", line):
+            continue
+        if match := MARKED.fullmatch(line):
+            named.append(match[1].removeprefix("./").removeprefix("/"))
+        else:
+            break
+    known = [path for path in named if path in files]
+    return next(iter(known + named), "")
+
+
+def block_edits(lines, files):
+    """The blocks of an answer as Edits; None if one has no end. A block, each on its own line:
+
+    path, <<<<<<< SEARCH, old lines, =======, new lines, >>>>>>> REPLACE
     """
     edits, place = [], 0
     for _ in range(lines.count("<<<<<<< SEARCH")):
@@ -137,19 +164,19 @@ def block_edits(lines):
             place = lines.index(">>>>>>> REPLACE", middle)
         except ValueError:
             return None
-        path = lines[start - 1].strip().strip("`") if start else ""
-        edits.append((path, lines[start + 1 : middle], lines[middle + 1 : place]))
+        path = path_above(lines, start, files)
+        edits.append(Edit(path, lines[start + 1 : middle], lines[middle + 1 : place]))
     return edits
 
 
 def diff_edits(lines):
-    """The same of a unified diff's hunks, read by the counts in their headers and not by place."""
+    """The same of a unified diff's hunks, read by the counts in their headers."""
     edits, path, rest = [], "", iter(lines)
     for line in rest:
         if line.startswith("+++ "):
             path = line[4:].partition("\t")[0].strip().removeprefix("b/")
         elif head := HUNK.match(line):
-            num_old, num_new = (int(count or 1) for count in head.groups())
+            num_old, num_new = (int(count or 1) for count in head.groups()[1:])
             old, new = [], []
             while len(old) < num_old or len(new) < num_new:
                 line = next(rest, "end")
@@ -159,29 +186,38 @@ def diff_edits(lines):
                     old.append(line[1:])
                 if line[:1] in ("", " ", "+"):
                     new.append(line[1:])
-            edits.append((path, old, new))
+            edits.append(Edit(path, old, new, int(head[1])))
     return edits
 
 
 def patched(files, text):
     """(files with the edits of an answer applied in order, None), or (None, reason). The old lines
-    of an edit, whole, must occur exactly once."""
-    files, lines = dict(files), text.split("\n")
+    of an edit, whole, must occur once, or where its hunk says; without any it makes a new file."""
     if len(text) > MAX_PATCH:
         return None, "patch too long"
-    edits = block_edits(lines) if "<<<<<<< SEARCH" in lines else diff_edits(lines)
+    before, lines = files, [x.rstrip("\r") for x in text.split("\n")]
+    lines = [x.rstrip() if MARKER.match(x) else x for x in lines]
+    edits = block_edits(lines, files) if "<<<<<<< SEARCH" in lines else diff_edits(lines)
     if not edits:
         return None, "unfinished patch" if edits is None else "no patch"
-    for path, old, new in edits:
+    files, moved = dict(files), {}
+    for path, old, new, line in edits:
+        if path not in files and not old and PATH.fullmatch(path):
+            files[path] = "\n".join([*new, ""])
+            continue
         if path not in files:
             return None, "patch of a file that is not there"
         body = files[path].split("\n")
         found = [k for k in range(len(body)) if old and body[k : k + len(old)] == old]
+        place = line - 1 + moved.get(path, 0)  # earlier hunks moved the lines behind them
+        if line and place in found:
+            found = [place]
         if len(found) != 1:
             return None, f"lines to replace found {len(found)} times"
         body[found[0] : found[0] + len(old)] = new
         files[path] = "\n".join(body)
-    return files, None
+        moved[path] = moved.get(path, 0) + len(new) - len(old)
+    return (files, None) if files != before else (None, "patch that changes nothing")
 
 
 def modules_of(files):

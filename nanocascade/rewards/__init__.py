@@ -2,48 +2,73 @@
 
 A row's verifier is chosen by what the row carries (NeMo Gym form). Three rules
 hold for all of them:
-1. The thought is never graded: only what follows `</think>` can earn anything.
+1. The thought is never graded: only what stands outside <think> ... </think> can earn anything.
 2. A response may be anything, so it gets a Reward and never an exception; a 0 has a reason. A row
    comes from somebody's file, so a malformed one is a ValueError that names it.
 3. No model, no device, no config, and no evaluation of model output in this process.
 """
 
 import re
+from collections import OrderedDict
+from collections.abc import Callable
+from threading import Lock
+from typing import NamedTuple
 
 from nanocascade.rewards import choice, code, instruct, math, proof, retrieval, structured, tools
-from nanocascade.rewards.base import Reward
+from nanocascade.rewards.base import Reward, read_turn, text_of
 from nanocascade.rewards.preference import grade, reference_of, score_group
-from nanocascade.tokenizer.chat import THINK, THINK_END, parse_response
 
 __all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "needs_judge", "score", "score_group"]
 
-# kind -> (what a row of it carries, function (row, message) -> Reward with the message that
-# parse_response returns and the calls and texts of all turns, function (row) that raises for what
-# cannot be graded on this machine).
-# Of several kinds that fit, the first. Preference rows are compared in groups, by score_group.
+
+class Verifier(NamedTuple):
+    """keys: what a row of this kind carries. check(row) raises for what cannot be graded here.
+    verify(row, message) -> Reward, of one answer; None where a group is compared (score_group).
+    agents: where a row names the server it was made for, a pattern that the name has to match."""
+
+    keys: set
+    check: Callable
+    verify: Callable | None
+    agents: str = ""
+
+
+# Of several kinds that fit, the first.
 VERIFIERS = {
-    "if": ({"instruction_id_list"}, instruct.verify_instructions, instruct.check_row),
-    "mcqa": ({"options"}, choice.verify_choice, choice.check_choice_row),
-    "structured": ({"schema_str"}, structured.verify_structured, structured.check_schema_row),
-    "tools": ({"ground_truth"}, tools.verify_calls, tools.check_calls_row),
-    "proof": ({"formal_statement"}, proof.verify_proof, proof.check_proof_row),
-    "swe_agentic": (
-        {"verifier_metadata.files", "environment.repository"},
-        code.verify_episode,
-        code.check_files,
+    "if": Verifier({"instruction_id_list"}, instruct.check_row, instruct.verify_instructions),
+    "mcqa": Verifier({"options"}, choice.check_choice_row, choice.verify_choice),
+    "structured": Verifier(
+        {"schema_str"}, structured.check_schema_row, structured.verify_structured
     ),
-    "swe": ({"verifier_metadata.files"}, code.verify_repair, code.check_files),
-    "code": ({"verifier_metadata.unit_tests"}, code.verify_program, code.check_tests),
-    "long_context": (
+    "tools": Verifier({"ground_truth"}, tools.check_calls_row, tools.verify_calls),
+    "proof": Verifier({"formal_statement"}, proof.check_proof_row, proof.verify_proof),
+    "swe_agentic": Verifier(
+        {"verifier_metadata.files", "environment.repository"}, code.check_files, code.verify_episode
+    ),
+    "swe": Verifier({"verifier_metadata.files"}, code.check_files, code.verify_repair),
+    "code": Verifier({"verifier_metadata.unit_tests"}, code.check_tests, code.verify_program),
+    "long_context": Verifier(
         {"problem_type", "expected_answer"},
-        retrieval.verify_retrieval,
         retrieval.check_retrieval_row,
+        retrieval.verify_retrieval,
+        "lc|niah|long|graph|judge",
     ),
-    "math": ({"expected_answer"}, math.verify_math, math.check_math_row),
-    "preference": ({"genrm"}, None, None),
+    "math": Verifier({"expected_answer"}, math.check_math_row, math.verify_math, "math|gsm8k"),
+    "preference": Verifier({"genrm"}, lambda row: None, None),
 }
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, re.error)  # what a bad row leads to
+# What some files keep in verifier_metadata and others in the row itself.
+LIFTED = (
+    "instruction_id_list",
+    "kwargs",
+    "options",
+    "expected_answer",
+    "schema_str",
+    "schema_type",
+)
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, re.error)
 MAX_RESPONSE = 2_000_000  # characters of all turns; the report's longest are 256K tokens
+MAX_ROWS = 20_000  # rows whose reading is remembered
+
+lock, known_rows = Lock(), OrderedDict()  # id of a row -> (row, kind, the row as it is graded)
 
 
 def name_of(row):
@@ -52,60 +77,82 @@ def name_of(row):
     return f"row {ids[0]!r}" if ids else f"row without id {str(row)[:80]}..."
 
 
-def kind_of(row):
-    """Which verifier a row asks for.
+def without_nulls(row):
+    """The row without null keys, in dictionaries of any depth: a null key is an absent one."""
+    if not isinstance(row, dict):
+        return row
+    return {key: without_nulls(value) for key, value in row.items() if value is not None}
 
-    {"options": [...], "expected_answer": "B"} -> "mcqa"; {"expected_answer": "32"} -> "math".
-    """
-    carried = {*row, *(f"verifier_metadata.{key}" for key in row.get("verifier_metadata") or ())}
-    agent = str((row.get("agent_ref") or {}).get("name"))
-    if "genrm" in agent:
-        carried.add("genrm")
-    carried.add(f"environment.{(row.get('environment') or {}).get('name')}")
-    if "llm_judge" in agent:  # a question about the long text before it
-        carried.add("problem_type")
-    for kind, (needed, _, _) in VERIFIERS.items():
-        if needed <= carried:
+
+def find_kind(row):
+    """The first kind of verifier whose keys a canonical row carries."""
+    metadata, environment = (row.get(key) or {} for key in ("verifier_metadata", "environment"))
+    agent = str((row.get("agent_ref") or {}).get("name", ""))
+    carried = {*row, *(f"verifier_metadata.{key}" for key in metadata)}
+    carried.add(f"environment.{environment.get('name')}")
+    carried |= {
+        key for word, key in (("genrm", "genrm"), ("llm_judge", "problem_type")) if word in agent
+    }
+    for kind, verifier in VERIFIERS.items():
+        if verifier.keys <= carried:
+            if agent and not re.search(verifier.agents, agent):
+                raise ValueError(f"{name_of(row)} is for {agent!r}, which is no verifier of ours")
             return kind
     raise ValueError(f"{name_of(row)} fits no verifier; its keys are {sorted(row)}")
 
 
-def read_turn(text, tools=None):
-    """What parse_response returns of a turn, without thoughts that come late, again or nested.
-
-    "So. <think>\\boxed{4}</think> It is 5." -> "So.  It is 5."; what stands before a </think> that
-    closes nothing was a thought too.
-    """
-    tags = list(re.finditer(f"{THINK}|{THINK_END}", text))
-    if [x[0] for x in tags] in ([], [THINK, THINK_END]) and text.lstrip().startswith(THINK) == bool(
-        tags
-    ):
-        return parse_response(text, tools)
-    kept, depth, start = [], 0, 0
-    for tag in tags:
-        if depth == 0:
-            kept = [*kept, text[start : tag.start()]] if tag[0] == THINK else []
-        depth = depth + 1 if tag[0] == THINK else max(depth - 1, 0)
-        start = tag.end()
-    message = parse_response("".join([*kept, text[start:]]).lstrip("\n"), tools)
-    return message | {"unfinished": depth > 0}
+def canonical(row):
+    """The row without null keys, and with what its metadata has of what others have in the row."""
+    clean = without_nulls(row)
+    metadata = clean.get("verifier_metadata")
+    lifted = LIFTED if isinstance(metadata, dict) else ()
+    return {key: metadata[key] for key in lifted if key in metadata} | clean
 
 
-def needs_judge(row):
-    """Whether no program can tell: pairs of a group, and answers beside a reference."""
-    return kind_of(row) == "preference" or reference_of(row) is not None
+def understand(row):
+    """(kind, the row as its verifier reads it), checked once; ValueError for a malformed row."""
+    with lock:
+        if known := known_rows.get(id(row)):
+            return known[1:]
+    clean, kind = canonical(row), ""
+    try:
+        kind = find_kind(clean)
+        VERIFIERS[kind].check(clean)
+    except MALFORMED as error:
+        if not kind and isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{name_of(row)} ({kind}): {type(error).__name__}: {error}") from error
+    with lock:
+        known_rows[id(row)] = row, kind, clean  # the row itself too, or its id would be another's
+        if len(known_rows) > MAX_ROWS:
+            known_rows.popitem(last=False)
+    return kind, clean
 
 
 def check_row(row):
     """The row's kind; ValueError if it cannot be graded here. Run when data is read: a missing
     extra (math-verify, jsonschema, PyYAML) shows before the first step of a run."""
-    kind = kind_of(row)
-    try:
-        if check := VERIFIERS[kind][2]:
-            check(row)
-    except MALFORMED as error:
-        raise ValueError(f"{name_of(row)} ({kind}): {type(error).__name__}: {error}") from error
-    return kind
+    return understand(row)[0]
+
+
+def kind_of(row):
+    """Which verifier a row asks for, whether or not this machine can grade it.
+
+    {"options": [...], "expected_answer": "B"} -> "mcqa"; {"expected_answer": "32"} -> "math".
+    """
+    with lock:
+        known = known_rows.get(id(row))
+    return known[1] if known else find_kind(canonical(row))
+
+
+def compares_groups(row):
+    """Whether the row's verifier compares the responses of a group (score_group)."""
+    return VERIFIERS[kind_of(row)].verify is None
+
+
+def needs_judge(row):
+    """Whether no program can tell: pairs of a group, and answers beside a reference."""
+    return compares_groups(row) or reference_of(row) is not None
 
 
 def score(row, response, *, finished=True, judge=None):
@@ -114,21 +161,22 @@ def score(row, response, *, finished=True, judge=None):
     finished=False: generation stopped at the length limit. It is a 0 here; whether it then stays in
     the loss is the stage's choice (overlong penalty or filtering). Of several assistant turns the
     last is the answer; tool calls count from all of them, in order. judge: for rows that have a
-    reference and no program to compare with it (preference.EndpointJudge).
+    reference and no program to compare with it (judge.EndpointJudge).
     """
-    kind, judged = check_row(row), reference_of(row) is not None
+    kind, row = understand(row)
+    judged = reference_of(row) is not None
     if judged and not hasattr(judge, "grade"):
         raise ValueError(f"{name_of(row)}: a {kind} row like this needs a judge")
-    verify = VERIFIERS[kind][1]
+    verify = VERIFIERS[kind].verify
     if verify is None:
         raise ValueError(f"{name_of(row)}: {kind} rows are scored in groups, by score_group")
     if not finished:
         return Reward(0.0, "cut off")
     turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-    if sum(len(turn["content"]) for turn in turns) > MAX_RESPONSE:
+    if sum(len(text_of(turn)) for turn in turns) > MAX_RESPONSE:
         return Reward(0.0, "response too long")
     declared = (row.get("responses_create_params") or {}).get("tools")
-    said = [read_turn(x["content"], declared) for x in turns if x["role"] == "assistant"]
+    said = [read_turn(text_of(x), declared) for x in turns if x["role"] == "assistant"]
     if not said or any(message["unfinished"] for message in said):
         return Reward(0.0, "unfinished thought" if said else "no response")
     if judged:

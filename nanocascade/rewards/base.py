@@ -1,6 +1,9 @@
-"""The type every verifier returns, in a file of its own so that none imports its siblings."""
+"""What verifiers share: the type they return, and the turns of a response as they read them."""
 
+import re
 from typing import NamedTuple
+
+from nanocascade.tokenizer.chat import THINK, THINK_END, parse_response
 
 
 class Reward(NamedTuple):
@@ -8,3 +11,33 @@ class Reward(NamedTuple):
 
     value: float  # 1.0 or 0.0 for binary verifiers; preference scores may take any value
     reason: str
+
+
+def read_turn(text, tools=None):
+    """What parse_response returns of a turn, without thoughts that come late, again or nested.
+
+    "So. <think>\\boxed{4}</think> It is 5." -> "So.  It is 5."; what stands before a </think> that
+    closes nothing was a thought too.
+    """
+    tags = list(re.finditer(f"{THINK}|{THINK_END}", text))
+    simple = [x[0] for x in tags] in ([], [THINK, THINK_END])
+    if simple and text.lstrip().startswith(THINK) == bool(tags):
+        return parse_response(text, tools)
+    kept, depth, start = [], 0, 0
+    for tag in tags:
+        if depth == 0 and tag[0] == THINK:
+            kept.append(text[start : tag.start()])
+        elif depth == 0:
+            kept = []
+        depth = depth + 1 if tag[0] == THINK else max(depth - 1, 0)
+        start = tag.end()
+    message = parse_response("".join([*kept, text[start:]]).lstrip("\n"), tools)
+    return message | {"unfinished": depth > 0}
+
+
+def text_of(turn):
+    """The content of a turn as one text: it may be null, absent, or in parts."""
+    content = turn.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))

@@ -21,6 +21,7 @@ import json
 import math
 import re
 import threading
+from decimal import Decimal
 
 from nanocascade.environments.base import MAX_PROGRAM
 from nanocascade.environments.repository import HUNK, edited, modules_of, patched
@@ -37,7 +38,20 @@ from nanocascade.sandbox.sandbox import Limits, read_reply, shared_sandbox
 
 MAX_VERDICTS = 20_000
 PYTHON = ("python", "py", "python3")
-DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")  # "2.50", "1e-3"; not "2"
+NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
+FENCE = re.compile(r"(\s*)(`{3,}|~{3,})[ \t]*([\w+#.-]*)(?!.*\2)")  # indentation, marks, language
+
+# Starter code uses names that it does not import (List, Optional, deque, inf): judges of such
+# problems provide them. They are built in here, so that a program's own come first.
+PRELUDE = """
+import builtins, importlib
+for name in "typing collections math heapq bisect itertools functools re string copy".split():
+    module = importlib.import_module(name)
+    public = [x for x in getattr(module, "__all__", dir(module)) if x[0] != "_"]
+    for key, value in [(name, module), *((x, getattr(module, x)) for x in public)]:
+        builtins.__dict__.setdefault(key, value)
+globals().update(vars(importlib.import_module(%r)))
+"""
 
 lock, verdicts = threading.Lock(), {}  # digest -> Reward, oldest first
 
@@ -45,21 +59,26 @@ lock, verdicts = threading.Lock(), {}  # digest -> Reward, oldest first
 def last_program(text, languages=PYTHON):
     """(program, None) of the last block in one of the languages, or (None, reason).
 
-    Blocks of other languages are passed over. A block that is never closed is the last one: the
-    answer was cut short, and an earlier draft is not what it would have ended with.
+    Blocks of other languages are passed over; one without a language counts where there is none of
+    ours. A block that is never closed is the last one: the answer was cut short, and an earlier
+    draft is not what it would have ended with.
     """
-    language, lines, program = None, [], None  # language of the block we are in, if any
-    for line in text.split("\n"):
-        bare = line.strip()
-        if language is None and bare.startswith("```"):
-            language, lines = bare[3:].strip().lower(), []
-        elif bare == "```":
-            program = "\n".join(lines) if language in languages else program
-            language = None
-        else:
-            lines.append(line)
-    if language in languages or program is None:
-        return None, "unfinished code block" if language in languages else "no code block"
+    fence, language, indent, lines, found = "", "", 0, [], {}  # of the block that we are in
+    for line in re.split("\r?\n", text):
+        match = FENCE.match(line)
+        if not fence and match:
+            fence, language, lines = match[2], match[3].lower(), []
+            indent = len(match[1].expandtabs())
+        elif fence and match and match[2].startswith(fence) and match[3].lower() not in languages:
+            found[language if language not in languages else languages[0]] = "\n".join(lines)
+            fence = ""
+        elif fence:
+            lines.append(line[min(indent, len(line) - len(line.lstrip())) :])
+    if fence and language in languages:
+        return None, "unfinished code block"
+    program = found.get(languages[0], found.get(""))
+    if program is None:
+        return None, "no code block"
     return (program, None) if len(program) <= MAX_PROGRAM else (None, "program too long")
 
 
@@ -67,15 +86,35 @@ def close(a, b):
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6)
 
 
+def same_token(expected, printed):
+    """The same text, or numbers one of which is written with a point: whole ones are equal, others
+    nearly. "2" is "2.000", "0.5" is "0.5000001"."""
+    if expected == printed or len(printed) > 100:
+        return expected == printed
+    if not all(NUMBER.fullmatch(x) for x in (expected, printed)):
+        return False
+    if not any(re.search("[.eE]", x) for x in (expected, printed)):
+        return False
+    a, b = float(expected), float(printed)
+    if a.is_integer() and (b.is_integer() or not re.search("[.eE]", expected)):
+        return Decimal(expected) == Decimal(printed)
+    return close(a, b)
+
+
 def same_output(expected, printed):
-    """Token by token; decimals may differ a little: "1 0.5" is "1\n0.500000", "2" is not "2.0"."""
-
-    def same(a, b):
-        decimals = len(b) < 100 and DECIMAL.fullmatch(a) and DECIMAL.fullmatch(b)
-        return a == b or (decimals and close(float(a), float(b)))
-
-    expected, printed = expected.split(), printed.split()
-    return len(expected) == len(printed) and all(map(same, expected, printed))
+    """Line by line, token by token; blank lines do not count, indentation only where expected."""
+    pairs = [[x.rstrip() for x in text.split("\n") if x.strip()] for text in (expected, printed)]
+    wanted, given = pairs
+    if len(wanted) != len(given):
+        return False
+    drawn = any(line[:1].isspace() for line in wanted)
+    for a, b in zip(wanted, given, strict=True):
+        if drawn and len(a) - len(a.lstrip()) != len(b) - len(b.lstrip()):
+            return False
+        a, b = a.split(), b.split()
+        if len(a) != len(b) or not all(map(same_token, a, b)):
+            return False
+    return True
 
 
 def same_value(expected, data):
@@ -101,7 +140,7 @@ def same_value(expected, data):
         return len(expected) == len(data) and all(map(same_value, expected, data))
     if isinstance(expected, float) and isinstance(data, float):
         return expected == data or close(expected, data)
-    return expected == data
+    return expected == data and isinstance(expected, bool) == isinstance(data, bool)
 
 
 def judge_calls(sandbox, modules, entry, tests, limits):
@@ -109,7 +148,8 @@ def judge_calls(sandbox, modules, entry, tests, limits):
     calls, outputs = read_calls(tests)
     lines = [[tests["fn_name"], *map(encode, (args, {}, other))] for args, other in calls]
     limits = limits._replace(output=limits.output + 8 * len(json.dumps(outputs)))
-    outcome = sandbox.run_calls(modules, entry, lines, limits)
+    modules = {**modules, "with prelude": PRELUDE % entry}
+    outcome = sandbox.run_calls(modules, "with prelude", lines, limits)
     for number, accepted in enumerate(outputs):
         data, reason = read_reply(outcome, number)
         try:

@@ -19,8 +19,7 @@ from itertools import combinations
 
 import numpy as np
 
-from nanocascade.rewards.base import Reward
-from nanocascade.tokenizer.chat import parse_response
+from nanocascade.rewards.base import Reward, read_turn
 
 LOWEST, MIDDLE, NO_DIFFERENCE = 1.0, 3.0, 3.5  # of the scores 1..5 and of the ranking 1..6
 
@@ -44,7 +43,7 @@ def score_group(
     about every pair twice, places swapped, which cancels a judge's liking for a place. finished:
     False where generation stopped at the limit. Lengths: tokens; by default characters.
     """
-    messages = [parse_response(text) for text in responses]
+    messages = [read_turn(text) for text in responses]
     lengths = (
         thought_lengths or [len(x["reasoning_content"] or "") for x in messages],
         answer_lengths or [len(x["content"]) for x in messages],
@@ -75,7 +74,7 @@ def win_rate(row, response, reference_response, judge) -> float:
 
     Both orders are asked and their scores added. Who was cut off in the thought loses.
     """
-    ours, other = parse_response(response), parse_response(reference_response)
+    ours, other = read_turn(response), read_turn(reference_response)
     first, second = other["unfinished"], ours["unfinished"]
     if not first and not second:
         pairs = make_pairs(2, "all", both_orders=True)

@@ -2,7 +2,7 @@
 
 A row whose `expected_answer` is a JSON list (graph walks: '["a", "b"]') asks for the line
 `Final Answer: [a, b]`, compared as a set; any other asks for the fact itself, compared without
-case, spacing and full stop. The marker may be missing; nothing but the last line is read.
+case, spacing, quotes and full stop. The marker may be missing; nothing but the last line is read.
 # OURS: all or nothing. NeMo Gym pays the F1 of the set times (1 - copied share of the thought).
 """
 
@@ -24,16 +24,17 @@ def nodes_of(row):
 
 def verify_retrieval(row, message):
     """1 if the last line holds the expected set, or the expected fact."""
-    line = message["content"][-TAIL:].rstrip().rpartition("\n")[2].strip().strip("*").strip()
+    lines = [x for x in message["content"][-TAIL:].splitlines() if x.strip("`~ \t")]  # no fence
+    line = lines[-1].strip(" \t*`") if lines else ""
     line = re.sub(r"^(?:final )?answer\s?:[*\s]{0,4}", "", line, flags=re.IGNORECASE)
     answer, wanted = line.strip().rstrip("."), nodes_of(row)
     if wanted is None:
         wanted, given = (
-            " ".join(str(x).casefold().split()).rstrip(".")
+            " ".join(str(x).casefold().split()).strip("\"'`").rstrip(".")
             for x in (row["expected_answer"], answer)
         )
     elif answer.startswith("[") and answer.endswith("]"):
-        given = {item.strip().strip("\"'").strip() for item in answer[1:-1].split(",")} - {""}
+        given = {item.strip().strip("\"'`").strip() for item in answer[1:-1].split(",")} - {""}
     else:
         return Reward(0.0, "no list in the last line")
     return Reward(1.0, "correct") if given == wanted else Reward(0.0, "wrong answer")

@@ -12,7 +12,9 @@ their patterns may backtrack without end.
 
 import functools
 import json
+import re
 import tomllib
+from calendar import monthrange
 from xml.etree import ElementTree
 
 from nanocascade.rewards.base import Reward
@@ -38,9 +40,39 @@ SIMPLE = {
     "default",
     "examples",
     "format",
+    "nullable",
     "$schema",
 }
 VALUES = ("enum", "const", "default", "examples")  # these keywords hold no schemas
+CONDITIONS = {"if", "then", "else", "not", "contains", "propertyNames", "dependentSchemas"}
+PARTS, KEPT = {"allOf", "anyOf", "oneOf"}, {*VALUES, *CONDITIONS}
+
+
+DATE = r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])"
+TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d)"
+FORMATS = {  # `format` of texts, as patterns, and of integers, as a number of bits
+    "date": DATE,
+    "time": TIME,
+    "date-time": f"{DATE}[Tt ]{TIME}",
+    "email": r"[^@\s]+@[^@\s]+",
+    "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s]*",
+    "uuid": r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
+    "ipv4": r"(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?!$)|$)){4}",
+    "int32": 32,
+    "int64": 64,
+}
+
+
+def fits_format(value, name):
+    """Whether a text or integer has the format that a schema names; unknown ones say nothing."""
+    form = FORMATS.get(name)
+    if isinstance(form, str) and isinstance(value, str):
+        return bool(re.fullmatch(form, value)) and (
+            name != "date" or int(value[8:]) <= monthrange(int(value[:4]) or 4, int(value[5:7]))[1]
+        )
+    if isinstance(form, int) and type(value) is int:
+        return -(1 << form - 1) <= value < 1 << form - 1
+    return True
 
 
 def refuse(what):
@@ -59,16 +91,33 @@ def parse_json(text):
     return json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)
 
 
+YAML_FORMS = {  # of YAML 1.2: `on` and 2024-05-10 are texts, 007 is 7, 1e3 a number
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+", int),
+    "float": (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float),
+}
+
+
 def parse_yaml(text):
-    """By the safe loader. The helper's replies are JSON, so that a date comes as its text."""
+    """By the safe loader, without aliases and without tags: a !!set is no JSON value."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            return distinct([[self.construct_object(x, True) for x in p] for p in node.value])
+        yaml_implicit_resolvers = {}
 
-    aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
-    return refuse("an alias") if aliases else yaml.load(text, Loader)
+        def construct_mapping(self, node, deep=False):
+            pairs = [[self.construct_object(x, True) for x in pair] for pair in node.value]
+            return distinct([(key if isinstance(key, str) else str(key), x) for key, x in pairs])
+
+    for name, (form, convert) in YAML_FORMS.items():
+        tag = f"tag:yaml.org,2002:{name}"
+        Loader.add_implicit_resolver(tag, re.compile(f"(?:{form})$"), None)
+        Loader.add_constructor(tag, lambda self, node, convert=convert: convert(node.value))
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            refuse("an alias or a tag")
+    return yaml.load(text, Loader)
 
 
 def fields_of(schema, root):
@@ -81,17 +130,15 @@ def fields_of(schema, root):
     kinds = schema.get("type") or [TYPES[type(value)] for value in values]
     fields, items = schema.get("properties", {}), schema.get("items", {})
     parts = [x for key in ("allOf", "anyOf", "oneOf") for x in schema.get(key, [])]
-    start, *path = schema.get("$ref", "").split("/")
-    if start == "#":  # "#/$defs/pet"
-        parts.append(
-            functools.reduce(
-                lambda x, key: x[int(key)] if isinstance(x, list) else x.get(key, {}), path, root
-            )
-        )
+    if schema.get("$ref", "").startswith("#/"):  # "#/$defs/pet"
+        parts.append(resolve(schema["$ref"], root))
     for more, named, inner, listed in (fields_of(part, root) for part in parts):
         kinds, fields, items = [*kinds, *more], named | fields, items or inner
         values = values + listed
     return kinds, fields, items, values
+
+
+NIL = "{http://www.w3.org/2001/XMLSchema-instance}nil"
 
 
 def parse_xml(text, schema):
@@ -100,7 +147,7 @@ def parse_xml(text, schema):
     root = refuse("a DOCTYPE") if "<!DOCTYPE" in text else ElementTree.fromstring(text)
     for element in root.iter():
         between = [element.text, *(child.tail for child in element)] if len(element) else []
-        if element.attrib or "".join(part or "" for part in between).strip():
+        if {*element.attrib} - {NIL} or "".join(part or "" for part in between).strip():
             refuse("an attribute or text between elements")
     named = set(fields_of(schema, schema)[1]) == {root.tag}
     return xml_fields([root], schema, schema) if named else xml_value([root], schema, schema)
@@ -127,20 +174,25 @@ def xml_value(elements, schema, whole):
         return [xml_value([x], items, whole) for x in (first if wrapped else elements)]
     if inner or len(elements) > 1:
         return xml_fields(first, schema, whole) if len(elements) == 1 else refuse("a name twice")
-    if not text and "null" in kinds:
+    if "null" in kinds and (not text or first.get(NIL) in ("true", "1")):
         return None
     texts = {"string", "object"} & {*kinds}
     # Of a text and 1, "1" is the text, unless the texts are listed and it is none of them.
     if texts and (not listed or text in listed):
         return text
-    try:
-        value = parse_json(text.lower())
-    except ValueError:
-        return text  # the schema will object to it
-    kind = TYPES[type(value)]
-    other = kind in kinds or kind == "integer" and "number" in kinds
-    return text if texts and not other else value
+    for kind, form, convert in XML_FORMS:
+        known = kind in kinds or not kinds or kind == "integer" and "number" in kinds
+        if known and re.fullmatch(form, text):
+            value = convert(text)
+            return text if texts and kind not in kinds else value
+    return text  # the schema will object to it
 
+
+XML_FORMS = [  # as XML Schema writes them
+    ("boolean", "true|false|True|False|1|0", lambda text: text.lower() in ("true", "1")),
+    ("integer", r"[+-]?\d{1,400}", int),
+    ("number", r"[+-]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE][+-]?\d{1,4})?", float),
+]
 
 PARSERS = {  # format -> (function for the helper process, the module it needs)
     "yaml": (parse_yaml, "yaml"),
@@ -149,19 +201,48 @@ PARSERS = {  # format -> (function for the helper process, the module it needs)
 }
 
 
-def strict(schema):
-    """A copy with all declared properties required and no other allowed; "type" is a list."""
+def strict(schema, whole=None, closed=True):
+    """A copy with all declared properties required and no other allowed; "type" is a list.
+
+    Where an object's properties stand in several parts (allOf, or anyOf beside properties), these
+    stay open and the whole is closed. Conditions (if, not, contains) are left as they are.
+    """
+    whole = schema if whole is None else whole
     if isinstance(schema, list):
-        return [strict(item) for item in schema]
+        return [strict(item, whole, closed) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    copy = {key: item if key in VALUES else strict(item) for key, item in schema.items()}
-    if isinstance(copy.get("type"), str):
-        copy["type"] = [copy["type"]]
+    if not closed and "$ref" in schema:
+        schema = {**resolve(schema["$ref"], whole), **schema}
+        del schema["$ref"]
+    copy = {key: item if key in KEPT else strict(item, whole) for key, item in schema.items()}
+    kind = copy.get("type")
+    if kind is not None:
+        copy["type"] = [kind] if isinstance(kind, str) else [*kind]
+        if schema.get("nullable") is True:  # OpenAPI
+            copy["type"].append("null")
+    mixed = PARTS & schema.keys() if "properties" in schema else {"allOf"} & schema.keys()
+    for key in mixed:
+        copy[key] = [strict(item, whole, False) for item in schema[key]]
     if "properties" in schema:  # by name: a property may itself be called "properties"
-        copy["properties"] = {name: strict(item) for name, item in schema["properties"].items()}
-        copy |= {"required": list(schema["properties"]), "additionalProperties": False}
+        fields = schema["properties"].items()
+        copy["properties"] = {name: strict(item, whole) for name, item in fields}
+        copy["required"] = list(schema["properties"])
+    if closed and (mixed or CONDITIONS & schema.keys()) and fields_of(schema, whole)[1]:
+        copy.pop("additionalProperties", None)
+        copy["unevaluatedProperties"] = False
+    elif closed and "properties" in schema:
+        copy["additionalProperties"] = False
     return copy
+
+
+def resolve(reference, whole):
+    """What a reference into the schema itself leads to."""
+    start, *path = reference.split("/")
+    if start != "#":
+        raise ValueError(f"the reference {reference!r} leads out of the schema")
+    step = lambda x, key: x[int(key)] if isinstance(x, list) else x.get(key, {})  # noqa: E731
+    return functools.reduce(step, path, whole)
 
 
 def is_simple(schema):
@@ -209,6 +290,8 @@ def mismatch(value, schema):
     for key, allowed in (("const", [schema.get("const", value)]), ("enum", schema.get("enum"))):
         if allowed is not None and not any(same(value, item) for item in allowed):
             return key
+    if not fits_format(value, schema.get("format")):
+        return "format"
     inner = [(item, schema.get("items", {})) for item in value] if kind == "array" else []
     if kind == "object" and (fields := schema.get("properties")) is not None:
         if value.keys() != fields.keys():
@@ -223,7 +306,12 @@ def mismatch_fully(value, schema):
     import referencing
 
     jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
+    formats = jsonschema.FormatChecker(formats=())
+    for name in FORMATS:
+        formats.checks(name)(lambda value, name=name: fits_format(value, name))
+    validator = jsonschema.Draft202012Validator(
+        schema, registry=referencing.Registry(), format_checker=formats
+    )
     error = next(validator.iter_errors(value), None)
     return error and error.validator
 
@@ -253,10 +341,10 @@ def find_references(schema):
 
 def read_answer(row, message, schema):
     """The value of the document that the answer is; ValueError if it is none."""
-    form, text = row.get("schema_type", "json"), message["content"].strip()
+    form, text = row.get("schema_type", "json"), message["content"].strip("\ufeff \t\r\n")
     if row.get("response_mode") == "tool_call":
         calls = [call["function"] for call in message["tool_calls"]]
-        if [call["name"] for call in calls] != [row["tool_name"]]:
+        if len(calls) != 1 or row.get("tool_name") not in (None, calls[0]["name"]):
             raise ValueError("not one call of the tool")
         key, value = row.get("tool_payload_key"), calls[0]["arguments"]
         if key and set(value) != {key}:  # the other arguments of a tool are there to mislead
@@ -264,8 +352,10 @@ def read_answer(row, message, schema):
         value = value[key] if key else value
         as_text = isinstance(value, str) and "string" not in schema.get("type", ())
         return parse_json(value) if as_text else value  # the XML form of a call carries text
-    if text.startswith("```") and text.endswith("```") and "\n" in text[3:-3]:
-        text = text[3:-3].partition("\n")[2]  # without the fence and its language
+    if fenced := re.fullmatch(
+        r"(`{3,}|~{3,})[ \t]*\w*[ \t]*(?:[^\n`]*\n|(?=[\[{<]))(.*?)\s*\1", text, re.DOTALL
+    ):
+        text = fenced[2]
     if form == "json" or len(text) > MAX_TEXT:
         return parse_json(text)
     return worker.run(*PARSERS[form], text, *([schema] if form == "xml" else []))
@@ -294,8 +384,6 @@ def check_schema_row(row):
     form, mode = row.get("schema_type", "json"), row.get("response_mode", "text")
     if form not in {"json", *PARSERS} or mode not in ("text", "tool_call"):
         raise ValueError(f"schema_type {form!r} or response_mode {mode!r} is unknown")
-    if mode == "tool_call":
-        row["tool_name"]  # a KeyError here, before the first response
-    elif form == "yaml":
+    if mode != "tool_call" and form == "yaml":
         require("yaml", "PyYAML", "schema_type yaml")
     load_schema(row["schema_str"])

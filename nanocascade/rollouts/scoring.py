@@ -4,10 +4,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from nanocascade.data.episode import Rollout
-from nanocascade.rewards import kind_of, needs_judge, score, score_group
+from nanocascade.rewards import compares_groups, needs_judge, score, score_group
+from nanocascade.rewards.base import read_turn
+from nanocascade.rewards.judge import EndpointJudge
 from nanocascade.rewards.preference import conversation_of, make_pairs, win_rate
 from nanocascade.sandbox.sandbox import share_of_cores
-from nanocascade.tokenizer.chat import parse_response
 
 NOT_SCORED = "not scored: no judge"
 
@@ -28,11 +29,15 @@ class Scorer:
 
     def submit(self, rollout: Rollout) -> Future:
         """The verdict of a finished episode; of a preference row, that against its reference."""
-        if kind_of(rollout.row) == "preference":
+        if compares_groups(rollout.row):
             return self.questions.submit(self.against_reference, rollout)
         threads = self.questions if needs_judge(rollout.row) else self.programs
         options = {"finished": rollout.stop_reason == "stop", "judge": self.judge}
         return threads.submit(score, rollout.row, rollout.turns, **options)
+
+    def judge_metrics(self, dist) -> dict[str, float]:
+        """Shares of the questions to an endpoint that stayed without a verdict in this step."""
+        return self.judge.metrics(dist) if isinstance(self.judge, EndpointJudge) else {}
 
     def match(self, group: list[Rollout], new: int) -> dict[tuple[int, int], Future]:
         """{(i, j): verdict} of the pairs that response `new` makes possible.
@@ -42,7 +47,7 @@ class Scorer:
         """
         row, answers = group[0].row, {i: judged_answer(x) for i, x in enumerate(group)}
         answers = {i: x for i, x in answers.items() if x is not None}
-        if kind_of(row) != "preference":
+        if not compares_groups(row):
             return {}
         if self.pairing == "all":
             pairs = [(min(i, new), max(i, new)) for i in answers if i != new and new in answers]
@@ -69,19 +74,19 @@ class Scorer:
         try:
             results = [verdict.result() for verdict in verdicts]
             rewards = results
-            if kind_of(row) == "preference":
+            if compares_groups(row):
                 rewards = self.compare(group, matches, encode)
-        except ConnectionError:  # the judge is away: ask it nothing more
+        except (ConnectionError, ValueError):  # away, or without verdicts: ask it nothing more
             self.questions.shutdown(wait=False, cancel_futures=True)
             raise
         for rollout, reward, result in zip(group, rewards, results, strict=True):
             rollout.reward, rollout.reason = reward
-            rollout.outcome = result if kind_of(row) == "preference" else rollout.reward
+            rollout.outcome = result if compares_groups(row) else rollout.reward
 
     def compare(self, group: list[Rollout], matches, encode) -> list:
         """Pairwise rewards of one prompt's rollouts; lengths are counted in tokens."""
         responses = [x.turns[-1]["content"] for x in group]
-        parts = [parse_response(text) for text in responses]
+        parts = [read_turn(text) for text in responses]
         known = {
             (parts[i]["content"], parts[j]["content"]): verdict
             for (i, j), verdict in matches.items()
@@ -111,5 +116,5 @@ def judged_answer(rollout: Rollout) -> str | None:
     """The text that a judge is shown; None if the response is not finished, or was cut off."""
     if rollout.stop_reason != "stop":
         return None
-    message = parse_response(rollout.turns[-1]["content"])
+    message = read_turn(rollout.turns[-1]["content"])
     return None if message["unfinished"] else message["content"]

@@ -43,8 +43,7 @@ from contextlib import suppress
 
 # Imported once, in the server: the modules that programs use most.
 PRELOAD = "collections.abc copy dataclasses datetime decimal fractions hashlib random string typing"
-# File descriptors of a child. DONE is a pipe that only the child holds open: when it closes, the
-# child is gone.
+# File descriptors of a child. The pipe DONE closes when the child is gone.
 STDIN, STDOUT, STDERR, JOB, CALLS, REPLIES, DONE = range(7)
 MAX_FILES = 64
 MAX_FRAMES, MAX_STACK = 50_000, 100 << 20  # deep recursion is common, sometimes through C frames
@@ -173,9 +172,7 @@ class Confinement:
 
 
 def encode(value):
-    """Plain data as JSON that keeps Python's types: (1, {2}) -> {"tuple": [1, {"set": [2]}]}.
-
-    TypeError for anything else."""
+    """Plain data as JSON that keeps types: (1, {2}) -> {"tuple": [1, {"set": [2]}]}."""
     if value is None or isinstance(value, (bool, float, str)):
         return value
     if isinstance(value, int):  # hexadecimal takes linear time and has no limit of digits
@@ -187,6 +184,8 @@ def encode(value):
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
             return {kind.__name__: [encode(item) for item in value]}
+    if type(value).__name__ in ("Fraction", "Decimal"):
+        return float(value)
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, (range, Iterator)):  # can be iterated, and equals no list
@@ -232,8 +231,8 @@ class Files(importlib.abc.InspectLoader):
 def remote(name, asking, answers):
     """In the tests' child: a function that calls the program's function in the other child.
 
-    A built-in exception of the program is raised here again. StopIteration becomes RuntimeError:
-    it could end a test's loop early without failing the test.
+    A built-in exception of the program is raised here again, but not StopIteration: it could end a
+    test's loop early without failing the test.
     """
 
     def call(*args, **kwargs):
@@ -242,9 +241,8 @@ def remote(name, asking, answers):
         if "error" not in reply:
             return decode(reply["value"])
         kind = getattr(builtins, reply["error"][0], RuntimeError)
-        if kind is StopIteration or not issubclass(kind, Exception):
-            kind = RuntimeError
-        raise kind(reply["error"][1])
+        known = issubclass(kind, Exception) and kind is not StopIteration
+        raise (kind if known else RuntimeError)(reply["error"][1])
 
     return call
 
@@ -280,9 +278,9 @@ def run_sources(job, replies):
         if number == len(job["sources"]) - 1:  # as the interpreter does at the end of a program
             threading._shutdown()
             atexit._run_exitfuncs()
+            sys.stdout.flush()  # while its own object still has the program's names
             main.__dict__.clear()
             gc.collect()  # flushes files that the program left open
-            sys.stdout.flush()
             sys.__stdout__.flush()
 
     for number in range(len(job["sources"])):
@@ -330,6 +328,8 @@ def run_child(confinement, received):
         sys.set_int_max_str_digits(0)  # time and output limits bound long integers already
         gc.enable()
         confinement.put_on(job)
+        set_limit, stack = resource.setrlimit, resource.RLIMIT_STACK  # programs try to raise theirs
+        resource.setrlimit = lambda which, x: which == stack or set_limit(which, x)
         (run_sources if "sources" in job else answer_calls)(job, open(REPLIES, "w"))
         os._exit(0)
     finally:

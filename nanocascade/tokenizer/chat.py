@@ -230,6 +230,10 @@ def parse_response(text, tools=None):
         body, closed, after = block.partition(CALL_END)
         readable = closed and body.lstrip().startswith(("{", "<"))  # failing to parse takes longer
         call = _parse_call(body.strip(), tools or []) if readable else None
+        if readable and not call and CALL_END in after:  # this tag may stand in a text of the call
+            longer, _, rest = block.rpartition(CALL_END)
+            call = _parse_call(longer.strip(), tools or [])
+            after = rest if call else after
         calls += [{"type": "function", "function": call}] if call else []
         kept.append(after.removeprefix("\n") if call else CALL + block)
     content = "".join(kept)
@@ -244,9 +248,13 @@ def parse_response(text, tools=None):
 
 def _parse_call(body, tools):
     """{"name", "arguments"} of the inside of a call, in JSON or in Nemotron's XML, or None."""
-    call = _loads(body)
+    call = _loads(body, object_pairs_hook=_distinct)
     if isinstance(call, dict) and isinstance(call.get("name"), str):
-        call = {"name": call["name"], "arguments": call.get("arguments", {})}
+        given = call.get("arguments", {})
+        call = {
+            "name": call["name"],
+            "arguments": _loads(given) if isinstance(given, str) else given,
+        }
         return call if isinstance(call["arguments"], dict) else None
     match = re.fullmatch(r"<function=([^>\n]+)>(.*)</function>", body, re.DOTALL)
     if not match:
@@ -254,7 +262,7 @@ def _parse_call(body, tools):
     # A value may contain anything but its own end followed by another parameter, or by the end.
     *fields, rest = re.split(r"\n?</parameter>\s*(?=<parameter=|\Z)", match[2])
     pairs = [re.fullmatch(r"\s*<parameter=([^>\n]+)>\n?(.*)", f, re.DOTALL) for f in fields]
-    if rest.strip() or None in pairs:
+    if rest.strip() or None in pairs or len({p[1] for p in pairs}) < len(pairs):
         return None
     declared = {t.get("name"): t for t in (tool.get("function", tool) for tool in tools)}
     schema = declared.get(match[1], {}).get("parameters") or {}
@@ -282,8 +290,14 @@ def _coerce(text, kinds):
     return value if fits and "string" not in kinds else text
 
 
-def _loads(text):
+def _distinct(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key that comes twice")
+    return dict(pairs)
+
+
+def _loads(text, **options):
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except (ValueError, RecursionError):  # no JSON, an integer too long, or brackets too deep
         return text
