@@ -30,24 +30,14 @@ from nanocascade.rollouts.groups import apply_overlong, collect_groups, rollout_
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.run.evaluate import find_judge
-from nanocascade.run.run import Run
-from nanocascade.run.settings import TOY, EvalSettings, RunSettings, read_settings, require_flags
+from nanocascade.run.run import Run, launch
+from nanocascade.run.settings import TOY, EvalSettings, RunSettings
 from nanocascade.sampler import step_seed
 from nanocascade.teachers import Teachers, token_shares
 
 # ---- Config --------------------------------------------------------------------------------------
 
 # The numbers are stages.MOPD_STAGE, their meanings the fields of stages.MOPD.
-
-
-def main():
-    recipe, settings, layout, eval_settings = read_settings(stages.MOPD)
-    if settings.dry_run and not settings.data:
-        return plan.report(recipe, settings, layout, eval_settings)
-    require_flags(settings, recipe.stage)
-    frozen = recipe.lora_rank > 0
-    with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:
-        train(recipe, settings, layout, eval_settings, dist)
 
 
 def train(
@@ -163,7 +153,7 @@ def train(
 
 
 def command():
-    run_main(main)
+    run_main(partial(launch, stages.MOPD, train))
 
 
 if __name__ == "__main__":

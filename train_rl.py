@@ -35,23 +35,13 @@ from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.run.evaluate import find_judge
 from nanocascade.run.rows import check_outcomes
-from nanocascade.run.run import Run
-from nanocascade.run.settings import EvalSettings, RunSettings, read_settings, require_flags
+from nanocascade.run.run import Run, launch
+from nanocascade.run.settings import EvalSettings, RunSettings
 from nanocascade.sampler import step_seed
 
 # ---- Config --------------------------------------------------------------------------------------
 
 # The numbers are a row of stages.RL_STAGES, their meanings the fields of stages.RL.
-
-
-def main():
-    recipe, settings, layout, eval_settings = read_settings(stages.RL)
-    if settings.dry_run and not settings.data:
-        return plan.report(recipe, settings, layout, eval_settings)
-    require_flags(settings, recipe.stage)
-    frozen = recipe.lora_rank > 0
-    with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:
-        train(recipe, settings, layout, eval_settings, dist)
 
 
 def train(
@@ -183,7 +173,7 @@ def train(
 
 
 def command():
-    run_main(main)
+    run_main(partial(launch, stages.RL, train))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ step. The tokens that carry loss are counted before ranks share them.
 """
 
 import random
+from functools import partial
 
 from nanocascade import stages
 from nanocascade.cli import merge, run_main
@@ -27,24 +28,14 @@ from nanocascade.run.rows import (
     read_training_rows,
     sft_document,
 )
-from nanocascade.run.run import Run
-from nanocascade.run.settings import TOY, EvalSettings, RunSettings, read_settings, require_flags
+from nanocascade.run.run import Run, launch
+from nanocascade.run.settings import TOY, EvalSettings, RunSettings
 from nanocascade.sft import sft_loss
 from nanocascade.toy import tasks
 
 # ---- Config --------------------------------------------------------------------------------------
 
 # The numbers are stages.SFT_STAGE, their meanings the fields of stages.SFT.
-
-
-def main():
-    recipe, settings, layout, eval_settings = read_settings(stages.SFT)
-    if settings.dry_run and not settings.data:
-        return plan.report(recipe, settings, layout, eval_settings)
-    require_flags(settings, recipe.stage)
-    frozen = recipe.lora_rank > 0
-    with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:
-        train(recipe, settings, layout, eval_settings, dist)
 
 
 def train(
@@ -116,7 +107,7 @@ def train(
 
 
 def command():
-    run_main(main)
+    run_main(partial(launch, stages.SFT, train))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from nanocascade.checkpoint.state import check_out_dir, load_state, remove_state
 from nanocascade.checkpoint.weights import save_model
 from nanocascade.data.rows import conversation
 from nanocascade.data.stream import PromptStream
+from nanocascade.engine import distributed
 from nanocascade.engine.distributed import DTYPES, LAYOUT, Dist
 from nanocascade.engine.layout import load, parallelize
 from nanocascade.engine.lora import base_of, load_adapted, merge_adapters, save_adapters
 from nanocascade.files import read_json, sha256_of, write_json_atomic
 from nanocascade.model.model import Model
+from nanocascade.plan import plan
 from nanocascade.run.evaluate import Evaluation
 from nanocascade.run.log import Log, commit, evaluation_table, peak_gib
 from nanocascade.run.rows import (
@@ -28,7 +30,13 @@ from nanocascade.run.rows import (
     check_sandbox,
     read_training_rows,
 )
-from nanocascade.run.settings import EvalSettings, RunSettings, starts_from_nothing
+from nanocascade.run.settings import (
+    EvalSettings,
+    RunSettings,
+    read_settings,
+    require_flags,
+    starts_from_nothing,
+)
 from nanocascade.run.track import Trackers
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
@@ -39,6 +47,18 @@ from nanocascade.toy.start import build_toy_tokenizer, toy_model_config
 MAY_CHANGE = {"out", "resume", "dry_run", "device", "save_every", "log_groups", "show_every"}
 MAY_CHANGE |= {"score_workers", "judge_concurrency"}
 MAY_CHANGE |= {"cluster", "track", *LAYOUT} - {"dtype"}
+
+
+def launch(recipe_class, train) -> None:
+    """Read the flags and call train(recipe, settings, layout, eval_settings, dist), in each process
+    of the run. A dry run without data needs the plan alone."""
+    recipe, settings, layout, eval_settings = read_settings(recipe_class)
+    if settings.dry_run and not settings.data:
+        return plan.report(recipe, settings, layout, eval_settings)
+    require_flags(settings, recipe.stage)
+    frozen = recipe.lora_rank > 0
+    with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:
+        train(recipe, settings, layout, eval_settings, dist)
 
 
 class Run:
