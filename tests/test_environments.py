@@ -331,8 +331,8 @@ def speak(sft, monkeypatch, capsys):
 def test_run_tools_in_sample(speak, monkeypatch, tmp_path):
     """With --tools python a program called in a chat, a prompt or a task is run and its output
     read, for as many turns as allowed; without it, or in a row with tools of its own, it is not."""
-    program = tasks.said("run", "", [tasks.call("python", code="print(20 * 11 + 5)")])
-    talk = [program, program, tasks.said("so", "\\boxed{%s}" % 225)]
+    program = tasks.assistant("run", "", [tasks.tool_call("python", code="print(20 * 11 + 5)")])
+    talk = [program, program, tasks.assistant("so", "\\boxed{%s}" % 225)]
     told = "<tool_response>\n225\n</tool_response>"
     with_tool = ("--tools", "python", "--prompt", "15 * 15?")
     for args, times in ((with_tool, 2), ((*with_tool, "--max_turns", 2), 1), (with_tool[2:], 0)):

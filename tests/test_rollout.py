@@ -128,8 +128,8 @@ def test_episodes_in_a_repository(tokenizer, monkeypatch):
     assert right.response_length == len(written(tokenizer, *again[0]))
     row = tasks.math(random.Random(0))[0] | {"environment": {"name": "python"}, "domain": "math"}
     program = f"print('{row['expected_answer']}')"
-    program = tasks.said("run", "", [tasks.call("python", code=program)])
-    box = tasks.said("so", "\\boxed{%s}" % row["expected_answer"])
+    program = tasks.assistant("run", "", [tasks.tool_call("python", code=program)])
+    box = tasks.assistant("so", "\\boxed{%s}" % row["expected_answer"])
     (x,) = talk([program, box], row=row)
     assert x.turns[1] == {"role": "tool", "content": row["expected_answer"]} and x.reward == 1
 

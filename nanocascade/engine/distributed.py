@@ -1,5 +1,6 @@
-"""The processes of a run as one context object that does nothing at one rank, and the model's
-parts laid out over them from outside: the model files know one device.
+"""Distributed training: a Dist object, a no-op on one process, and the context that starts it.
+
+Models are laid out over the processes from outside (layout.py): their files know one device.
 
 Plain (the toy): every rank holds the whole model, gradients are summed. Sharded (--shard, or
 --expert_parallel, --replicas, --dtype bfloat16): FSDP2, on a mesh of replicas x shards x experts.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from nanocascade.cli import Positive
 from nanocascade.engine.device import find_device
 from nanocascade.model.layers import widest
 
@@ -37,8 +39,8 @@ class Layout:
     """Memory and speed"""
 
     shard: bool = False  # FSDP2: weights, gradients and moments in shards over the ranks
-    expert_parallel: int = 1  # ranks that share the experts of one copy (8: within a node)
-    replicas: int = 1  # copies of the sharded weights, one for each group of nodes
+    expert_parallel: Positive = 1  # ranks that share the experts of one copy (8: within a node)
+    replicas: Positive = 1  # copies of the sharded weights, one for each group of nodes
     dtype: Literal["float32", "bfloat16"] = "float32"  # of products; master weights are float32
     checkpoint_blocks: bool = False  # keep only the blocks' inputs for backward, and recompute
     offload_blocks: bool = False  # keep the inputs of --checkpoint_blocks in host memory
@@ -63,13 +65,13 @@ class Dist:
         self.dtype = DTYPES[layout.dtype]
         several = max(self.expert_parallel, self.replicas) > 1
         copies = self.replicas * self.expert_parallel
-        if min(self.expert_parallel, self.replicas) < 1 or world_size % copies:
+        if world_size % copies:
             raise ValueError(
                 f"{world_size} ranks do not divide into --replicas {self.replicas} of "
                 f"groups of --expert_parallel {self.expert_parallel}"
             )
-        # Why not FSDP always: over gloo a collective costs 4 ms however small it is, and a step of
-        # the toy would need two a block and micro-batch instead of one.
+        # FSDP is not always used: over gloo a collective costs 4 ms however small it is, and a step
+        # of the toy would need two for each block and micro-batch instead of one.
         self.sharded = layout.shard or several or self.dtype != torch.float32
         if frozen_base:  # no master weights: each rank holds the base in the dtype of products
             if layout.shard or several:
@@ -220,7 +222,7 @@ def start(device: str, layout: Layout | None = None, dry_run=False, frozen_base=
     backend = "nccl" if device.startswith("cuda") else "gloo"
     if size > 1:
         torch_dist.init_process_group(backend, timeout=TIMEOUT)
-    elif dist.sharded:  # one rank in bf16: FSDP keeps the fp32 masters, with nobody to talk to
+    elif dist.sharded:  # one rank in bf16: FSDP keeps the fp32 masters, without other ranks
         alone = torch_dist.HashStore()
         torch_dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(dist, "stop_asked", True))

@@ -19,15 +19,15 @@ def quality(question: str, answer: str) -> float:
     topic = (re.findall(r"[a-z]+", question.lower()) or [""])[-1].removesuffix("s")
     body, ending = answer.strip().removesuffix(CLOSING), answer.strip()[-len(CLOSING) :]
     statements = [re.findall(r"[a-z]+", x) for x in re.split(r"[.!?]\s*", body.lower()) if x]
-    told = {
+    distinct = {
         tuple(words[-2:])
         for words in statements  # different statements, no word repeated
         if len(words) >= 3 and all(a != b for a, b in pairwise(words))
     }
     return (
         2.0 * any(word.removesuffix("s") == topic for words in statements for word in words)
-        + 2.0 * min(len(told), 4) / 4  # detail: four statements are enough
-        + 1.0 * len(told) / max(len(statements), 1)  # fresh: nothing said twice
+        + 2.0 * min(len(distinct), 4) / 4  # detail: four statements are enough
+        + 1.0 * len(distinct) / max(len(statements), 1)  # fresh: nothing said twice
         + 0.5 * ending.endswith(".")  # whole: ends as a sentence does
         + 1.0 * (bool(body) and ending == CLOSING)  # polite
     ) / 6.5

@@ -4,7 +4,7 @@ import json
 import math
 
 from nanocascade.environments.repository import REPOSITORY_TOOLS
-from nanocascade.toy.words import call, said, user_row
+from nanocascade.toy.words import assistant, tool_call, user_row
 
 PROGRAMS = {  # how a request reads, and the expression that answers it
     "adds {a} to x": "x+{a}",
@@ -44,7 +44,7 @@ def code(rng, problem=None):
         mistake = PROGRAMS[request].format(a=b, b=a)
     row = user_row(f"Write f(x) that {request.format(a=a, b=b)}.")
     row["verifier_metadata"] = {"unit_tests": unit_tests(expression, -3, 0, 5, 11)}
-    return row, [said(expression, CODE % expression)], [said(mistake, CODE % mistake)]
+    return row, [assistant(expression, CODE % expression)], [assistant(mistake, CODE % mistake)]
 
 
 def repair(rng):
@@ -62,7 +62,7 @@ def repair(rng):
         "entry": "f.py",
         "unit_tests": unit_tests(good, x, -3, 11),
     }
-    return row, [said(good, patch % good)], [said(third, patch % third)]
+    return row, [assistant(good, patch % good)], [assistant(third, patch % third)]
 
 
 def agentic(rng):
@@ -77,11 +77,11 @@ def agentic(rng):
         "responses_create_params"
     ] | {"tools": [y for y in REPOSITORY_TOOLS if y["function"]["name"] in ("read", "edit")]}
     bad = files["f.py"].split("return ")[1][1]  # the operator, once in the file
-    looked = [said("f.py", "", [call("read", path="f.py")])]
+    looked = [assistant("f.py", "", [tool_call("read", path="f.py")])]
     looked += [{"role": "tool", "content": files["f.py"]}]
-    ends = [{"role": "tool", "content": "edited f.py"}, said("done", "Done.")]
+    ends = [{"role": "tool", "content": "edited f.py"}, assistant("done", "Done.")]
     fixes = [solution[0]["reasoning_content"] for solution in solutions]
     return row, *(
-        [*looked, said(fix, "", [call("edit", path="f.py", old=bad, new=fix[1])]), *ends]
+        [*looked, assistant(fix, "", [tool_call("edit", path="f.py", old=bad, new=fix[1])]), *ends]
         for fix in fixes
     )

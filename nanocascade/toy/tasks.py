@@ -33,8 +33,8 @@ from nanocascade.toy.words import (
     NAMES,
     NOUNS,
     THINGS,
-    call,
-    said,
+    assistant,
+    tool_call,
     user_row,
 )
 
@@ -87,7 +87,7 @@ def math(rng, problem=None):
     slip_thought = f"{a % 10}+{b % 10}={wrong % 10}, {a // 10}+{b // 10}={wrong // 10}"
     row = user_row(question, question=question, expected_answer=str(a + b))
     answer = "\\boxed{%d}"
-    return row, [said(thought, answer % (a + b))], [said(slip_thought, answer % wrong)]
+    return row, [assistant(thought, answer % (a + b))], [assistant(slip_thought, answer % wrong)]
 
 
 def instructions(rng):
@@ -123,7 +123,7 @@ def instructions(rng):
     prompt = "Write a line." + "".join(known[x][0] for x in ids)
     kwargs = [known[x][1] for x in ids]
     row = user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=kwargs)
-    return row, *([said(f"{x[0]}, {x[-1]}", " ".join(x))] for x in (good, slip))
+    return row, *([assistant(f"{x[0]}, {x[-1]}", " ".join(x))] for x in (good, slip))
 
 
 def choice(rng):
@@ -145,7 +145,7 @@ def choice(rng):
 
     def solution(sorted_as: list[str], last: int) -> list[dict]:
         thought = ", ".join(f"{LETTERS[i]}: {sorted_as[i]}" for i in range(last + 1))
-        return [said(thought, "\\boxed{%s}" % LETTERS[last])]
+        return [assistant(thought, "\\boxed{%s}" % LETTERS[last])]
 
     return row, solution(kinds, right), solution(mistaken, wrong)
 
@@ -175,7 +175,7 @@ def structured(rng):
         del slip[broken]
     row = user_row(prompt, schema_str=json.dumps(schema), schema_type="json")
     good = json.dumps({k: record[k] for k in keys})
-    return row, [said(", ".join(keys), good)], [said(", ".join(slip), json.dumps(slip))]
+    return row, [assistant(", ".join(keys), good)], [assistant(", ".join(slip), json.dumps(slip))]
 
 
 def tools(rng):
@@ -187,10 +187,10 @@ def tools(rng):
     wrong = rng.choice([x for x in range(2, 10) if x not in (stock, count)])
 
     def look_up(name: str) -> dict:
-        return said("lookup", "", [call("lookup", item=name)])
+        return assistant("lookup", "", [tool_call("lookup", item=name)])
 
     def order(number: int) -> dict:
-        return said("order", "", [call("order", item=item, count=number)])
+        return assistant("order", "", [tool_call("order", item=item, count=number)])
 
     stock_known = [look_up(item), {"role": "tool", "content": str(stock)}]
     looks, orders = {"item": item}, {"item": item, "count": stock}
@@ -208,7 +208,7 @@ def tools(rng):
     row["ground_truth"] = [{"name": n, "arguments": json.dumps(x)} for n, x in truth]
     row["responses_create_params"]["tools"] = SHOP_TOOLS
     result = str(stock) if kind == "count" else "done"
-    closing = [{"role": "tool", "content": result}, said("done", "Done.")]
+    closing = [{"role": "tool", "content": result}, assistant("done", "Done.")]
     return row, good + closing, slip + closing
 
 
@@ -222,7 +222,7 @@ def preference(rng):
         text += CLOSING
     row = user_row(f"Tell me about the {topic}.")
     row["agent_ref"] = {"type": "responses_api_agents", "name": "genrm_simple_agent"}
-    answer = [said(topic, text)]
+    answer = [assistant(topic, text)]
     return row, answer, answer
 
 
@@ -236,7 +236,7 @@ def long_context(rng):
     question = f"What is the {key} code?"
     row = user_row(" ".join(filler) + "\n" + question, question=question)
     row |= {"problem_type": "retrieval", "expected_answer": code}
-    return row, [said(key, code)], [said(key, decoy)]
+    return row, [assistant(key, code)], [assistant(key, decoy)]
 
 
 def attempted(rng):
@@ -251,22 +251,22 @@ def attempted(rng):
     return row, good[0], slip[0], other[0]
 
 
-def compared(mine: str, tried: str) -> str:
+def compared(own: str, tried: str) -> str:
     """Piece by piece up to the first difference: "140", "130" -> "11= 43/", each one look-up."""
-    pieces = [re.findall(r"max\(x, |min\(x, |.", x) for x in (mine, tried)]
-    said = []
+    pieces = [re.findall(r"max\(x, |min\(x, |.", x) for x in (own, tried)]
+    comparisons = []
     for a, b in zip_longest(*pieces, fillvalue="."):
-        said.append(a + b + ("=" if a == b else "/"))
+        comparisons.append(a + b + ("=" if a == b else "/"))
         if a != b:
             break
-    return " ".join(said)
+    return " ".join(comparisons)
 
 
-def analysis(mine: dict, tried: dict, flip=False) -> str:
+def analysis(own: dict, tried: dict, flip=False) -> str:
     """The text of a check: two answers piece by piece, then the verdict (`flip`: the other one)."""
     inner = re.compile(r"boxed.(.*)}|return (.*)")  # the part of an answer that is compared
-    mine, tried = ("".join(inner.search(x["content"]).groups("")) for x in (mine, tried))
-    return compared(mine, tried) + "\n\\boxed{%d}" % ((mine == tried) != flip)
+    own, tried = ("".join(inner.search(x["content"]).groups("")) for x in (own, tried))
+    return compared(own, tried) + "\n\\boxed{%d}" % ((own == tried) != flip)
 
 
 def verify(rng):
@@ -275,7 +275,9 @@ def verify(rng):
     tried = good if rng.random() < 0.5 else slip
     prompt = strategies.verification_prompt(text_of(row), tried["content"])
     check = user_row(prompt, question=prompt, expected_answer=str(int(tried is good)))
-    answers = [[said(good["reasoning_content"], analysis(good, tried, x))] for x in (False, True)]
+    answers = [
+        [assistant(good["reasoning_content"], analysis(good, tried, x))] for x in (False, True)
+    ]
     return check | {"problem": row["problem"]}, *answers
 
 

@@ -23,11 +23,11 @@ FACTS = (
 CLOSING = " I hope this helps."
 
 
-def call(name: str, **arguments) -> dict:
+def tool_call(name: str, **arguments) -> dict:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def said(thought: str, content: str, calls: list[dict] | None = None) -> dict:
+def assistant(thought: str, content: str, calls: list[dict] | None = None) -> dict:
     """An assistant message in the OpenAI form."""
     message = {"role": "assistant", "content": content, "reasoning_content": thought}
     return message | ({"tool_calls": calls} if calls else {})
