@@ -43,9 +43,10 @@ def run_main(main) -> None:
         raise SystemExit(2) from None
 
 
-def parse_args(*groups, preset=None, argv=None) -> list:
+def parse_args(*groups, preset=None, doc=None, argv=None) -> list:
     """One instance of each dataclass of `groups`, from argv: ["--lr", "3e-6", "--data=a,b"].
 
+    doc: what --help opens with (default: the docstring of the first group's module).
     preset(values): the fields that --config, --stage and the like set; default < preset < flag.
     The flag of a bool alone means true; of a repeated flag the last counts, so that a shell script
     can end in "$@".
@@ -59,7 +60,7 @@ def parse_args(*groups, preset=None, argv=None) -> list:
     if preset:
         values |= preset(values) | flags
     if "--help" in argv:
-        print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""))
+        print(inspect.cleandoc(doc or sys.modules[groups[0].__module__].__doc__ or ""))
         print(_help_text(groups, hints, values))
         raise SystemExit(0)
     return [group(**{x.name: values[x.name] for x in fields(group)}) for group in groups]

@@ -53,7 +53,7 @@ def short_spans(monkeypatch):
 def full(recipe, stage):
     """The settings of a stage with --config full."""
     argv = ["--config", "full"] + (["--stage", stage] if recipe is stages.RL else [])
-    return read_settings(recipe, argv)
+    return read_settings(recipe, argv=argv)
 
 
 def planned(config, work, layout, ranks=8):

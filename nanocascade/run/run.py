@@ -5,6 +5,7 @@ rollouts.jsonl beside the weights; state/ exists until the run is finished.
 """
 
 import platform
+import sys
 import tempfile
 from pathlib import Path
 
@@ -52,7 +53,8 @@ MAY_CHANGE |= {"cluster", "track", *LAYOUT} - {"dtype"}
 def launch(recipe_class, train) -> None:
     """Read the flags and call train(recipe, settings, layout, eval_settings, dist), in each process
     of the run. A dry run without data needs the plan alone."""
-    recipe, settings, layout, eval_settings = read_settings(recipe_class)
+    doc = sys.modules[train.__module__].__doc__
+    recipe, settings, layout, eval_settings = read_settings(recipe_class, doc)
     if settings.dry_run and not settings.data:
         return plan.report(recipe, settings, layout, eval_settings)
     require_flags(settings, recipe.stage)

@@ -53,14 +53,14 @@ class EvalSettings:
     eval_max_new_tokens: Positive = 72  # maximum tokens of a response in evaluations
 
 
-def read_settings(recipe_class, argv=None) -> list:
+def read_settings(recipe_class, doc=None, argv=None) -> list:
     """[recipe, RunSettings, Layout, EvalSettings] of the command line."""
 
     def preset(values: dict) -> dict:
         return stages.preset(values.get("stage", recipe_class.stage), values["config"])
 
     groups = recipe_class, RunSettings, Layout, EvalSettings
-    return parse_args(*groups, preset=preset, argv=argv)
+    return parse_args(*groups, preset=preset, doc=doc, argv=argv)
 
 
 def starts_from_nothing(run: RunSettings, stage: str) -> bool:
