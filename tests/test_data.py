@@ -37,7 +37,7 @@ def test_three_forms_become_one(tmp_path):
     assert sft_conversation(gsm, True)[1:] == [BOX | {"reasoning_content": "It is 3+4=7."}]
     assert sft_conversation(gsm, False)[1]["content"] == "It is 3+4=7.\n\\boxed{7}"
     both = [
-        data.from_question({"question": "2+2?", "answer": answer, "expected_answer": 4})
+        data.normalize({"question": "2+2?", "answer": answer, "expected_answer": 4}, "x")
         for answer in ("Two and two.", "4", None)
     ]
     assert [x["solutions"]["off"][0]["content"] for x in both] == [

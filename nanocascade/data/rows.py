@@ -11,16 +11,14 @@ on / off: with the thought and without it. A row without a verifier (chat data) 
 
 import gzip
 import json
-import re
 import zlib
 from pathlib import Path
 
+from nanocascade.data.forms import gym_form
 from nanocascade.environments.loop import equip
 from nanocascade.files import read_text
-from nanocascade.rewards import check_row, kind_of
+from nanocascade.rewards import check_row, kind_of, without_nulls
 from nanocascade.tokenizer.chat import split_thought
-
-BOXED = "\n\nReason step by step and put the final answer inside \\boxed{}."
 
 
 def read_rows(paths, sft: bool | None = False, problems: list[str] | None = None):
@@ -67,15 +65,19 @@ def _read(line: bytes, name: str, sft: bool | None):
 
 
 def normalize(row: dict, name: str) -> dict:
-    """Any of the three forms -> the common one. `name` is the id of a row that has none."""
+    """Any form of forms.py, or a chat to imitate -> the common one. `name`: the id of a row without
+    one. A null key is an absent key."""
     if not isinstance(row, dict):
         raise ValueError(f"not an object but {type(row).__name__}")
-    if "messages" in row and "responses_create_params" not in row:
-        row = from_messages(row)
-    elif row.keys() & {"answer", "expected_answer"} and "responses_create_params" not in row:
-        row = from_question(row)
-    elif "responses_create_params" not in row:
-        raise ValueError(f"no responses_create_params, messages, question and answer: {[*row]}")
+    row = without_nulls(row)
+    if "responses_create_params" not in row:
+        chat = row.get("messages")
+        imitated = isinstance(chat, list) and chat and chat[-1].get("role") == "assistant"
+        row = (
+            from_messages(row)
+            if imitated or "expected_answer" not in row and chat
+            else gym_form(row)
+        )
     messages = conversation(row)[0]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise ValueError("the prompt must end with a user turn or a tool's result")
@@ -83,6 +85,14 @@ def normalize(row: dict, name: str) -> dict:
         raise ValueError(f"pass_rate {row['pass_rate']} is not within 0 and 1")
     row = {"id": row.get("uuid") or row.get("hash_id") or name} | equip(row)
     return row if "domain" in row else row | {"domain": kind_of(row)}
+
+
+def imitated(row: dict) -> bool:
+    """Whether a row is a chat that ends with the answer to imitate, or has nothing to compare."""
+    chat = row.get("messages")
+    if not chat or "expected_answer" not in row:
+        return bool(chat)
+    return isinstance(chat, list) and chat[-1].get("role") == "assistant"
 
 
 def from_messages(row: dict) -> dict:
@@ -101,30 +111,11 @@ def from_messages(row: dict) -> dict:
         }
         for message in on
     ]
-    row = {"domain": "sft"} | {key: row[key] for key in row if key not in ("messages", "tools")}
+    domain = {} if "expected_answer" in row else {"domain": "sft"}
+    row = domain | {key: row[key] for key in row if key not in ("messages", "tools")}
     return row | {
         "solutions": {"on": on, "off": off} if on != off else {"off": off},
         "responses_create_params": {"input": messages[:last], "tools": tools},
-    }
-
-
-def from_question(row: dict) -> dict:
-    """{question, answer}, as in GSM8K: "3+4 = <<3+4=7>>7\\n#### 7" is the worked solution and 7;
-    an answer without #### is the solution, where there is an expected_answer, or else final."""
-    answer, expected = (row.get(key) for key in ("answer", "expected_answer"))
-    work, marked, final = str(expected if answer is None else answer).rpartition("####")
-    if not marked and expected is not None and final.strip() != str(expected).strip():
-        work, final = final, str(expected)
-    work = re.sub(r"<<[^>]*>>", "", work).strip()  # GSM8K's notes for its calculator
-    final, prompt = final.strip(), {"role": "user", "content": row["question"] + BOXED}
-    boxed = {"role": "assistant", "content": f"\\boxed{{{final}}}"}
-    off = [boxed | {"content": f"{work}\n{boxed['content']}".strip()}]
-    on = {"on": [boxed | {"reasoning_content": work}]} if work else {}
-    return {
-        "expected_answer": final,
-        "solutions": {**on, "off": off},
-        **row,
-        "responses_create_params": {"input": [prompt]},
     }
 
 
