@@ -25,7 +25,7 @@ from nanocascade.engine import distributed
 from nanocascade.engine.optim import freeze_routers, make_optimizer
 from nanocascade.engine.update import Update
 from nanocascade.mopd import compute_mopd_loss, denominators
-from nanocascade.plan import plan
+from nanocascade.plan.report import report
 from nanocascade.rollouts.groups import apply_overlong, collect_groups, rollout_metrics
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
@@ -69,7 +69,7 @@ def train(
     scorer = Scorer(judge, settings.score_workers, settings.judge_concurrency)
     if settings.dry_run:
         longest = run.longest_prompt(rows)
-        return plan.report(recipe, settings, layout, eval_settings, run.model_config, longest)
+        return report(recipe, settings, layout, eval_settings, run.model_config, longest)
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.load_model(recipe.lora_rank)

@@ -23,7 +23,7 @@ from nanocascade.engine.frozen import FrozenModel
 from nanocascade.engine.optim import freeze_routers, make_optimizer
 from nanocascade.engine.update import Update
 from nanocascade.grpo import group_advantages, grpo_loss
-from nanocascade.plan import plan
+from nanocascade.plan.report import report
 from nanocascade.rollouts.groups import (
     apply_overlong,
     collect_groups,
@@ -83,7 +83,7 @@ def train(
     )
     if settings.dry_run:
         longest = run.longest_prompt(rows)
-        return plan.report(recipe, settings, layout, eval_settings, run.model_config, longest)
+        return report(recipe, settings, layout, eval_settings, run.model_config, longest)
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.load_model(recipe.lora_rank)

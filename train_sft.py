@@ -19,7 +19,7 @@ from nanocascade.data.episode import Sampling
 from nanocascade.engine import distributed
 from nanocascade.engine.optim import make_optimizer
 from nanocascade.engine.update import Update
-from nanocascade.plan import plan
+from nanocascade.plan.report import report
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.run.evaluate import find_judge
 from nanocascade.run.rows import (
@@ -61,7 +61,7 @@ def train(
     scorer = Scorer(judge, settings.score_workers, settings.judge_concurrency)
     if settings.dry_run:
         longest = run.longest_prompt(rows)
-        return plan.report(recipe, settings, layout, eval_settings, run.model_config, longest)
+        return report(recipe, settings, layout, eval_settings, run.model_config, longest)
 
     # ---- Model -----------------------------------------------------------------------------------
     model = run.load_model(recipe.lora_rank)

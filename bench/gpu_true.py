@@ -26,7 +26,7 @@ from nanocascade.engine.optim import make_optimizer, optimizer_step
 from nanocascade.model.cache import Cache
 from nanocascade.model.layers import KEEP_FP32
 from nanocascade.model.model import Model
-from nanocascade.plan import meter, plan
+from nanocascade.plan import meter, plan, report, seconds
 from nanocascade.sampler import generate
 
 # Shares of the plan that a measured peak or time may be. Peaks are planned high on purpose.
@@ -124,11 +124,11 @@ def rollout_peaks(setup: Setup) -> Iterator[Finding]:
         prompts = common.random_prompts(rows, prompt, prompt)
         with DevicePeak(setup) as peak:
             generate(model, prompts, max_new_tokens=new, max_rows=rows)
-        work = plan.Work(prompt + new, 256, 4096, 4096, new, rows, rows)
+        work = plan.Work(prompt + new, 256, 4096, 4096)
         dtype = str(dtype_of(setup)).removeprefix("torch.")
         with meter.imaginary_node():
             whole = plan.Plan(config, work, LAYOUT | {"dtype": dtype, "shard": not setup.small}, 1)
-            found = whole.sampling(work)
+            found = whole.sampling(rows, prompt + new, prompt)
         planned = found["kept"] + found["block"]
         limits = None if setup.small else PEAKS  # a plan's prefill is a full one
         title = f"peak of {rows} rows at {prompt + new} tokens, {name_of(setup, family)}"
@@ -150,24 +150,24 @@ def block_model(setup: Setup, config, kind: str) -> Model:
 def block_seconds(setup: Setup) -> Iterator[Finding]:
     """Forward and backward of 8,192 tokens, and a decode step of 64 rows at 2,048 tokens."""
     small = load_config_of_family("nemotron_h")
-    config = small if setup.small else load_config(plan.FULL)
+    config = small if setup.small else load_config(report.FULL)
     tokens, rows, context = BLOCK_TOKENS, BLOCK_ROWS, BLOCK_CONTEXT
     if setup.small:
         tokens, rows, context = 256, 4, 32
     peaks = measure_peaks(setup)
-    hardware = meter.Hardware(0, peaks.matmul[BF16], peaks.copy)
+    hardware = seconds.Hardware(0, peaks.matmul[BF16], peaks.copy)
     layout, limits = LAYOUT | {"shard": True, "dtype": "bfloat16"}, TIMES if setup.is_cuda else None
     for kind in dict.fromkeys(config.pattern):
         model = block_model(setup, config, kind)
         with meter.imaginary_node():
-            train = meter.trace(config, kind, layout, 1, tokens).seconds(hardware)
-            decode = meter.trace(config, kind, layout, rows, 1, seen=context).seconds(hardware)
+            train = meter.trace_block(config, kind, layout, 1, tokens)
+            decode = meter.trace_decoding(config, kind, layout, rows, context)
         seen = setup.seconds(train_block(setup, model, tokens))
         title = f"block {kind}, {tokens} tokens, forward and backward"
-        yield compared(title, 1e3 * seen, 1e3 * train, "ms", limits)
+        yield compared(title, 1e3 * seen, 1e3 * seconds.roofline(train, hardware), "ms", limits)
         seen = setup.seconds(decode_block(setup, model, rows, context))
         title = f"block {kind}, a decode step of {rows} rows at {context} tokens"
-        yield compared(title, 1e3 * seen, 1e3 * decode, "ms", limits)
+        yield compared(title, 1e3 * seen, 1e3 * seconds.roofline(decode, hardware), "ms", limits)
 
 
 def load_config_of_family(family: str):

@@ -9,6 +9,7 @@ from fixtures.pretend import NAME, pretend_device
 from nanocascade.checkpoint.hf_config import parse_config
 from nanocascade.data.batch import step_batches
 from nanocascade.data.episode import Rollout
+from nanocascade.engine import distributed
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import new_routing, no_load, score_tokens
 from nanocascade.engine.layout import parallelize
@@ -110,3 +111,18 @@ def test_errors_mixed_devices():
             here + host
         with pytest.raises(RuntimeError, match="indices of pretend"):
             host[index.to(NAME)]
+
+
+def test_errors_out_of_memory():
+    """An out-of-memory is one line that names the flag to lower: rows where the program sampled,
+    tokens of a micro-batch where it trained."""
+
+    def generate():
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    with pytest.raises(ValueError, match="lower --max_rows, .* tried to allocate 3 GiB"):
+        with distributed.start("cpu"):
+            generate()
+    with pytest.raises(ValueError, match="lower --micro_tokens"):
+        with distributed.start("cpu"):
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB")

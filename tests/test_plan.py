@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixtures.toy_runs import run_here
+from fixtures.toy_runs import run_here, sft  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanocascade import stages
@@ -15,7 +15,7 @@ from nanocascade.engine.layout import parallelize
 from nanocascade.model import mamba2
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.model import Model, ModelConfig
-from nanocascade.plan import meter, plan
+from nanocascade.plan import meter, plan, report, seconds
 from nanocascade.run.settings import read_settings
 
 SMALL = ModelConfig(
@@ -34,12 +34,18 @@ SMALL = ModelConfig(
 )
 PLAIN = {name: False for name in LAYOUT} | {"expert_parallel": 1, "replicas": 1, "dtype": "float32"}
 SHARDED = PLAIN | {"shard": True, "dtype": "bfloat16", "checkpoint_blocks": True}
-FULL = load_config(plan.FULL)
+FULL = load_config(report.FULL)
 
 
 @pytest.fixture
 def node():
     with meter.imaginary_node():
+        yield
+
+
+@pytest.fixture
+def cpu_node():
+    with meter.imaginary_node(gpu=False):
         yield
 
 
@@ -69,7 +75,7 @@ def one_step(model, ids, segments=None):
 
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 @pytest.mark.parametrize("rows, width", [(4, 256), (1, 2500)])
-def test_parity_real_step(rows, width, checkpoint_blocks, node):
+def test_parity_real_step(rows, width, checkpoint_blocks, cpu_node):
     """A second micro-batch with real tensors peaks where the plan says, or up to 17 % below."""
     model = Model(SMALL).reset_parameters(0)
     model = parallelize(model, Dist(checkpoint_blocks=checkpoint_blocks))
@@ -94,10 +100,9 @@ def trace_whole(config, layout, width):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         ids = torch.zeros(1, width, dtype=torch.long)  # (b, t)
-        with meter.as_on_gpu():
-            context = meter.fake_context(config, ids, 0, dist.dtype)
+        context = meter.fake_context(config, ids, 0, dist.dtype)
         model.context = lambda *_: context
-        with meter.as_on_gpu(), meter.Meter(int(pairs)) as whole:
+        with meter.Meter(int(pairs)) as whole:
             for _ in range(2):
                 one_step(model, ids)
     locals_ = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
@@ -110,7 +115,7 @@ def test_parity_sharded_step(expert_parallel, node):
     layout = SHARDED | {"expert_parallel": expert_parallel}
     work = plan.Work(512, 512, 512, 8 * 512)
     parameters, peak = trace_whole(SMALL, layout, 512)
-    assert parameters == plan.Plan(SMALL, work, layout, 8).mine
+    assert parameters == plan.Plan(SMALL, work, layout, 8).parameters.local
     assert 0.99 < planned(SMALL, work, layout) / peak < 1.2
 
 
@@ -119,11 +124,9 @@ def test_parity_sharded_step(expert_parallel, node):
 def test_numbers_49k(ranks, name, node):
     """A stage of 49K tokens fits on 8 x 141 GB and on 16 x 80 GB, training and rollout."""
     recipe, run, layout, _ = full(stages.RL, "if_rl")
-    work = plan.work_of(recipe, run.micro_tokens, run.max_rows, FULL, ranks, plan.PROMPT)
-    assert (
-        plan.Plan(FULL, work, vars(layout), ranks).peak()
-        < plan.HARDWARE[name].memory - plan.RESERVE
-    )
+    work = plan.work_of(recipe, FULL, ranks, report.PROMPT, run.micro_tokens, run.max_rows)
+    memory = plan.usable(seconds.HARDWARE[name].memory)
+    assert plan.Plan(FULL, work, vars(layout), ranks).peak() < memory
 
 
 @pytest.mark.nightly
@@ -131,7 +134,7 @@ def test_parity_sharded_30b(node):
     """So has the 30B model, 8 experts' ranks, of which all is traced here (minutes)."""
     layout, work = SHARDED | {"expert_parallel": 8}, plan.Work(2048, 2048, 2048, 8 * 2048)
     parameters, peak = trace_whole(FULL, layout, 2048)
-    assert parameters == plan.Plan(FULL, work, layout, 8).mine
+    assert parameters == plan.Plan(FULL, work, layout, 8).parameters.local
     assert 0.99 < planned(FULL, work, layout) / peak < 1.2
 
 
@@ -162,8 +165,8 @@ def test_numbers_decoding(width, layout, node):
     and the weights of experts of any width."""
 
     def touched(kind, **changes):
-        found = meter.trace(replace(SMALL, **changes), kind, layout, 8, 1, seen=64)
-        return sum(x for _, x in found.ops)
+        found = meter.trace_decoding(replace(SMALL, **changes), kind, layout, 8, 64)
+        return sum(x for _, x in found.operations)
 
     assert touched("*") > touched("*", rope_theta=None)
     assert touched("E", moe_intermediate_size=width) > touched("E", moe_intermediate_size=32)
@@ -175,8 +178,8 @@ def test_numbers_cache(node):
     work = plan.Work(49152, 49152, 49152, 1e6, new=1000, rollouts=2048, rows=1)
     layout = SHARDED | {"expert_parallel": 8}
     found = plan.Plan(FULL, work, layout, 8)
-    found.of = lambda *_, **__: meter.Trace(0, 0, [])
-    found = found.sampling(work)
+    found.traced = lambda *_, **__: meter.Trace(0, 0, [])
+    found = found.sampling(1, 49152, 48152)
     assert found["kept"] - 16 * 1000 == pytest.approx(6144 * 49153 + 49e6, rel=2e-3)
     assert found["gathered"] == pytest.approx(11.73e9, rel=1e-3)
 
@@ -211,13 +214,13 @@ def test_numbers_settings():
     assert (agentic.prompts, agentic.rollouts, agentic.max_turns) == (16, 64, 200)
     assert (agentic.lr, agentic.min_lr, agentic.warmup) == (3e-6, 0.0, 10)
     assert (agentic.temperature, agentic.schedule) == (0.8, "linear")
-    sft, mopd = full(stages.SFT, "sft")[0], full(stages.MOPD, "mopd")[0]
+    stage, mopd = full(stages.SFT, "sft")[0], full(stages.MOPD, "mopd")[0]
     assert (mopd.prompts, mopd.rollouts, mopd.max_new_tokens, mopd.steps) == (128, 4, 98304, 52)
     assert (mopd.lr, mopd.warmup, mopd.warmup_from, mopd.betas) == (2e-6, 30, 2e-7, (0.9, 0.95))
     assert (mopd.gate, mopd.gate_low, mopd.gate_high) == ("zero", 0.5, 2.0)
-    assert (sft.batch_tokens, sft.row_tokens, sft.steps) == (64 * 262144, 262144, 33000)
-    assert (sft.lr, sft.min_lr, sft.warmup, sft.schedule_steps) == (5e-5, 5e-6, 200, 40000)
-    assert (sft.betas, sft.weight_decay, sft.strip_thinking) == ((0.9, 0.98), 0.1, 0.1)
+    assert (stage.batch_tokens, stage.row_tokens, stage.steps) == (64 * 262144, 262144, 33000)
+    assert (stage.lr, stage.min_lr, stage.warmup, stage.schedule_steps) == (5e-5, 5e-6, 200, 40000)
+    assert (stage.betas, stage.weight_decay, stage.strip_thinking) == ((0.9, 0.98), 0.1, 0.1)
 
 
 @pytest.mark.parametrize("max_rows, prompts, rows", [(50, 128, 48), (9, 128, 8), (112, 9, 32)])
@@ -225,7 +228,7 @@ def test_numbers_rows(max_rows, prompts, rows):
     """Of 16 rollouts a prompt, on 8 ranks: whole groups, equal parts of one, or all that there are,
     as the sampler decodes them."""
     recipe = stages.RL(steps=1, lr=0.0, prompts=prompts, rollouts=16, max_new_tokens=64)
-    assert plan.work_of(recipe, 256, max_rows, FULL, 8, plan.PROMPT).rows == rows
+    assert plan.work_of(recipe, FULL, 8, report.PROMPT, 256, max_rows).rows == rows
 
 
 def test_run_dry_full(short_spans, monkeypatch, capsys):
@@ -248,7 +251,7 @@ def test_run_dry_full(short_spans, monkeypatch, capsys):
         *parts, total = map(float, re.search(rf"^{phase} +(.*)$", out, re.M)[1].split())
         assert sum(parts) == pytest.approx(total, abs=0.01)
     longest = re.search(r"^fits; documents of up to ([\d,]+) tokens would", out, re.M)[1]
-    assert int(longest.replace(",", "")) > 49152 + plan.PROMPT
+    assert int(longest.replace(",", "")) > 49152 + report.PROMPT
 
 
 def test_run_dry_refused(short_spans, monkeypatch, capsys):
@@ -271,3 +274,86 @@ def test_run_dry_refused(short_spans, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run_here(monkeypatch, *script, wrong)
         assert f"--cluster {wrong}: expected" in capsys.readouterr().err
+
+
+def test_numbers_evaluation(node):
+    """Evaluations decode up to max_rows rows of one response each, as long as their own limit or
+    the stage's; the plan counts their caches, and the phase may be the worst."""
+    recipe = stages.RL(steps=1, lr=0.0, prompts=2, rollouts=4, max_new_tokens=64)
+    work = plan.work_of(recipe, SMALL, 1, 100, 256, 512, eval_tokens=32, eval_prompts=300)
+    assert (work.rows, work.eval_rows, work.eval_sequence) == (8, 300, 164)
+    phases = plan.Plan(SMALL, work, PLAIN, 1).bytes(work)
+    row = 2 * 2 * 16 * 4 * 165  # keys and values of a slot, fp32: two heads of 16
+    few, many = (phases[x]["kept"] for x in ("rollout", "evaluation"))
+    assert many / 300 == few / 8  # a row costs the same
+    assert many > 300 * row and sum(phases["evaluation"].values()) > sum(phases["rollout"].values())
+    assert plan.work_of(recipe, SMALL, 1, 100, 256, 512).eval_sequence == 0
+
+
+def test_numbers_lora(node):
+    """Adapters of rank 2 on the q, k, v, o, in and out projections and the shared expert: the base
+    in the dtype of products, gradients and moments of the adapters only."""
+    work = plan.Work(256, 256, 256, 2048, frozen=1)
+    layout = PLAIN | {"dtype": "bfloat16"}
+    found = plan.Plan(SMALL, work, layout, 1, lora_rank=2)
+    attention = 2 * (64 + 64) + 2 * (64 + 32)  # q and o; k and v
+    mamba = 64 + (128 + 160 + 8) + 128 + 64
+    adapters = 2 * (attention + 2 * mamba + 2 * 2 * (64 + 64))
+    training = found.bytes(work)["training"]
+    assert found.parameters.trained == adapters
+    assert training["weights"] == 2 * found.parameters.total + 4 * adapters
+    assert (training["gradients"], training["moments"]) == (4 * adapters, 8 * adapters)
+    assert training["frozen"] == 0  # the reference shares the base
+
+
+def test_invariance_fitting(cpu_node):
+    """What is chosen for a memory fits it, less memory raises no micro-batch unless blocks are
+    recomputed, the least needs moments in host memory too, and where nothing fits, nothing is
+    chosen."""
+    work = plan.Work(256, 256, 4096, 4096, 192, new=64, rollouts=64, rows=64)
+    planned = plan.Plan(SMALL, work, PLAIN, 1)
+    least, before = planned.parameters.local * 8, (4096, 1 << 30)
+    seen = set()
+    for memory in (1e9, 4e7, 2e7, 1e7, 6e6, 4e6, least):
+        if found := report.fitting(planned, memory):
+            micro, rows, changes = found
+            assert micro <= before[0] or changes["checkpoint_blocks"]
+            chosen = planned.changed(layout=PLAIN | changes)
+            assert chosen.peak(micro=micro, rows=min(rows, 64)) <= plan.usable(memory)
+            before = micro, rows
+        seen.add(None if found is None else tuple(found[2].values()))
+    assert {None, (False, False), (True, True)} <= seen
+
+
+def test_numbers_verdicts():
+    """A step of 2,048 programs on 8 cores, at 70 a second and core; of RLHF 128 x 120 pairs, each
+    2 seconds of a judge, one after the other. MOPD and SFT wait for neither."""
+    code, rlhf = (full(stages.RL, x)[0] for x in ("code_rl", "rlhf"))
+    assert seconds.verdict_seconds(code, 8, 2.0) == {"programs": 2048 / (8 * 70.0)}
+    assert seconds.verdict_seconds(rlhf, 8, 2.0) == {"judge": 128 * 120 * 2.0}
+    assert seconds.verdict_seconds(rlhf, 8, 0.0) == {}
+    assert seconds.verdict_seconds(full(stages.MOPD, "mopd")[0], 8, 2.0) == {}
+
+
+def test_run_dry_code(short_spans, monkeypatch, capsys):
+    """A dry run of code RL names the seconds of its programs and the largest part of a step."""
+    script = ("train_rl.py", "--stage", "code_rl", "--config", "full", "--dry_run")
+    short = ("--max_new_tokens", 1024, "--micro_tokens", 2048, "--cluster", "8xH200")
+    run_here(monkeypatch, *script, *short)
+    out = capsys.readouterr().out
+    assert re.search(r"predicted: rollout [\d.,]+, training [\d.,]+, programs [\d.,]+\n", out)
+    assert re.search(r"its largest part is (rollout|programs|training)\n", out)
+
+
+def test_run_dry_memory(sft, monkeypatch, capsys):  # noqa: F811
+    """--memory_gb lowers what --dry_run prints, and a device that holds nothing is refused."""
+    script = ("train_rl.py", "--config", "small", "--init", sft, "--dry_run", "--memory_gb")
+    run_here(monkeypatch, *script, 0.25)
+    out = capsys.readouterr().out
+    found = re.match(r"fits 0.25 GB with --micro_tokens (\d+) --max_rows (\d+)", out)
+    micro, rows = map(int, found.groups())
+    assert f"micro_tokens         = {micro}\n" in out and f"max_rows             = {rows}\n" in out
+    assert rows < 512 and "fits; documents" in out
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, *script, 0.01)
+    assert "does not fit 0.01 GB" in capsys.readouterr().err

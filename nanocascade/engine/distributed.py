@@ -10,6 +10,7 @@ Either way losses carry global denominators, so that summing gives the gradient 
 import os
 import re
 import signal
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -205,6 +206,13 @@ class Dist:
 # ---- Processes -----------------------------------------------------------------------------------
 
 
+def lower_memory(error: torch.OutOfMemoryError) -> str:
+    """The flag to lower, by what the program was doing: sampling, or training."""
+    doing = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    flag = "--max_rows" if "generate" in doing else "--micro_tokens (or --checkpoint_blocks)"
+    return f"out of memory: lower {flag}, and go on with --resume; {error}"
+
+
 @contextmanager
 def start(device: str, layout: Layout | None = None, dry_run=False, frozen_base=False):
     """The Dist of this process: under torchrun one of several, otherwise the only one.
@@ -230,6 +238,8 @@ def start(device: str, layout: Layout | None = None, dry_run=False, frozen_base=
         if dist.sharded:
             dist.make_meshes()
         yield dist
+    except torch.OutOfMemoryError as error:
+        raise ValueError(lower_memory(error)) from error
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise

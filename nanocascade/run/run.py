@@ -22,7 +22,7 @@ from nanocascade.engine.layout import load, parallelize
 from nanocascade.engine.lora import base_of, load_adapted, merge_adapters, save_adapters
 from nanocascade.files import read_json, sha256_of, write_json_atomic
 from nanocascade.model.model import Model
-from nanocascade.plan import plan
+from nanocascade.plan.report import fit_memory, report
 from nanocascade.run.evaluate import Evaluation
 from nanocascade.run.log import Log, commit, evaluation_table, peak_gib
 from nanocascade.run.rows import (
@@ -46,8 +46,9 @@ from nanocascade.toy.start import build_toy_tokenizer, toy_model_config
 # A resumed run goes on to the same bits only if everything else is as it was. Other ranks may go on
 # with the same weights, moments and data order, so the layout may change.
 MAY_CHANGE = {"out", "resume", "dry_run", "device", "save_every", "log_groups", "show_every"}
-MAY_CHANGE |= {"score_workers", "judge_concurrency"}
+MAY_CHANGE |= {"score_workers", "judge_concurrency", "judge_seconds"}
 MAY_CHANGE |= {"cluster", "track", *LAYOUT} - {"dtype"}
+MAY_CHANGE |= {"micro_tokens", "max_rows", "memory_gb"}  # memory and speed, the same gradients
 
 
 def launch(recipe_class, train) -> None:
@@ -55,8 +56,9 @@ def launch(recipe_class, train) -> None:
     of the run. A dry run without data needs the plan alone."""
     doc = sys.modules[train.__module__].__doc__
     recipe, settings, layout, eval_settings = read_settings(recipe_class, doc)
+    fit_memory(recipe, settings, layout, eval_settings)
     if settings.dry_run and not settings.data:
-        return plan.report(recipe, settings, layout, eval_settings)
+        return report(recipe, settings, layout, eval_settings)
     require_flags(settings, recipe.stage)
     frozen = recipe.lora_rank > 0
     with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:

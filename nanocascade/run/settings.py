@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanocascade import stages
-from nanocascade.cli import Count, Positive, parse_args
+from nanocascade.cli import Count, NonNegative, Positive, parse_args
 from nanocascade.engine.distributed import Layout
 from nanocascade.run.track import check_trackers
 
@@ -32,7 +32,9 @@ class RunSettings:
     max_rows: Positive = 512  # rows decoded at once
     score_workers: Count = 0  # programs a rank verifies at once (0 = its share of the cores)
     share_prompts: bool = True  # train on a prompt once for all its responses; changes no gradient
+    memory_gb: NonNegative = 0.0  # lower memory until a device of this size holds it (0: the GPU's)
     # ---- Advanced ----
+    judge_seconds: NonNegative = 0.0  # seconds of one judge call, for --dry_run's prediction
     cluster: str = ""  # cluster that --dry_run plans for: 8xH200, 16xH100 (default: this machine)
     toy_rows: Positive = 1500  # generated rows of each domain
     save_dtype: Literal["memory", "float32", "bfloat16"] = "memory"  # of the trained model's file
