@@ -70,7 +70,7 @@ def fits_format(value, name):
         return bool(re.fullmatch(form, value)) and (
             name != "date" or int(value[8:]) <= monthrange(int(value[:4]) or 4, int(value[5:7]))[1]
         )
-    if isinstance(form, int) and type(value) is int:
+    if isinstance(form, int) and type(value) in (int, float):
         return -(1 << form - 1) <= value < 1 << form - 1
     return True
 
