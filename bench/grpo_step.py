@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -189,17 +190,22 @@ def compare(name, folder, teacher_folder, rows, rollouts, lengths, cfg):
         Ours(folder, teacher_folder, rows, rollouts, lengths, share=share)
         for share in (True, False)
     )
-    times = []  # (TRL's, ours with shared prompts, ours without) of each step, in seconds
+    times, cpu = [], []  # seconds of (TRL, ours with shared prompts, ours without), each step
 
     class Alternate(TrainerCallback):
         begun = time.perf_counter()
 
         def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args, state, control, **__):
-            trl = time.perf_counter() - self.start
-            times.append((trl, common.timed(shared), common.timed(separate)))
+            ends = [(time.perf_counter(), time.process_time())]
+            for step in (shared, separate):
+                step()
+                ends.append((time.perf_counter(), time.process_time()))
+            spans = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise([self.start, *ends])]
+            times.append([wall for wall, _ in spans])
+            cpu.append([spent for _, spent in spans])
             late = time.perf_counter() - self.begun > cfg.seconds
             control.should_training_stop |= late and len(times) > 3
 
@@ -210,13 +216,15 @@ def compare(name, folder, teacher_folder, rows, rollouts, lengths, cfg):
         ).train()
     assert pairs + 1 >= len(times) > min(pairs, 3) - 1
     trl, ours, each = zip(*times[1:], strict=True)
+    trl_cpu, ours_cpu, each_cpu = zip(*cpu[1:], strict=True)
     padding = row_steps([[0]] * len(rows), rollouts, lengths, len(lengths)) / sum(lengths)
     common.row(
         name,
         f"{statistics.median(ours):.2f} s",
         spread(ratios(ours, trl)),
-        spread(ratios(each, trl)),
-        spread(ratios(ours, each)),
+        spread(ratios(ours_cpu, trl_cpu)),
+        spread(ratios(each_cpu, trl_cpu)),
+        spread(ratios(ours_cpu, each_cpu)),
         str(len(ours)),
         f"{padding:.2f}",
     )
@@ -290,7 +298,8 @@ def whole_steps(cfg):
         "case",
         "a step",
         "ratio to TRL",
-        "prompts for each response",
+        "of CPU time",
+        "with a prompt for each response",
         "once to each",
         "pairs",
         "padding of responses alone",
