@@ -87,11 +87,11 @@ def gradients_of(network, hidden):
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("call_pairs", [documents.CALL_PAIRS, 0])
+@pytest.mark.parametrize("call_short", [documents.CALL_SHORT, 0])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_invariance_packing(case, call_pairs, tmp_path, monkeypatch):
+def test_invariance_packing(case, call_short, tmp_path, monkeypatch):
     """Packed documents see nothing of each other, in one attention call and one by one alike."""
-    monkeypatch.setattr(documents, "CALL_PAIRS", call_pairs)
+    monkeypatch.setattr(documents, "CALL_SHORT", call_short)
     network, parts = build(case, tmp_path), texts()
     alone = torch.cat([network(x[None])[0] for x in parts])  # (t, d)
     ids = torch.stack([torch.cat(parts), torch.cat(parts[::-1])])  # two rows, other boundaries

@@ -96,7 +96,7 @@ def test_invariance_shared(case, micro_tokens, groups, tmp_path):
 @pytest.mark.parametrize("variant", ["replay", "recomputed", "one by one", "kernels", "spans"])
 @pytest.mark.parametrize("case", ["nemotron_h-groups", "qwen3_moe-dense"])
 def test_invariance_shared_variants(case, variant, tmp_path, monkeypatch):
-    """So they are with replayed experts, recomputed blocks, an attention call for each document,
+    """So they are with replayed experts, recomputed blocks, an attention call for each shape,
     without masks where a device has kernels for that, and with scans cut into spans."""
     layout = {"checkpoint_blocks": True, "offload_blocks": True} if variant == "recomputed" else {}
     plain, network = build(case, tmp_path), build(case, tmp_path, **layout)
@@ -107,7 +107,7 @@ def test_invariance_shared_variants(case, variant, tmp_path, monkeypatch):
     if variant == "kernels":
         monkeypatch.setattr(documents, "CAUSAL_KERNELS", ("cpu",))
     if variant in ("one by one", "kernels"):
-        monkeypatch.setattr(documents, "CALL_PAIRS", 0)
+        monkeypatch.setattr(documents, "CALL_SHORT", 0)
     if variant == "spans":
         monkeypatch.setattr(mamba2, "SPAN", 8)
     scores, grads, load = one_step(network, episodes, 60, True, replay)
@@ -144,7 +144,7 @@ def test_numbers_batch():
 
 def test_numbers_plans():
     """Documents of like shapes share an attention call, and a chunk knows what it continues."""
-    assert share_calls([(0, 30), (30, 5), (30, 6), (0, 2000)]) == [[2, 1], [3], [0]]
+    assert share_calls([(0, 30), (30, 5), (0, 2000), (30, 6)]) == [[0], [1, 3], [2]]
     chunks = cut_chunks(Documents(torch.tensor([5, 3]), torch.tensor([-1, 0])), 2)
     assert chunks.document.tolist() == [0, 0, 0, 1, 1] and chunks.place.tolist() == [0, 1, 2, 0, 1]
     assert chunks.previous.tolist() == [-1, 0, 1, 2, 3] and chunks.level.tolist() == [0, 1, 2, 3, 4]

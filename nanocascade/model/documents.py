@@ -19,6 +19,7 @@ here is integers, computed once a forward pass from the lengths of the documents
     positions  0 1 2 | 3 4 | 3 4
 """
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 CAUSAL_KERNELS = ("cuda",)  # devices that need no mask where all queries are a document's last
-CALL_PAIRS = 4096  # an attention call costs as much as so many (query, key) pairs more in another
+# A call costs as much as 64 tokens: documents share one, sizes up to CALL_SHORT padded.
+CALL_PADDING, CALL_SHORT = 16, 128
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -109,26 +111,15 @@ def attention_plan(documents: Documents, dtype, device) -> AttentionPlan:
 
 
 def share_calls(shapes: list[tuple[int, int]]) -> list[list[int]]:
-    """Documents (inherited, own) by call: one joins where the padding costs less than a call.
+    """Documents (inherited, own) by call: short sizes are padded to multiples of CALL_PADDING.
 
-    [(0, 30), (30, 5), (30, 6), (0, 2000)] -> [[2, 1], [3], [0]]
+    [(0, 30), (30, 5), (0, 2000), (30, 6)] -> [[0], [1, 3], [2]]
     """
-
-    def pairs(shape):
-        return shape[1] * (shape[0] + shape[1])
-
-    calls, padded = [], (0, 0)
-    for i in sorted(range(len(shapes)), key=lambda i: shapes[i], reverse=True):
-        joined = max(padded[0], shapes[i][0]), max(padded[1], shapes[i][1])
-        size = len(calls[-1]) if calls else 0
-        cost = pairs(padded) * size + pairs(shapes[i]) + CALL_PAIRS
-        if size and pairs(joined) * (size + 1) <= cost:
-            calls[-1].append(i)
-            padded = joined
-        else:
-            calls.append([i])
-            padded = shapes[i]
-    return calls
+    calls = defaultdict(list)
+    for i, shape in enumerate(shapes):
+        padded = (-(-n // CALL_PADDING) * CALL_PADDING if n <= CALL_SHORT else n for n in shape)
+        calls[tuple(padded)].append(i)
+    return list(calls.values())
 
 
 def call_mask(inherited: Tensor, own: int, dtype, device):
