@@ -84,7 +84,7 @@ def work_of(
         limit, frozen = context, len(copies) or len({*TEACHER_OF.values()})
     longest = min(prompt + new, limit)
     rollouts = recipe.prompts * recipe.rollouts
-    response = MEAN * min(new, longest)
+    response = MEAN * max(min(new, longest - prompt), 1)  # mean tokens of one
     together = 1  # responses that share their prompt: those of a group in one micro-batch
     if share_prompts:
         together = max(int((max(micro_tokens, longest) - prompt) / response), 1)
