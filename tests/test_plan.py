@@ -17,6 +17,7 @@ from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.model import Model, ModelConfig
 from nanocascade.plan import meter, plan, report, seconds
 from nanocascade.run.settings import read_settings
+from nanocascade.sampler import generate
 
 SMALL = ModelConfig(
     vocab_size=256,
@@ -86,6 +87,18 @@ def test_parity_real_step(rows, width, checkpoint_blocks, cpu_node):
     layout = PLAIN | {"checkpoint_blocks": checkpoint_blocks}
     found = planned(SMALL, plan.Work(width, width, rows * width, rows * width), layout, 1)
     assert 0.99 < found / real.peak < 1.2
+
+
+def test_parity_real_rollout(cpu_node):
+    """Sampling with real tensors peaks where the plan says, or up to a fifth on either side: caches
+    of rows and of the prompts that are prefilled, and a prefill or a step."""
+    model = Model(SMALL).reset_parameters(0)
+    prompts = [[1 + i] * 200 for i in range(8)]
+    with meter.Meter() as real:
+        generate(model, prompts, max_new_tokens=8, max_rows=8)
+    work = plan.Work(208, 256, 256, 256)
+    found = plan.Plan(SMALL, work, PLAIN, 1).sampling(8, 208, 200)
+    assert 0.8 < (found["kept"] + found["block"]) / real.peak < 1.2
 
 
 def trace_whole(config, layout, width):

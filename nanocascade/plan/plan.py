@@ -280,13 +280,17 @@ class Plan:
     def sampling(self, rows: int, sequence: int, prompt: int, replay=False) -> dict[str, float]:
         """Gathered weights, the rows' caches, and the larger of a decode step and a prefill."""
         config, kinds, new = self.config, {*self.config.pattern}, sequence - prompt
-        row = Cache(config, 1, sequence, self.dist.dtype, "meta").bytes + 16 * new
+        row = self.cache_bytes(sequence) + 16 * new
         row += replay * new * 8 * config.num_moe_layers * config.num_experts_per_tok
         step = max(self.decoding(kind, rows, sequence).peak for kind in {*kinds, HEAD})
         prefill = max(min(PREFILL_TOKENS, rows * prompt), prompt)
         fill = max(self.block(kind, prefill, grad=False).peak for kind in kinds)
+        fill += prefill // prompt * self.cache_bytes(prompt)  # copied into the rows afterwards
         gathered = self.itemsize * self.parameters.gathered * self.dist.sharded
         return {"gathered": gathered, "kept": rows * row, "block": max(step, fill)}
+
+    def cache_bytes(self, tokens: int) -> int:
+        return Cache(self.config, 1, tokens, self.dist.dtype, "meta").bytes
 
     def peak(self, **changes) -> float:
         """Bytes of the device in the worst phase, with other work where asked."""
