@@ -24,7 +24,7 @@ from nanocascade.engine.device import find_device
 from nanocascade.engine.distributed import DTYPES
 from nanocascade.environments.loop import answer, end_episode, equip
 from nanocascade.files import read_text
-from nanocascade.rewards import kind_of, name_of, needs_judge, score
+from nanocascade.rewards import compares_groups, kind_of, name_of, needs_judge, score
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.rollouts.strategies import STRATEGIES, final_grades
@@ -193,7 +193,7 @@ def task_rows(cfg: Config, sft: bool) -> list[dict]:
         else:
             rows += list(read_rows(source, sft=sft))[: cfg.limit or None]
     for row in () if sft else rows:
-        if needs_judge(row) and kind_of(row) != "preference":
+        if needs_judge(row) and not compares_groups(row):
             raise ValueError(f"{name_of(row)}: a {kind_of(row)} row like this needs a judge")
     return rows
 
@@ -201,7 +201,7 @@ def task_rows(cfg: Config, sft: bool) -> list[dict]:
 def evaluate_tasks(cfg: Config, model, tokenizer) -> None:
     """avg@k and pass@k of each domain with 95 % intervals over prompts, and some responses."""
     rows = task_rows(cfg, sft=False)
-    if any(kind_of(row) == "preference" and "reference" not in row for row in rows):
+    if any(compares_groups(row) and "reference" not in row for row in rows):
         raise ValueError("preference rows are graded against an answer: each needs a reference")
     groups = sample_rows(cfg, model, tokenizer, rows, Scorer(rule_judge))
     domains = defaultdict(list)
@@ -225,7 +225,7 @@ def evaluate_tasks(cfg: Config, model, tokenizer) -> None:
 def play(cfg: Config, model, tokenizer, rows: list[dict]):
     """(samples a problem so far, outcome of each row's answer) after every round of --strategy."""
     scorer, calls, spent = Scorer(rule_judge), 0, 0
-    if any("environment" in row or kind_of(row) == "preference" for row in rows):
+    if any("environment" in row or compares_groups(row) for row in rows):
         raise ValueError(f"--strategy {cfg.strategy}: rows with one answer and a verifier only")
 
     def ask(rows: list[dict], n: int) -> list[list[str]]:

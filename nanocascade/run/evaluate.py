@@ -8,7 +8,7 @@ import torch
 from nanocascade.data.episode import Sampling
 from nanocascade.engine.distributed import Dist
 from nanocascade.files import write_text_atomic
-from nanocascade.rewards import kind_of, needs_judge
+from nanocascade.rewards import compares_groups, needs_judge
 from nanocascade.rewards.judge import EndpointJudge
 from nanocascade.rollouts.groups import mean
 from nanocascade.rollouts.rollout import roll_out
@@ -76,7 +76,7 @@ class Evaluation:
         found = {}
         for domain, rows in self.rows.items():
             rows = self.references.add_to(rows)
-            rows = [x for x in rows if kind_of(x) != "preference" or "reference" in x]
+            rows = [x for x in rows if not compares_groups(x) or "reference" in x]
             if rows:
                 found[domain] = rows
         return found

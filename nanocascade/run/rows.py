@@ -3,7 +3,7 @@
 from nanocascade.data.episode import Document, Sampling
 from nanocascade.data.rows import conversation, read_references, read_rows, sft_conversation
 from nanocascade.engine.distributed import Dist
-from nanocascade.rewards import kind_of
+from nanocascade.rewards import compares_groups, kind_of
 from nanocascade.run.settings import TOY, EvalSettings, RunSettings
 from nanocascade.sandbox.sandbox import shared_sandbox
 from nanocascade.tokenizer.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ def check_sandbox(rows: list[dict], settings: RunSettings, eval_data, dist: Dist
 def check_outcomes(rows: list[dict], **options: bool) -> None:
     """Reject options that need right and wrong outcomes when preference rows have no reference
     answers. options: whether each flag is on."""
-    without = [x["id"] for x in rows if kind_of(x) == "preference" and "reference" not in x]
+    without = [x["id"] for x in rows if compares_groups(x) and "reference" not in x]
     for name in [name for name, on in options.items() if on and without]:
         raise ValueError(
             f"--{name}: preference rows ({without[0]}, ...) have no outcome without --references"
@@ -133,7 +133,7 @@ class References:
         The file is read when the first preference row needs it: without such rows, the answers of
         a parent need not exist any more.
         """
-        if all(kind_of(row) != "preference" for row in rows):
+        if all(not compares_groups(row) for row in rows):
             return rows
         if self.answers is None:
             self.answers = read_references(self.path)
