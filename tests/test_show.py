@@ -8,7 +8,8 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from fixtures.toy_runs import ROOT
+from fixtures import toy_runs
+from fixtures.toy_runs import ROOT, run
 
 from nanocascade.show import __main__ as show
 from nanocascade.show.__main__ import main, render_page
@@ -24,6 +25,7 @@ from nanocascade.show.read import (
     split_turns,
 )
 
+rows, skilled = toy_runs.rows, toy_runs.skilled  # fixtures
 OPEN = "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n<think>\n"
 HOSTILE = (
     "</script><script>document.title = 'owned'</script>",
@@ -338,4 +340,33 @@ def test_browser(cascade, tmp_path, monkeypatch):
         browser.call("Page.reload")
         browser.run("new Promise((done) => setTimeout(done, 500))")
         assert "question 1999" in browser.run("document.getElementById('detail').textContent")
+        assert browser.problems == []
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_browser_of_a_real_run(skilled, rows, tmp_path, monkeypatch):
+    """The page of a run of train_rl.py: both log-probs and the entropy of each token are there, and
+    the tokens of a card add up to the response that the run logged."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.browser import Browser
+
+    out = tmp_path / "out"
+    words = ("--stage", "if_rl", "--init", skilled, "--data", rows, "--out", out, "--eval_data", "")
+    run("train_rl.py", *words, "--steps", 2, "--prompts", 4, "--rollouts", 4)
+    main([str(out)])
+    records = [json.loads(x) for x in (out / "rollouts.jsonl").open()]
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(out / "page.html")
+        groups = {(x["step"], x["domain"], x["group"]) for x in records}
+        assert browser.run(COUNT) == len(groups)
+        cards = "[...document.querySelectorAll('.card')].map((card) => [...card.querySelectorAll("
+        texts = browser.run(cards + "'.turn pre')].map((x) => x.textContent).join(''))")
+        logged = {x["response"].replace("\n", "\u21b5\n") for x in records if not x["step"]}
+        assert texts and set(texts) <= logged
+        browser.run("document.querySelector('[data-mode=entropy]').click()")
+        assert any("--heat" in x for x in browser.run(BACKGROUNDS))
+        browser.run("void document.querySelector('.token').onpointermove({clientX: 5, clientY: 5})")
+        shown = browser.run("document.getElementById('tip').textContent")
+        assert all(name in shown for name in ("log-prob train", "log r_t", "entropy"))
         assert browser.problems == []
