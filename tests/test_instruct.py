@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fixtures.machine import allowance
 
-from nanocascade.rewards import check_row, instruct
+from nanocascade.rewards import check_row, instruct, language
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 REAL_ROWS = DATA / "nemo_gym" / "instruction_following.jsonl"
@@ -217,7 +217,7 @@ def test_numbers_segments():
 )
 def test_numbers_language(code, text, monkeypatch):
     """Script, letters and frequent words tell languages apart; figures alone are in none."""
-    monkeypatch.setattr(instruct, "langdetect", None)
+    monkeypatch.setattr(language, "langdetect", None)
     assert instruct.detect_language(text) == (None if code == "el" else code)
 
 

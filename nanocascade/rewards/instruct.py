@@ -12,60 +12,26 @@ graded the report's model. Where we differ:
 
 # OURS: a blank answer obeys nothing; the checkers let it pass "no commas".
 # OURS: keywords are plain text; the checkers compile them as regular expressions.
-# OURS: without langdetect (an extra) languages are told apart by script and frequent words.
 # OURS: an absent kwarg is an error when data are read; the checkers draw a random value.
 # OURS: an answer beyond MAX_CHARS fails unread; below it every check is linear in its length.
 """
 
-import contextlib
 import json
 import re
 from itertools import pairwise
-from pathlib import Path
 
 from nanocascade.rewards.base import Reward
+from nanocascade.rewards.language import LANGUAGES, detect_language, is_english
 from nanocascade.rewards.sentences import punkt_sentences, sentences, tokens
-
-try:
-    import langdetect
-
-    langdetect.DetectorFactory.seed = 0  # it draws lots, on short texts with a say
-    langdetect.detector_factory.init_factory()  # now: two threads at once would miss its profiles
-except ImportError:
-    langdetect = None
 
 MAX_CHARS = 300_000  # the longest rollout, 49K tokens of prose, is about 220,000
 
 
-# Language: what the checkers ask, langdetect, says; where it is not installed, the script with most
-# letters, then the language of that script with most evidence. What counts as evidence is a table
-# beside the chat formats, as it is in many alphabets.
-_LANGUAGES = {}  # letters of a script -> {language: pattern}
-for _row in Path(__file__).with_name("languages.txt").read_text("utf-8").split("\n")[1:-1]:
-    _script, _name, _marks = _row.split("\t")
-    _words = r"\b(?:%s)\b" if _script.startswith("a-z") else "%s"
-    _LANGUAGES.setdefault(_script, {})[_name] = _words % _marks.replace(" ", "|")
+# ---- What the instructions count and compare -----------------------------------------------------
+# A check gets the answer's text, never blank, and the values of its kwargs.
 
 
-def detect_language(text):
-    """ISO 639-1 code of the language that most of a text's beginning is in; None if unclear."""
-    if langdetect is not None:
-        with contextlib.suppress(langdetect.LangDetectException):  # nothing but figures, say
-            return langdetect.detect(text[:20_000]).partition("-")[0]  # zh-cn, zh-tw: zh
-        return None
-    text = text[:100_000].lower()
-    marks = max(_LANGUAGES.items(), key=lambda x: len(re.findall(f"[{x[0]}]", text)))[1]
-    counts = {name: len(re.findall(mark, text)) for name, mark in marks.items()}
-    best = max(counts, key=counts.get)
-    return best if counts[best] else None
-
-
-def _english(text):
-    """English, or ASCII with nothing that speaks against it ("good morning everyone")."""
-    return (detect_language(text) or ("en" if text.isascii() else "")) == "en"
-
-
-def _number(find):
+def at_least(find):
     """A check of how many a function or pattern finds: at least n where nothing else is said."""
     find = find if callable(find) else re.compile(find).findall
 
@@ -75,32 +41,83 @@ def _number(find):
     return check
 
 
-def _all(text, keyword):
+def occurrences(text, keyword):
     """The keyword as a substring, whatever the case: "plan" is in "Plans"."""
     return re.findall(re.escape(keyword.lower()), text.lower())
 
 
-def _frequency(text, keyword, *bound):
-    return _number(lambda text: _all(text, keyword))(text, *bound)
+def has_all(text, keywords):
+    return all(occurrences(text, keyword) for keyword in keywords)
 
 
-def _parts(text, divider):
+def has_once(text, keyword):
+    return len(occurrences(text, keyword)) == 1
+
+
+def frequency(text, keyword, *bound):
+    return at_least(lambda text: occurrences(text, keyword))(text, *bound)
+
+
+def has_none(text, words):
+    """None of the words as a whole word."""
+    return not any(re.search(rf"(?i)(?<!\w){re.escape(word)}(?!\w)", text) for word in words)
+
+
+def one_and_two(text, keyword1, keyword2):
+    return [len(occurrences(text, x)) for x in (keyword1, keyword2)] == [1, 2]
+
+
+def capitals(text):
+    return [word for word in tokens(text) if word.isupper()]
+
+
+def parts(text, divider):
     """Blocks between dividers; one may open or close the text, an empty block inside voids all."""
-    parts = [part.strip() for part in text.split(divider)]
-    inner = parts[not parts[0] : len(parts) - (not parts[-1])]
+    found = [part.strip() for part in text.split(divider)]
+    inner = found[not found[0] : len(found) - (not found[-1])]
     return inner if all(inner) else []
 
 
-def _nth_paragraph(text, number, nth, word):
+def two_responses(text):
+    found = parts(text, "******")
+    return len(found) == 2 and found[0] != found[1]
+
+
+def nth_paragraph(text, number, nth, word):
     """So many paragraphs between blank lines, the nth (an extra blank line counts) opens so."""
-    parts = [part.split() for part in text.split("\n\n")]
-    if sum(map(bool, parts)) != number or not 0 < nth <= number:
+    found = [part.split() for part in text.split("\n\n")]
+    if sum(map(bool, found)) != number or not 0 < nth <= number:
         return False
-    opening = "".join(parts[nth - 1][:1]).lstrip("'").lstrip('"')
+    opening = "".join(found[nth - 1][:1]).lstrip("'").lstrip('"')
     return re.split(r"[.,?!'\"]", opening)[0].lower() == word.lower()
 
 
-def _is_json(text):
+def has_postscript(text, mark):
+    """The mark in any case; "P. S." is "P.S."."""
+    return bool(re.search(re.escape(mark.lower()).replace(r"\.", r"\.\s?"), text.lower()))
+
+
+def bullets(text, n):
+    return len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*].*|-.*)$", text)) == n
+
+
+def highlights(text):
+    """*one* or **one**, within a line."""
+    found = [x for stars in (r"\*", r"\*\*") for x in re.findall(rf"{stars}([^\n*]*){stars}", text)]
+    return [x for x in found if x.strip()]
+
+
+def sections(text, name, n):
+    return at_least(re.escape(name) + r"\s?\d+")(text, n)
+
+
+def has_title(text):
+    """<<in one line>>"""
+    inside = [line.partition("<<")[2].rpartition(">>")[0] for line in text.split("\n")]
+    return any(x.strip("<> \t\r") for x in inside)
+
+
+def is_json(text):
     """The whole answer parses as JSON, a Markdown fence around it allowed."""
     try:
         json.loads(re.sub(r"\A```(?:json|Json|JSON)?|```\Z", "", text.strip()))
@@ -109,7 +126,72 @@ def _is_json(text):
     return True
 
 
-def _repeat_phrase(text, phrase, times):
+def starts_with(text, prompt):
+    return text.strip().lower().startswith(prompt.strip().lower())
+
+
+def ends_with(text, end):
+    return text.strip().strip('"').lower().endswith(end.lower())
+
+
+def token_at(text, word, sentence, place):
+    return tokens("".join(sentences(text)[sentence - 1 : sentence]))[place - 1 : place] == [word]
+
+
+def no_neighbours(text):
+    """No word begins with the letter after that of the word before: "a bee" breaks it."""
+    return all(ord(b[0]) - ord(a[0]) != 1 for a, b in pairwise(text.lower().split()))
+
+
+def same(text, other):
+    return text.strip().lower() == other.strip().lower()
+
+
+def same_ends(text):
+    words = tokens(text)
+    return len(words) > 1 and same(words[0], words[-1])
+
+
+def all_different(text):
+    words = tokens(text)
+    return len(words) == len({*words})
+
+
+def composition(text, n_sent, n_words):
+    """3 paragraphs of n_sent sentences of n_words tokens each, the full stop being one of them."""
+    blocks = [[len(tokens(x)) for x in sentences(block)] for block in text.split("***")]
+    return blocks == [[n_words] * n_sent] * 3
+
+
+def first_words(text, word):
+    return all(same("".join(x.split()[:1]), word) for x in sentences(text))
+
+
+def last_word(text, word):
+    return re.sub(r"\W", "", "".join(text.lower().split()[-1:])) == word.lower()
+
+
+def last_words(text, word):
+    return all(last_word(x, word) for x in sentences(text))
+
+
+def bigrams(text):
+    """<<every two>> <<words so>>"""
+    pairs = zip(text.split()[::2], text.split()[1::2], strict=False)
+    return all(a.startswith("<<") and b.endswith(">>") for a, b in pairs)
+
+
+def in_brackets(text):
+    return all(word[0] == "[" and word[-1] == "]" for word in text.split())
+
+
+def hyphens(text):
+    """ "One here.-Two here." """
+    pairs = zip(text.split("-"), sentences(text.replace("-", " ")), strict=False)
+    return all(a == b for a, b in pairs)
+
+
+def repeat_phrase(text, phrase, times):
     """The given times the phrase with at most one inner word changed, and one in the last of them.
 
     An occurrence runs, within a line, from the first word to the nearest last word. `find` and not
@@ -128,172 +210,85 @@ def _repeat_phrase(text, phrase, times):
     return len(changes) == times > 0 and max(changes) <= 1 == changes[-1]
 
 
-def _composition(text, n_sent, n_words):
-    """3 paragraphs of n_sent sentences of n_words tokens each, the full stop being one of them."""
-    blocks = [[len(tokens(x)) for x in sentences(block)] for block in text.split("***")]
-    return blocks == [[n_words] * n_sent] * 3
+def copies(text, prompt, n):
+    return [same(one, prompt) for one in text.split("******")] == [True] * n
 
 
-def _last_word(text, word):
-    return re.sub(r"\W", "", "".join(text.lower().split()[-1:])) == word.lower()
-
-
-def _same(text, other):
-    return text.strip().lower() == other.strip().lower()
-
-
-CHECKS = {  # id -> (the kwargs it reads, a predicate of the text t, never blank, and their values)
+CHECKS = {  # id -> (the kwargs it reads, the check)
     # IFEval. Keywords and letters count anywhere, inside longer words too, whatever the case.
-    "keywords:existence": ("keywords", lambda t, words: all(_all(t, word) for word in words)),
-    "keywords:frequency": ("keyword frequency relation", _frequency),
-    "keywords:forbidden_words": (
-        "forbidden_words",
-        lambda t, words: (
-            not any(re.search(rf"(?i)(?<!\w){re.escape(word)}(?!\w)", t) for word in words)
-        ),
-    ),
-    "keywords:letter_frequency": ("letter let_frequency let_relation", _frequency),
+    "keywords:existence": ("keywords", has_all),
+    "keywords:frequency": ("keyword frequency relation", frequency),
+    "keywords:forbidden_words": ("forbidden_words", has_none),
+    "keywords:letter_frequency": ("letter let_frequency let_relation", frequency),
     "language:response_language": ("language", lambda t, name: detect_language(t) == name),
-    "length_constraints:number_sentences": ("num_sentences relation", _number(punkt_sentences)),
+    "length_constraints:number_sentences": ("num_sentences relation", at_least(punkt_sentences)),
     "length_constraints:number_paragraphs": (
         "num_paragraphs",
-        lambda t, n: len(_parts(t, "***")) == n,
+        lambda t, n: len(parts(t, "***")) == n,
     ),
-    "length_constraints:number_words": ("num_words relation", _number(r"\w+")),
+    "length_constraints:number_words": ("num_words relation", at_least(r"\w+")),
     "length_constraints:nth_paragraph_first_word": (
         "num_paragraphs nth_paragraph first_word",
-        _nth_paragraph,
+        nth_paragraph,
     ),
-    "detectable_content:number_placeholders": ("num_placeholders", _number(r"\[[^\[\]\n]*\]")),
-    "detectable_content:postscript": (
-        "postscript_marker",
-        lambda t, mark: bool(
-            re.search(re.escape(mark.lower()).replace(r"\.", r"\.\s?"), t.lower())
-        ),
-    ),  # "P. S." is "P.S."
-    "detectable_format:number_bullet_lists": (
-        "num_bullets",
-        lambda t, n: len(re.findall(r"(?m)^[^\S\n]*(?:\*[^*].*|-.*)$", t)) == n,
-    ),
+    "detectable_content:number_placeholders": ("num_placeholders", at_least(r"\[[^\[\]\n]*\]")),
+    "detectable_content:postscript": ("postscript_marker", has_postscript),
+    "detectable_format:number_bullet_lists": ("num_bullets", bullets),
     "detectable_format:constrained_response": (
         "",
         lambda t: bool(re.search(r"My answer is (yes|no|maybe)\.", t)),
     ),
-    "detectable_format:number_highlighted_sections": (
-        "num_highlights",
-        _number(
-            lambda t: [
-                marked
-                for stars in (r"\*", r"\*\*")  # *one* or **one**, within a line
-                for marked in re.findall(rf"{stars}([^\n*]*){stars}", t)
-                if marked.strip()
-            ]
-        ),
-    ),
-    "detectable_format:multiple_sections": (
-        "section_spliter num_sections",
-        lambda t, name, n: _number(re.escape(name) + r"\s?\d+")(t, n),
-    ),
-    "detectable_format:json_format": ("", _is_json),
-    "detectable_format:title": (
-        "",
-        lambda t: any(  # <<in one line>>
-            line.partition("<<")[2].rpartition(">>")[0].strip("<> \t\r") for line in t.split("\n")
-        ),
-    ),
-    "combination:two_responses": (
-        "",
-        lambda t: len(parts := _parts(t, "******")) == 2 and parts[0] != parts[1],
-    ),
-    "combination:repeat_prompt": (
-        "prompt_to_repeat",
-        lambda t, x: t.strip().lower().startswith(x.strip().lower()),
-    ),
-    "startend:end_checker": (
-        "end_phrase",
-        lambda t, end: t.strip().strip('"').lower().endswith(end.lower()),
-    ),
+    "detectable_format:number_highlighted_sections": ("num_highlights", at_least(highlights)),
+    "detectable_format:multiple_sections": ("section_spliter num_sections", sections),
+    "detectable_format:json_format": ("", is_json),
+    "detectable_format:title": ("", has_title),
+    "combination:two_responses": ("", two_responses),
+    "combination:repeat_prompt": ("prompt_to_repeat", starts_with),
+    "startend:end_checker": ("end_phrase", ends_with),
     "startend:quotation": ("", lambda t: bool(re.fullmatch(r'(?s)".*"', t.strip()))),  # two marks
     "change_case:capital_word_frequency": (
         "capital_frequency capital_relation",
-        _number(lambda t: [word for word in tokens(t) if word.isupper()]),
+        at_least(capitals),
     ),
-    "change_case:english_capital": ("", lambda t: t.isupper() and _english(t)),
-    "change_case:english_lowercase": ("", lambda t: t.islower() and _english(t)),
+    "change_case:english_capital": ("", lambda t: t.isupper() and is_english(t)),
+    "change_case:english_lowercase": ("", lambda t: t.islower() and is_english(t)),
     "punctuation:no_comma": ("", lambda t: "," not in t),
     # IF-RLVR.
-    "keywords:word_once": ("keyword", lambda t, word: len(_all(t, word)) == 1),
-    "keywords:word_count_different_numbers": ("keyword frequency relation", _frequency),
+    "keywords:word_once": ("keyword", has_once),
+    "keywords:word_count_different_numbers": ("keyword frequency relation", frequency),
     "keywords:exclude_word_harder": ("keyword", lambda t, word: f" {word} " not in t),  # as is
-    "keywords:keyword_specific_position": (
-        "keyword n m",
-        lambda t, word, n, m: tokens("".join(sentences(t)[n - 1 : n]))[m - 1 : m] == [word],
-    ),
-    "keywords:no_adjacent_consecutive": (
-        "",
-        lambda t: all(  # "a bee" breaks it
-            ord(b[0]) - ord(a[0]) != 1 for a, b in pairwise(t.lower().split())
-        ),
-    ),
+    "keywords:keyword_specific_position": ("keyword n m", token_at),
+    "keywords:no_adjacent_consecutive": ("", no_neighbours),
     "keywords:palindrome": ("", lambda t: any(x == x[::-1] for x in t.split())),  # "a" too
-    "keywords:start_end": (
-        "",
-        lambda t: len(words := tokens(t)) > 1 and _same(words[0], words[-1]),
-    ),
-    "letters:letter_counting": ("N relation", _number("[a-zA-Z]")),
-    "letters:letter_counting2": ("letter let_frequency let_relation", _frequency),
+    "keywords:start_end": ("", same_ends),
+    "letters:letter_counting": ("N relation", at_least("[a-zA-Z]")),
+    "letters:letter_counting2": ("letter let_frequency let_relation", frequency),
     "count:lowercase_counting": ("N", lambda t, n: len(re.findall(r"\b[a-z]+\b", t)) <= n),
-    "count:counting_composition": ("n_sent n_words", _composition),
-    "count:count_unique": ("", lambda t: len(words := tokens(t)) == len({*words})),
-    "count:count_increment_word": (
-        "keyword1 keyword2",
-        lambda t, *both: [len(_all(t, x)) for x in both] == [1, 2],
-    ),
-    "paragraphs:paragraphs": ("", lambda t: len(_parts(t, "***")) == 2),
-    "paragraphs:paragraphs2": ("", lambda t: len(_parts(t, "\n\n")) == 2),
-    "first_word:first_word_sent": (
-        "first_word",
-        lambda t, word: all(_same("".join(x.split()[:1]), word) for x in sentences(t)),
-    ),
-    "first_word:first_word_answer": ("first_word", lambda t, word: _same(t.split()[0], word)),
-    "last_word:last_word_sent": (
-        "last_word",
-        lambda t, word: all(_last_word(x, word) for x in sentences(t)),
-    ),
-    "last_word:last_word_answer": ("last_word", _last_word),
-    "detectable_format:bigram_wrapping": (
-        "",
-        lambda t: all(  # <<every two>> <<words so>>
-            a.startswith("<<") and b.endswith(">>")
-            for a, b in zip(t.split()[::2], t.split()[1::2], strict=False)
-        ),
-    ),
-    "detectable_format:square_brackets": (
-        "",
-        lambda t: all(word[0] == "[" and word[-1] == "]" for word in t.split()),
-    ),
-    "detectable_format:sentence_hyphens": (
-        "",
-        lambda t: all(  # "One here.-Two here."
-            a == b for a, b in zip(t.split("-"), sentences(t.replace("-", " ")), strict=False)
-        ),
-    ),
-    "copy:repeat_phrase": ("phrase small_n", _repeat_phrase),
-    "copy:copy": ("prompt_to_repeat", _same),
-    "copy:copying_simple": ("prompt_to_repeat", _same),
-    "copy:copying_multiple": (
-        "prompt_to_repeat N",
-        lambda t, x, n: [_same(one, x) for one in t.split("******")] == [True] * n,
-    ),
+    "count:counting_composition": ("n_sent n_words", composition),
+    "count:count_unique": ("", all_different),
+    "count:count_increment_word": ("keyword1 keyword2", one_and_two),
+    "paragraphs:paragraphs": ("", lambda t: len(parts(t, "***")) == 2),
+    "paragraphs:paragraphs2": ("", lambda t: len(parts(t, "\n\n")) == 2),
+    "first_word:first_word_sent": ("first_word", first_words),
+    "first_word:first_word_answer": ("first_word", lambda t, word: same(t.split()[0], word)),
+    "last_word:last_word_sent": ("last_word", last_words),
+    "last_word:last_word_answer": ("last_word", last_word),
+    "detectable_format:bigram_wrapping": ("", bigrams),
+    "detectable_format:square_brackets": ("", in_brackets),
+    "detectable_format:sentence_hyphens": ("", hyphens),
+    "copy:repeat_phrase": ("phrase small_n", repeat_phrase),
+    "copy:copy": ("prompt_to_repeat", same),
+    "copy:copying_simple": ("prompt_to_repeat", same),
+    "copy:copying_multiple": ("prompt_to_repeat N", copies),
     "new:copy_span_idx": (
         "prompt_to_repeat n_start n_end",
-        lambda t, x, start, end: _same(t, x[start:end]),
+        lambda t, prompt, start, end: same(t, prompt[start:end]),
     ),
     "punctuation:punctuation_dot": ("", lambda t: "." not in t),
     "punctuation:punctuation_exclamation": ("", lambda t: "!" not in t),
 }
 _WORDS = {
-    "language": [name for marks in _LANGUAGES.values() for name in marks],
+    "language": [name for marks in LANGUAGES.values() for name in marks],
     **{f"{kind}relation": ("less than", "at least") for kind in ("", "let_", "capital_")},
 }
 _INTEGERS = re.compile(r"num_.*|n_.*|.*frequency|nth_paragraph|small_n|[Nnm]")
