@@ -7,7 +7,7 @@ import pytest
 
 from nanocascade.data import everyday
 from nanocascade.data.rows import read_rows
-from nanocascade.rewards import instruct, score
+from nanocascade.rewards import language, score
 
 
 def prompt_of(row):
@@ -29,7 +29,7 @@ def test_solutions_are_right(domain):
 
 def test_instructions_can_be_followed(monkeypatch):
     """Pairs never contradict each other: an answer written for each id obeys every row."""
-    monkeypatch.setattr(instruct, "langdetect", None)  # it takes short lines for other languages
+    monkeypatch.setattr(language, "langdetect", None)  # it takes short lines for other languages
     seen = Counter()
     for row in everyday.make_rows("if", 400, test=False):
         kwargs = dict(zip(row["instruction_id_list"], row["kwargs"], strict=True))
