@@ -62,7 +62,8 @@ class Ours:
 
     def __init__(self, folder, teacher_folder, rows, rollouts, lengths, dist=None, share=True):
         self.dist = dist or Dist()
-        self.model, self.tokenizer = load(folder, self.dist), Tokenizer(folder)
+        self.model = load(folder, self.dist)
+        self.tokenizer = Tokenizer(folder) if rows else None
         self.teacher = load_frozen(teacher_folder, self.dist) if teacher_folder else None
         freeze_routers(self.model)
         self.optimizer = make_optimizer(self.model, 1e-6, (0.9, 0.95), 0.0)
