@@ -253,9 +253,8 @@ def compare_training(name, folder, teacher_folder, rollouts, cfg):
     peaks = []
     for step in steps:  # a second step: the moments are there
         with Meter() as meter:
-            before = meter.live()
             step()
-        peaks.append((meter.peak - before) / 2**20)
+        peaks.append(meter.peak / 2**20)
     common.row(
         name,
         f"{statistics.median(shared):.2f} s",
