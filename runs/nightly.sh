@@ -54,5 +54,8 @@ long() { local arm=$1; shift
 long recipe
 long no_filtering --dynamic_filtering false
 
+# MOPD with the report's teachers alone and with the student's start for all other domains.
+python -m bench.anchor $(for SEED in ${SEEDS:-0 1 2 3 4}; do echo "$OUT/seed$SEED"; done)
+
 for SEED in ${ARMS:-0 1 2}; do python -m bench.probe "$OUT/seed$SEED"; done
 python -m bench.evidence "$OUT" assets

@@ -1,6 +1,7 @@
 """Episodes: what carries loss over several turns, which groups a step keeps, what is measured."""
 
 import random
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import NOT_SCORED, Scorer
 from nanocascade.run import evaluate as evaluation
 from nanocascade.sampler import Sample, step_seed
+from nanocascade.sandbox import sandbox
 from nanocascade.tokenizer.chat import parse_response
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
@@ -219,6 +221,46 @@ def test_pairs_are_asked_early(pairing):
     )
     assert [(x.reward, x.reason) for x in group] == [tuple(x) for x in expected]
     assert [x.outcome for x in group] == [1.0, 0.5, 0.0, 1.0]  # a blank answer is as bad as "no"
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_judge_concurrency(concurrency):
+    """As many questions as --judge_concurrency are with the judge at once, and no more."""
+    row = tasks.preference(random.Random(0))[0] | {"domain": "preference"}
+    turn = {"role": "assistant", "content": "</think>The cat is old."}
+    group = [Rollout(row, [1], 1, turns=[turn], stop_reason="stop") for _ in range(4)]
+    full, open_, most = threading.Event(), [], []
+
+    def judge(conversation, first, second):
+        open_.append(1)
+        most.append(len(open_))
+        if len(open_) == concurrency:
+            full.set()
+        assert full.wait(60)  # until all that may be asked are
+        open_.pop()
+        return rule_judge(conversation, first, second)
+
+    scorer = Scorer(judge, judge_concurrency=concurrency)
+    for verdict in scorer.match(group, 3).values():
+        verdict.result()
+    assert max(most) == concurrency
+
+
+def test_score_workers(monkeypatch):
+    """--score_workers programs run at once; by default the cores, shared by the ranks."""
+    monkeypatch.setattr(sandbox.os, "sched_getaffinity", lambda _: range(7), raising=False)
+    for ranks, share in (("1", 7), ("2", 3), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert sandbox.share_of_cores() == share
+    monkeypatch.setattr(sandbox, "shared", {})
+    made = []
+    monkeypatch.setattr(sandbox, "Sandbox", lambda n, **_: made.append(n) or SimpleNamespace(n=n))
+    assert sandbox.shared_sandbox(5).n == 5 == sandbox.shared_sandbox(2).n  # made once
+    sandbox.shared.clear()
+    sandbox.shared_sandbox()
+    assert made == [5, 1]
+    barrier, scorer = threading.Barrier(3), Scorer(workers=3)  # none passes before three are there
+    assert sorted(scorer.programs.map(lambda _: barrier.wait(60), range(3))) == [0, 1, 2]
 
 
 def test_dynamic_filtering(calls):
