@@ -3,8 +3,9 @@
     python -m bench.verdicts runs/out/multi_domain_rl [--workers 1,2]
 
 First 2,048 toy programs alone, as a step of the report's code RL has; then a step of 64 x 8 toy
-programs with each number of workers: seconds of sampling and of the verdicts that were not ready
-by its end. Every program is run: remembered verdicts are forgotten first.
+programs with each number of workers, 112 of the responses sampled at a time as in the full run:
+seconds of sampling, and of the verdicts that were not ready by its end. Verdicts are remembered
+within a step only, so "alone" counts equal answers once, as a step does.
 """
 
 import sys
@@ -58,7 +59,16 @@ def main():
             verify(scorer, many[:64])  # the servers are warm then
             speed = PROGRAMS / verify(scorer, many)
             code.verdicts.clear()
-            args = model, tokenizer, rows, ROLLOUTS, Sampling(40), 0, range(PROMPTS), scorer
+            args = (
+                model,
+                tokenizer,
+                rows,
+                ROLLOUTS,
+                Sampling(40, max_rows=112),
+                0,
+                range(PROMPTS),
+                scorer,
+            )
             groups, spent = roll_out(*args)
             alone = verify(scorer, [x for group in groups for x in group])
         left = spent["time/score"]
