@@ -79,6 +79,7 @@ def main():
         known = ", ".join(STRATEGIES)
         raise ValueError(f"--strategy {cfg.strategy}: expected {known}, and --tasks")
     model = load_model(cfg.model, DTYPES[cfg.dtype], find_device(cfg.device)).eval()
+    tokenizer.check_model(model.config.vocab_size, cfg.model)
     if cfg.strategy:
         evaluate_strategy(cfg, model, tokenizer)
     elif cfg.tasks:

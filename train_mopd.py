@@ -52,7 +52,7 @@ def train(
     teachers = Teachers(recipe.teachers, recipe.domains, drawn, dist)
     config = merge(recipe, settings, layout, eval_settings)
     run = Run(recipe.stage, settings, config, dist, teachers.manifest)
-    teachers.check_tokenizer(run.tokenizer)
+    teachers.check_tokenizer(run.tokenizer, run.model_config.vocab_size)
     sampling = Sampling(
         recipe.max_new_tokens,
         recipe.temperature,

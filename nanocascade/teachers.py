@@ -74,10 +74,18 @@ class Teachers:
         for teacher in self.models.values():
             teacher.share_base(model, base, rank)
 
-    def check_tokenizer(self, tokenizer) -> None:
-        """A teacher must read the very ids the student writes: vocabulary, specials, template."""
+    def check_tokenizer(self, tokenizer, vocab_size: int) -> None:
+        """A teacher must read the very ids the student writes: vocabulary, specials, template.
+
+        vocab_size: of the student's model, which may sample any of so many ids.
+        """
         for name, path in self.paths.items():
-            open_model(path)  # a damaged directory is refused here, not at its first turn
+            model, *_ = open_model(path)  # a damaged directory is refused here
+            if model.config.vocab_size < vocab_size:
+                raise ValueError(
+                    f"teacher {name} ({path}): its vocab_size {model.config.vocab_size} is less"
+                    f" than the student's {vocab_size}, of which any id may be sampled"
+                )
             if Tokenizer(path).fingerprint() != tokenizer.fingerprint():
                 raise ValueError(
                     f"teacher {name} ({path}): its tokenizer, special ids or chat template differ "

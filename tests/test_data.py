@@ -64,7 +64,7 @@ def test_three_forms_become_one(tmp_path):
         (GYM | {"pass_rate": 2}, False, "pass_rate 2 is not"),
         (GYM | {"environment": {"name": "chess"}}, False, "environment 'chess' is unknown"),
         ({"messages": [{"role": "robot", "content": "x"}, BOX]}, True, "robot"),
-        ({"messages": [USER, BOX | {"content": [{"image": "x"}]}]}, True, "missing field: 'text'"),
+        ({"messages": [USER, BOX | {"content": [{"image": "x"}]}]}, True, "must be text"),
         ('{"question": "\\ud800", "answer": "1"}', True, "surrogates"),
         ("[" * 100_000, True, "Recurs"),
     ],

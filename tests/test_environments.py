@@ -28,7 +28,8 @@ from nanocascade.rollouts import rollout
 from nanocascade.sampler import Sample
 from nanocascade.sandbox.sandbox import LIMITS, Sandbox, shared_sandbox
 from nanocascade.sandbox.session import Session
-from nanocascade.tokenizer.chat import render_pieces
+from nanocascade.tokenizer.chat import TEMPLATE
+from nanocascade.tokenizer.template import render_template
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
 
@@ -181,8 +182,8 @@ def said(*calls, text=""):
     """An assistant's turn as the model writes it."""
     message = {"role": "assistant", "content": text, "reasoning_content": "so"}
     message["tool_calls"] = [{"name": name, "arguments": values} for name, values in calls]
-    pieces = render_pieces([{"role": "user", "content": "q"}, message])
-    return {"role": "assistant", "content": "".join(x.text for x in pieces).split("assistant\n")[1]}
+    text = render_template(TEMPLATE, [{"role": "user", "content": "q"}, message], None)
+    return {"role": "assistant", "content": text.split("assistant\n")[1]}
 
 
 def test_rewards_of_episodes():

@@ -19,6 +19,7 @@ from nanocascade.environments.loop import equip
 from nanocascade.files import read_text
 from nanocascade.rewards import check_row, kind_of, without_nulls
 from nanocascade.tokenizer.chat import split_thought
+from nanocascade.tokenizer.messages import chat_form
 
 
 def read_rows(paths, sft: bool | None = False, problems: list[str] | None = None):
@@ -102,6 +103,9 @@ def from_messages(row: dict) -> dict:
     last = max((i for i, x in enumerate(messages) if x["role"] == "user"), default=-1) + 1
     if last == 0 or messages[-1]["role"] != "assistant":
         raise ValueError("messages must hold a user turn and end with the assistant's answer")
+    thought, answer, unfinished = split_thought(messages[-1]["content"])
+    if unfinished or not answer.strip() and not messages[-1].get("tool_calls"):
+        raise ValueError(f"the last answer is {'cut in its thought' if unfinished else 'empty'}")
     on = messages[last:]
     off = [
         {
@@ -130,22 +134,6 @@ def read_references(path: str) -> dict[str, list[str]]:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}:{number}: no question and answer: {error!r}") from None
     return found
-
-
-def chat_form(items) -> list[dict]:
-    """Messages whose content is one string, from such messages, ones in text parts, or a string."""
-    messages = []
-    for item in [{"role": "user", "content": items}] if isinstance(items, str) else items:
-        role = {"developer": "system"}.get(item.get("role"), item.get("role"))
-        if role not in ("system", "user", "assistant", "tool"):
-            raise ValueError(f"a message of role {role!r} and type {item.get('type')!r}")
-        content = item.get("content") or ""
-        if role == "user" and item.get("content") is None:
-            raise ValueError("a user's message has no content")
-        if not isinstance(content, str):  # parts, which must be text: an image has no such key
-            content = "".join(part["text"] for part in content)
-        messages.append({**item, "role": role, "content": content})
-    return messages
 
 
 def conversation(row: dict) -> tuple[list[dict], list[dict] | None]:

@@ -56,7 +56,7 @@ def check_prompts(rows: list[dict], tokenizer: Tokenizer, sampling: Sampling, co
     for row in rows:
         prompt = (*conversation(row), True, True)
         # No token is shorter than a byte: text of fewer bytes need not be encoded.
-        if len(tokenizer.render_text(*prompt).encode()) + new_tokens > limit:
+        if len(rendered_text(row, tokenizer, *prompt).encode()) + new_tokens > limit:
             size = len(tokenizer.render(*prompt)[0])
             check_size(row, size, new_tokens, limit, name)
 
@@ -69,8 +69,8 @@ def check_conversations(
     forms = {x and tokenizer.thinks for x in (strip_thinking < 1, strip_thinking == 0)}
     for row in rows:
         for thinking in forms:
-            text = tokenizer.render_text(
-                sft_conversation(row, thinking), conversation(row)[1], thinking
+            text = rendered_text(
+                row, tokenizer, sft_conversation(row, thinking), conversation(row)[1], thinking
             )
             if len(text.encode()) > row_tokens:
                 sft_document(row, tokenizer, thinking, row_tokens)
@@ -82,6 +82,14 @@ def sft_document(row: dict, tokenizer: Tokenizer, thinking: bool, row_tokens: in
     size = max((i for i, has_loss in enumerate(mask) if has_loss), default=-1) + 1
     check_size(row, size, 0, row_tokens, "--row_tokens")
     return Document(row, ids[:size], mask=mask[:size])
+
+
+def rendered_text(row: dict, tokenizer: Tokenizer, *conversation) -> str:
+    """The text of a row's conversation; what its chat template cannot do names the row."""
+    try:
+        return tokenizer.render_text(*conversation)
+    except ValueError as error:
+        raise ValueError(f"row {row['id']}: {error}") from None
 
 
 def check_size(row: dict, size: int, new_tokens: int, limit: int, name: str) -> None:

@@ -99,6 +99,7 @@ class Run:
         else:
             self.model_config = load_config(self.init)
             self.tokenizer = Tokenizer(self.init)
+            self.tokenizer.check_model(self.model_config.vocab_size, self.init)
             if (Path(self.init) / "manifest.json").exists():
                 self.parent = read_json(Path(self.init) / "manifest.json")
         self.context = self.model_config.max_position_embeddings

@@ -20,7 +20,9 @@ from pathlib import Path
 from nanocascade.environments.base import make_tool
 from nanocascade.rollouts import strategies
 from nanocascade.rollouts.strategies import text_of
-from nanocascade.tokenizer.chat import render_pieces
+from nanocascade.tokenizer.chat import MARKUP, TEMPLATE
+from nanocascade.tokenizer.messages import tools_form
+from nanocascade.tokenizer.template import markup_pattern, render_template, split_markup
 from nanocascade.toy.programs import PROGRAMS, agentic, code, repair
 from nanocascade.toy.words import (
     ANIMALS,
@@ -352,5 +354,7 @@ def vocabulary() -> list[str]:
     words += [x.split("{a}")[0].rstrip() for x in PROGRAMS]
     words += json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))
     # The fixed explanation of the call format: one token between each two pieces of markup.
-    system = [x.text for x in render_pieces([{"role": "user"}], SHOP_TOOLS) if not x.special]
-    return words + [x[max(x.find("\n</tools>"), 0) :] for x in system if len(x) > 20]
+    question = [{"role": "user", "content": ""}]
+    text = render_template(TEMPLATE, question, tools_form(SHOP_TOOLS))
+    texts = [x.text for x in split_markup(text, markup_pattern(MARKUP)) if not x.special]
+    return words + [x[max(x.find("\n</tools>"), 0) :] for x in texts if len(x) > 20]

@@ -1,0 +1,82 @@
+"""tokenizer.json, tokenizer_config.json and chat templates of a directory, read and checked."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+
+from nanocascade.tokenizer.chat import MARKUP
+
+# tokenizer_config.json: what we read, ...
+NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+USED = {"chat_template", "added_tokens_decoder", *NAMES}
+# ... what must have the value that our encoding has, ...
+FIXED = {"split_special_tokens": False, "do_lower_case": False, "add_prefix_space": False}
+# ... and what changes no id of a chat: names, lengths, padding, the classes and settings from which
+# transformers made tokenizer.json, tokens added around plain texts, the spelling of decoded text.
+WITHOUT_EFFECT = set(
+    "tokenizer_class name_or_path processor_class auto_map backend is_local use_fast from_slow"
+    " tokenizer_file vocab_file merges_file special_tokens_map_file trust_remote_code"
+    " local_files_only"
+    " model_max_length max_length max_len padding padding_side truncation truncation_side stride"
+    " truncation_strategy pad_to_multiple_of pad_token_type_id model_input_names"
+    " model_specific_special_tokens additional_special_tokens extra_special_tokens init_inputs"
+    " add_bos_token add_eos_token legacy sp_model_kwargs errors fix_mistral_regex verbose"
+    " clean_up_tokenization_spaces spaces_between_special_tokens use_default_system_prompt"
+    " trim_offsets response_schema response_template unk_id".split()
+)
+
+
+def read_spec(path, spec: dict, stops) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json. Its added tokens become special in spec, too,
+    where they are markup or end a response: they are never made from a text."""
+    spec |= {"truncation": None, "padding": None}
+    if (spec.get("model") or {}).get("dropout"):
+        raise ValueError(f"{path}/tokenizer.json: dropout {spec['model']['dropout']} is random")
+    try:
+        for token in spec["added_tokens"]:
+            # Qwen3 declares <think> an ordinary token.
+            ours = token["content"] in MARKUP or token["id"] in stops
+            token["special"] = token["special"] or ours
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}/tokenizer.json is damaged: {error!r}") from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def check_config(path, config: dict, added: list[dict]) -> None:
+    """Refuse what tokenizer_config.json says beyond tokenizer.json, or what we do not know."""
+    file = Path(path) / "tokenizer_config.json"
+    given = {key: x for key, x in config.items() if x not in (None, [], {})}
+    for key, value in FIXED.items():
+        if given.get(key, value) != value:
+            raise ValueError(f"{file}: {key} {given[key]!r} is not supported, only {value!r}")
+    if unknown := sorted(set(given) - USED - WITHOUT_EFFECT - set(FIXED)):
+        raise ValueError(
+            f"{file}: unknown key {', '.join(unknown)}: if it changes no ids, delete it"
+        )
+    known = {token["id"]: token for token in added}
+    for number, token in (given.get("added_tokens_decoder") or {}).items():
+        ours = known.get(int(number), {})
+        differ = [x for x in ("content", "lstrip", "rstrip", "single_word") if x in token]
+        if differ := [x for x in differ if ours.get(x) != token[x]]:
+            raise ValueError(
+                f"{file}: added_tokens_decoder {number} is {token}, tokenizer.json has {ours}"
+            )
+
+
+def read_templates(path, config: dict, files: dict) -> tuple[str, str]:
+    """(template, template of conversations with tools): one, or two of those in a list."""
+    if (Path(path) / "additional_chat_templates").exists():
+        raise ValueError(f"{path}/additional_chat_templates is not supported: choose one template")
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):  # several by name: [{"name": ..., "template": ...}, ...]
+        several = {x["name"]: x["template"] for x in template}
+        if "default" not in several:
+            raise ValueError(f"{path}: of the chat templates {[*several]} none is the default")
+        template = several["default"]
+        if "chat_template.jinja" not in files:
+            return template, several.get("tool_use", template)
+    template = files.get("chat_template.jinja") or template
+    return template, template
