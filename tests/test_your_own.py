@@ -190,8 +190,8 @@ def test_dapo(package, monkeypatch):
     """384 of 512 tokens are not punished, 448 by 1/4, 512 by 1/2; the outcome stays. In a
     run of the command every reward is the verdict less the punishment."""
     copy = package("DAPO")
-    from nanocascade.rollouts.groups import punish_overlong
-
+    changed = runpy.run_path(str(copy / "nanocascade/rollouts/groups.py"))
+    punish_overlong = changed["punish_overlong"]
     lengths = (384, 448, 512)
     group = [SimpleNamespace(response_length=n, reward=1.0, outcome=1.0) for n in lengths]
     punish_overlong([group], limit=512, buffer=0)
