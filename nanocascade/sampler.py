@@ -295,6 +295,7 @@ def generate(
         for owner, sample in decoder.collect(done, stopped) if len(done) else ():
             if return_experts:
                 experts = torch.cat([prompt_experts[owner // part_size], sample.experts])
+                experts = experts.cpu()  # the device has room for those of the rows being decoded
                 sample = sample._replace(experts=experts)  # (t, l, a)
             prompt, response = divmod(owner, num_samples)
             samples[prompt][response] = sample

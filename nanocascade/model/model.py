@@ -9,11 +9,11 @@ with transformers. Nothing here knows about ranks or devices.
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
 
 from nanocascade.model.cache import Cache
 from nanocascade.model.context import (
@@ -131,6 +131,22 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q (b, h, t, c) to k and v (b, k, t', c), causal where there is no mask.
+
+    On a GPU only 16-bit numbers without a mask of numbers have a kernel in which query heads share
+    a key head. Elsewhere torch would hold a score of every pair, so the key heads are repeated.
+    """
+    causal = mask is None or isinstance(mask, CausalBias)
+    shared = q.device.type == "cpu" or causal and q.itemsize == 2
+    if not shared:
+        times = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)  # (b, h, t', c)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared
+    )  # (b, h, t, c)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention: the `*` mixer."""
 
@@ -164,7 +180,7 @@ class Attention(nn.Module):
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """Attention of packed documents, each to its parent's keys and its own: (b, t, h, c)."""
-        shape, attend = q.shape, partial(F.scaled_dot_product_attention, enable_gqa=True)
+        shape = q.shape
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (n, h | k, c)
         q, k, v = gather(q, plan.queries), gather(k, plan.keys), gather(v, plan.keys)
         q_sizes = [x.documents * x.own for x in plan.calls]
@@ -173,7 +189,7 @@ class Attention(nn.Module):
         answers = []
         for call, *qkv in pieces:
             qkv = [x.unflatten(0, (call.documents, -1)).transpose(1, 2) for x in qkv]
-            y = attend(*qkv, attn_mask=call.mask, is_causal=call.mask is None)  # (m, h, own, c)
+            y = attend(*qkv, call.mask)  # (m, h, own, c)
             answers.append(y.transpose(1, 2).flatten(0, 1))  # (m*own, h, c)
         return gather(torch.cat(answers), plan.answers).view(shape)
 
@@ -190,10 +206,7 @@ class Attention(nn.Module):
             q = q.reshape(b, k.shape[1], -1, c)  # (b, k, h/k, c)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask)  # (b, k, h/k, c)
             return y.reshape(b, 1, h, c)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None, enable_gqa=True
-        )  # (b, h, t, c)
-        return y.transpose(1, 2)
+        return attend(q, k, v, ctx.mask).transpose(1, 2)
 
 
 class Block(nn.Module):

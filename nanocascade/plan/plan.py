@@ -155,6 +155,16 @@ def shards_of(dist: Dist) -> int:
     return dist.world_size // dist.replicas if dist.sharded else 1
 
 
+def stretched(short: Trace, long: Trace, tokens: int) -> Trace:
+    """The trace of so many tokens, on the line through those of TRACED."""
+    steps, times = (tokens - TRACED[0]) / (TRACED[1] - TRACED[0]), tokens / TRACED[1]
+    return Trace(
+        kept=short.kept + (long.kept - short.kept) * steps,
+        peak=short.peak + (long.peak - short.peak) * steps,
+        operations=[(flops * times, size * times) for flops, size in long.operations],
+    )
+
+
 def usable(memory: float) -> float:
     """Bytes of a device that a plan may fill."""
     return memory - min(RESERVE, memory / 8)
@@ -203,20 +213,13 @@ class Plan:
         return self.traces[key]
 
     def block(self, kind: str, tokens: int, grad=True) -> Trace:
-        """A block on a micro-batch: forward and, with grad, backward."""
-        if tokens <= TRACED[1]:
-            width = min(self.work.width, tokens)
-            return self.traced(trace_block, kind, max(tokens // width, 1), width, grad=grad)
-        short, long = (self.block(kind, n, grad) for n in TRACED)
-        steps, times = (tokens - TRACED[0]) / (TRACED[1] - TRACED[0]), tokens / TRACED[1]
-        return Trace(
-            kept=short.kept + (long.kept - short.kept) * steps,
-            peak=short.peak + (long.peak - short.peak) * steps,
-            operations=[(flops * times, size * times) for flops, size in long.operations],
-        )
-
-    def head(self, tokens: int) -> Trace:
-        return self.traced(trace_head, HEAD, min(tokens, TRACED[1]))
+        """A block on a micro-batch, or the head: forward and, with grad, backward."""
+        if tokens > TRACED[1]:
+            return stretched(*(self.block(kind, n, grad) for n in TRACED), tokens)
+        if kind == HEAD:
+            return self.traced(trace_head, HEAD, tokens)
+        width = min(self.work.width, tokens)
+        return self.traced(trace_block, kind, max(tokens // width, 1), width, grad=grad)
 
     def decoding(self, kind: str, rows: int, context: int) -> Trace:
         """A step of decoding in a block, or in the head with the draw."""
@@ -274,7 +277,7 @@ class Plan:
         return {
             "gathered": gathered * dist.sharded,
             "kept": stored,
-            "block": max(worst, self.head(micro).peak + hidden),
+            "block": max(worst, self.block(HEAD, micro).peak + hidden),
         }
 
     def sampling(self, rows: int, sequence: int, prompt: int, replay=False) -> dict[str, float]:

@@ -63,7 +63,7 @@ def micro_batches(plan: Plan) -> int:
 
 def training_seconds(plan: Plan, hardware: Hardware) -> float:
     work, config, pattern = plan.work, plan.config, plan.config.pattern
-    batch = roofline(plan.head(work.micro), hardware)
+    batch = roofline(plan.block(HEAD, work.micro), hardware)
     for kind in {*pattern}:
         batch += pattern.count(kind) * roofline(plan.block(kind, work.micro), hardware)
         if work.frozen:  # scores the same tokens
