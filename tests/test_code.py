@@ -158,7 +158,7 @@ def test_forms_of_function_tests(inputs, outputs, program):
         ("def add(x, y):\n    while x < 0: pass\n    return x + y", "time limit on test 2"),
         # what must not help: objects that equal all, leaving early, patches, forged replies
         (EQUAL % "int", "wrong output on test 1"),
-        (EQUAL % "", "crashed: TypeError on test 1"),  # it is no plain data
+        (EQUAL % "", "wrong output on test 1"),
         ("exit(0)", "crashed: SystemExit on test 1"),
         (FORGE % ("", 0), "ended early on test 1"),
         (
@@ -227,7 +227,7 @@ def test_assert_verdicts():
         ("def add(x, y): raise StopIteration", "crashed: RuntimeError on test 2"),
         ("exit()", "crashed: RuntimeError on test 2"),
         (FORGE % ("", 0), "ended early on test 2"),
-        (EQUAL % "", "crashed: TypeError on test 2"),
+        (EQUAL % "", "wrong output on test 2"),
         (EQUAL % "int", "wrong output on test 2"),
         ("__builtins__['all'] = abs\nadd = lambda x, y: x + 1", "wrong output on test 3"),
         ("while 1: pass", "time limit on test 2"),
@@ -243,14 +243,14 @@ def test_assert_verdicts():
 
 
 def test_assert_values():
-    """Tests may pass complex numbers, use a module that only the program imports, and call what the
-    program names as a built-in; but no other is replaced. Only plain data is returned to a test."""
+    """Tests may pass complex numbers, ask whether an object is true, use a module that only the
+    program imports, and call what the program names as a built-in; but no other is replaced."""
     half = "import re, sys\ndef f(x): return x * 0.5j if x else re.search('a', 'b')\n"
     tests = ["assert f(2j) == -1 and sys.maxsize > f(2) .imag", "assert not f(0)"]
     assert grade({"asserts": tests}, half).reason == RIGHT
     found = "import re\ndef f(x): return re.search('a', x)"
-    assert grade({"asserts": ["assert f('b') is None"]}, found).reason == RIGHT
-    assert grade({"asserts": ["assert f('a')"]}, found).reason == "crashed: TypeError on test 1"
+    assert grade({"asserts": ["assert f('a')", "assert f('a') != 1"]}, found).reason == RIGHT
+    assert grade({"asserts": ["assert f('b')"]}, found).reason == "wrong output on test 1"
     counts = "def f(n):\n    yield from range(n)\ndef g(n): return range(n)"
     assert grade({"asserts": ["assert list(f(2)) == [*g(2)] == [0, 1]"]}, counts).reason == RIGHT
     assert grade({"asserts": ["assert f(2) == [0, 1]"]}, counts).value == 0

@@ -1,5 +1,5 @@
 r"""Programs: the last ```python block of an answer against `unit_tests`; repair: a patch, a diff or
-the edits of an episode in a repository (environments.py).
+the edits of an episode in a repository (environments/).
 
 unit_tests takes one of three forms, and every test must pass: the reward is 1 or 0.
 

@@ -1,7 +1,7 @@
 """Rollouts: from rows of data to scored groups of responses, tool calls included.
 
 A rollout is one episode: the prompt, what the model wrote, and, where the row has an environment
-(environments.py), the tool results in between. Only what the model wrote carries loss.
+(environments/), the tool results in between. Only what the model wrote carries loss.
 """
 
 import time
