@@ -83,7 +83,7 @@ RL_STAGES = {
         steps=(45, 20),
         mask_unsolved=0.5,
     ),
-    # Episodes in a repository (environments/repository.py), its tests the reward; off the toy's cascade. What
+    # Episodes in a repository (environments/), its tests the reward; off the toy's cascade. What
     # is solved 16 of 16 times is removed, what never is kept with probability 0.1.
     # OURS: of the report's 256K tokens of context 16K are the prompt's; 40 steps (it does not say).
     # OURS: non-thinking, as agentic SWE's SFT data and evaluation are; RL's mode is not said.
