@@ -26,7 +26,6 @@ class Node(NamedTuple):
     unit: tuple | None = None  # (scale, {base: power}); None if there is none or we do not know it
 
 
-MAX_NODES = 400
 EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset"}
 EMPTY |= {"\\emptyset", "\\{\\}", "thereisnosolution", "therearenosolutions"}
 THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
@@ -101,8 +100,8 @@ def read(text, depth=0):
         r'^(?:\\(?:approx|sim)(?![a-zA-Z])|"(?:about|approximately|approx|roughly)")\s*', "", text
     )
     text = re.sub(r"\s*\(?\\[pb]?mod\s*\{?\w+\}?\)?$", "", text).rstrip(" .,;:").lstrip(" ,;:")
-    while enclosed(text, "{", "}"):
-        text = text[1:-1].strip()
+    for _ in range(4):
+        text = text[1:-1].strip() if enclosed(text, "{", "}") else text
     node = interpret(text, depth) if text and depth < 8 else Node("other")
     return node._replace(text=squeeze(text))
 

@@ -16,7 +16,9 @@ plain data (methods of what it returns; functions, bytes or objects as its argum
 that it changes in place, and modules beside the library and the program's own.
 """
 
+import builtins
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -41,17 +43,15 @@ PYTHON = ("python", "py", "python3")
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
 FENCE = re.compile(r"(\s*)(`{3,}|~{3,})[ \t]*([\w+#.-]*)(?!.*\2)")  # indentation, marks, language
 
-# Starter code uses names that it does not import (List, Optional, deque, inf): judges of such
-# problems provide them. They are built in here, so that a program's own come first.
-PRELUDE = """
-import builtins, importlib
-for name in "typing collections math heapq bisect itertools functools re string copy".split():
-    module = importlib.import_module(name)
-    public = [x for x in getattr(module, "__all__", dir(module)) if x[0] != "_"]
-    for key, value in [(name, module), *((x, getattr(module, x)) for x in public)]:
-        builtins.__dict__.setdefault(key, value)
-globals().update(vars(importlib.import_module(%r)))
-"""
+# Names that starter code uses without importing them, as judges of such problems provide them.
+PROVIDERS = "typing collections math heapq bisect itertools functools re string copy".split()
+PROVIDED = {}  # name -> the statement that provides it
+for _name in PROVIDERS:
+    _module = importlib.import_module(_name)
+    PROVIDED[_name] = f"import {_name}"
+    for _public in getattr(_module, "__all__", dir(_module)):
+        if not _public.startswith("_") and not hasattr(builtins, _public):
+            PROVIDED.setdefault(_public, f"from {_name} import {_public}")
 
 lock, verdicts = threading.Lock(), {}  # digest -> Reward, oldest first
 
@@ -143,13 +143,24 @@ def same_value(expected, data):
     return expected == data and isinstance(expected, bool) == isinstance(data, bool)
 
 
+def with_provided(modules, entry):
+    """(modules, entry) where the names that the entry may lack are built in, so that a program's
+    own come first: List, Optional, deque, inf, ..."""
+    names = sorted(PROVIDED.keys() & set(re.findall(r"[A-Za-z_]\w*", modules.get(entry, ""))))
+    if not names:
+        return modules, entry
+    lines = ["import builtins, importlib", *(PROVIDED[name] for name in names)]
+    lines += [f"builtins.__dict__.setdefault({name!r}, {name})" for name in names]
+    lines += [f"globals().update(vars(importlib.import_module({entry!r})))"]
+    return {**modules, "provided": "\n".join(lines)}, "provided"
+
+
 def judge_calls(sandbox, modules, entry, tests, limits):
     """Reasons, one a test (None: passed), of function tests: one child answers all the calls."""
     calls, outputs = read_calls(tests)
     lines = [[tests["fn_name"], *map(encode, (args, {}, other))] for args, other in calls]
     limits = limits._replace(output=limits.output + 8 * len(json.dumps(outputs)))
-    modules = {**modules, "with prelude": PRELUDE % entry}
-    outcome = sandbox.run_calls(modules, "with prelude", lines, limits)
+    outcome = sandbox.run_calls(*with_provided(modules, entry), lines, limits)
     for number, accepted in enumerate(outputs):
         data, reason = read_reply(outcome, number)
         try:

@@ -346,7 +346,7 @@ class Reader:
             term = self.product()
             result = result * term if token == "\\prod" else result + term
             self.count(result)
-        del self.bound[name]
+        self.bound.pop(name, None)  # a sum inside may run over the same letter
         return result
 
 
