@@ -117,7 +117,7 @@ def refuse(box, attacks):
     source = TRY + "".join(f"refused(lambda: {x}) or print({x!r})\n" for x in attacks)
     outcome = run(box, source + "print('end')", seconds=2.0)
     assert outcome.stdout == b"end\n", outcome
-    session = Session(box, "told = repr")
+    session = Session(box, "error_text = repr")
     assert session.run("before = 'end'") == ("", "")
     assert session.run(source + "print(before)") == ("end\n", "")
     session.close()
@@ -363,10 +363,10 @@ def test_sessions(box):
         "import os; os.abort()": "process ended",
     }
     for program, expected in ends.items():
-        session = Session(box, "told = repr", limits)
+        session = Session(box, "error_text = repr", limits)
         assert session.run("print('first')") == ("first\n", "")
         assert session.run(program)[1] == expected, program
-    session = Session(box, "told = repr", limits)
+    session = Session(box, "error_text = repr", limits)
     assert session.run("x = 'y' * (1 << 28)") == ("MemoryError()\n", "")
     spoiled = "import os; os.write(5, b'....'); os.ftruncate(0, 0); os.lseek(1, 99, 0); print(1)"
     session.run(spoiled)

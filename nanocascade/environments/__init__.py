@@ -1,1 +1,1 @@
-"""What answers the tool calls of an episode: a shop, Python, a repository."""
+"""Environments answer the tool calls of an episode: a shop, Python, a repository."""

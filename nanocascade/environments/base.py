@@ -1,9 +1,9 @@
-"""What environments share: how a tool is declared, and a program run for the model."""
+"""Shared by the environments: declare a tool, run a program that the model wrote."""
 
 from nanocascade.sandbox.sandbox import LIMITS, read_reply, shared_sandbox
 
 MAX_RESULT = 8_000  # characters of one result
-MAX_LATE = 3  # programs of an episode that had to be stopped; then none is run any more
+MAX_LATE = 3  # programs of an episode that may exceed their time; after that none is run
 
 
 def make_tool(name: str, description: str, optional=(), **parameters: str) -> dict:
@@ -15,11 +15,12 @@ def make_tool(name: str, description: str, optional=(), **parameters: str) -> di
     return {"type": "function", "function": function}
 
 
-# ---- What runs programs --------------------------------------------------------------------------
+# ---- Programs ------------------------------------------------------------------------------------
 
-# Our own text, run in the sandbox around the model's: an exception, with its place, is output.
-TOLD = """
-def told(error):
+# Source of error_text(error), run in the sandbox beside the model's program: the text of an
+# exception, with the line of the program that raised it.
+ERROR_TEXT = """
+def error_text(error):
     trace, place = error.__traceback__, ""
     while trace:
         frame, line = trace.tb_frame, trace.tb_lineno
@@ -31,7 +32,7 @@ def told(error):
 
 
 def run(modules: dict, entry: str, late: int):
-    """(late, one more if it had to be stopped; what modules[entry] printed and how it was ended)"""
+    """Run modules[entry]: (late, plus 1 if the program was stopped; its output and its end)."""
     if late == MAX_LATE:
         return late, "error: no time left"
     outcome = shared_sandbox().run_script(modules, entry, limits=LIMITS)

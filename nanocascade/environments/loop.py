@@ -1,21 +1,20 @@
-"""Environments: what answers a model's tool calls, turn by turn, in RL and in sample.py.
+"""Environments answer a model's tool calls, turn by turn, in RL and in sample.py.
 
-A row names one, {"environment": {"name": "repository"}, ...}, and carries what it starts from:
+A row names its environment, {"environment": {"name": "repository"}, ...}, and has its start state:
 
-    shop         the toy's: stock and orders of environment.state (shop.py)
-    python       programs, for any row; what they print comes back, and names stay
+    shop         the toy's shop: stock and orders of environment.state (shop.py)
+    python       programs, for any row; their output is the result, and variables persist
     repository   verifier_metadata {"files": {path: text}, "entry": "pkg/module.py", "unit_tests"}:
                  files to list, read, search, edit and test; the tests, which the model never
                  sees, of the entry module are the reward
 
-A step maps (state, call) to (new state, text). States are plain values, never changed in place: no
-episode can see another's, and a repository is a dictionary of texts, with no folder on a disk to
-protect and to remove. (Python's state is a process of its own, which `end_episode` ends.) A
-verifier plays the edits again (rewards/code.py): they are a pure function of row and calls, so that
-nothing in a transcript has to be believed or carried along.
+A step maps (state, call) to (new state, text). States are plain values that are never changed in
+place, so episodes cannot see each other, and a repository is a dictionary of texts without a folder
+on the disk. (Python's state is a process, which `end_episode` ends.) The edits are a pure function
+of row and calls: a verifier repeats them (rewards/code.py) and need not trust the transcript.
 
-Whatever a model asks for, a step returns: programs run in the sandbox under its CPU limit, and a
-result has at most MAX_RESULT characters. Not covered: the sandbox has the standard library and the
+A step always returns: programs run in the sandbox under its CPU limit, and a result has at most
+MAX_RESULT characters. Limits of this: the sandbox has the standard library and the
 repository's own modules, no third-party package (not even pytest) and no files; a program that
 prints the time or an unseeded random number prints another one when a run is resumed.
 """
@@ -31,10 +30,10 @@ from nanocascade.environments.shop import MAX_CALLS, run_tool
 
 
 class Environment(NamedTuple):
-    tools: list | None  # what a row declares that declares no tools of its own
-    start: object  # function row -> state
+    tools: list | None  # default tools, for a row that declares none
+    start: object  # function row -> state of a new episode
     step: object  # function (state, name, arguments) -> (state, text)
-    max_calls: int  # of an episode
+    max_calls: int  # calls of an episode that are answered
     close: object = lambda state: None  # function state -> None, once the episode is over
 
 
@@ -62,8 +61,8 @@ ENVIRONMENTS = {
 
 
 def equip(row: dict) -> dict:
-    """The row, with the tools of its environment where it declares none; ValueError if it names an
-    environment that there is not, or lacks what that one starts from."""
+    """The row with its environment's tools if it declares none. Raises ValueError for an unknown
+    environment and for a row without the start state that it needs."""
     if "environment" not in row:
         return row
     name = row["environment"]["name"]
@@ -76,7 +75,8 @@ def equip(row: dict) -> dict:
 
 
 def answer(row: dict, played, call: dict):
-    """((number of calls, state) after one more call, its result); played: that before, or None."""
+    """((number of calls, state) after one more call, its result). played: the pair before the call,
+    or None at the first."""
     environment = ENVIRONMENTS[row["environment"]["name"]]
     number, state = played or (0, environment.start(row))
     if number == environment.max_calls:
@@ -85,11 +85,11 @@ def answer(row: dict, played, call: dict):
     if (more := len(text) - MAX_RESULT) > 0:
         half = MAX_RESULT // 2
         text = f"{text[:half]}\n... {more} characters left out ...\n{text[-half:]}"
-    # Half a character, which JSON can carry, is none that a tokenizer reads.
+    # JSON can hold a lone surrogate, which cannot be encoded for the tokenizer.
     return (number + 1, state), text.encode(errors="replace").decode()
 
 
 def end_episode(row: dict, played) -> None:
-    """Free what the episode's environment holds; `played` as `answer` returned it, or None."""
+    """Close the episode's environment. played: as `answer` returned it, or None."""
     if played is not None:
         ENVIRONMENTS[row["environment"]["name"]].close(played[1])

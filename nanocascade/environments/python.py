@@ -1,17 +1,17 @@
-"""The Python tool: programs that share their names, in one session an episode."""
+"""The Python tool: the programs of an episode share variables, in one sandboxed session."""
 
-from nanocascade.environments.base import MAX_LATE, MAX_PROGRAM, TOLD
+from nanocascade.environments.base import ERROR_TEXT, MAX_LATE, MAX_PROGRAM
 from nanocascade.sandbox.sandbox import shared_sandbox
 from nanocascade.sandbox.session import Session
 
-PYTHON_CALLS = 100  # the report's tool-integrated reasoning
+PYTHON_CALLS = 100  # calls of an episode, as in the report's tool-integrated reasoning
 
 
 def python_step(state, name: str, arguments: dict):
-    """Run a program where the episode's earlier ones left their names.
+    """Run a program with the variables that the episode's earlier programs left.
 
-    state: (Session or None, programs that had to be stopped). A program that is stopped ends its
-    session: the next one starts without names, and after MAX_LATE none is run any more.
+    state: (Session or None, number of programs that were stopped at their limit). Stopping a
+    program ends its session: the next one starts without variables. After MAX_LATE none is run.
     """
     session, late = state
     program = arguments.get("code")
@@ -21,7 +21,7 @@ def python_step(state, name: str, arguments: dict):
         return state, f"error: code must be a text of at most {MAX_PROGRAM} characters"
     if late == MAX_LATE:
         return state, "error: no time left"
-    session = session or Session(shared_sandbox(), TOLD)
+    session = session or Session(shared_sandbox(), ERROR_TEXT)
     printed, ended = session.run(program)
     if ended:
         session, late = None, late + (ended in ("time limit", "asleep"))

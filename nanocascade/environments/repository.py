@@ -1,12 +1,12 @@
-"""A repository in memory: files to list, read, search, edit and test; patches that answers hold."""
+"""A repository in memory: list, read, search, edit and test its files; apply an answer's patch."""
 
 import re
 from typing import NamedTuple
 
-from nanocascade.environments.base import TOLD, make_tool, run
+from nanocascade.environments.base import ERROR_TEXT, make_tool, run
 
 TESTS = (
-    TOLD
+    ERROR_TEXT
     + """
 import importlib, sys
 passed = failed = 0
@@ -28,7 +28,7 @@ for name in %r:
             passed += 1
         except BaseException as error:
             failed += 1
-            print(f"FAILED {name}: {test}: {told(error)}")
+            print(f"FAILED {name}: {test}: {error_text(error)}")
 print(f"{passed} passed, {failed} failed")
 """
 )
@@ -52,7 +52,7 @@ def read_file(files: dict, path: str = "", first: str = "1", last: str = "") -> 
 
 
 def search(files: dict, text: str = "") -> str:
-    """Lines that contain a text as it stands: a pattern of the model's could take for ever."""
+    """Lines that contain a literal text. A model's regular expression could run forever."""
     found = [
         f"{path}:{i}: {line}"
         for path in sorted(files)
@@ -64,7 +64,7 @@ def search(files: dict, text: str = "") -> str:
 
 
 def run_tests(files: dict, late: int, path: str = ""):
-    """Functions called test* and unittest's cases of one file, or of all that are called tests."""
+    """Run functions named test* and unittest cases: of one file, or of every test file."""
     modules, names = modules_of(files)
     tests = [x for x in sorted(names) if re.search(r"(^|/)test_[^/]*$|_test\.py$", x)]
     if path and path not in names:
@@ -99,7 +99,7 @@ REPOSITORY_TOOLS = [
 
 
 def repository_step(state: tuple, name: str, arguments: dict):
-    """(files, late) after a call, and what it says; only an edit changes the files."""
+    """((files, late) after a call, its result text). Only an edit changes the files."""
     files, late = state
     if name == "edit":
         files, text = edited(files, arguments)
@@ -121,7 +121,7 @@ def repository_step(state: tuple, name: str, arguments: dict):
 HUNK = re.compile(r"^@@ -(\d{1,6})(?:,(\d{1,6}))? \+\d+(?:,(\d{1,6}))? @@", re.MULTILINE)
 MARKER = re.compile(r"<{7} SEARCH|={7}\s*$|>{7} REPLACE")
 MAX_PATCH = 1 << 16  # characters; Codeforces takes 65,536 bytes
-PATH = re.compile(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*")  # of a new file
+PATH = re.compile(r"(?=.{1,200}$)\w[\w.-]*(/\w[\w.-]*)*")  # permitted path of a new file
 MARKED = re.compile(
     r"[#>*`\s]*(?:(?:file|path|filename)\s*:)?[*`\s]*(\S+?)[*`:]*\s*", re.IGNORECASE
 )
@@ -131,12 +131,12 @@ class Edit(NamedTuple):
     path: str
     old: list[str]  # lines to replace
     new: list[str]
-    line: int = 0  # where the old ones stand, from 1; 0 if the edit does not say
+    line: int = 0  # number of the first old line, from 1; 0 if the edit does not give it
 
 
 def path_above(lines, start, files):
-    """The path that the lines above a block name: bare, or as "### path", "**path**", "`path`:",
-    with blank lines or a fence between; the last that is a file, else the last that may be one."""
+    """The path named above a block: bare, or as "### path", "**path**", "`path`:", with blank lines
+    or a fence between. Of several, the last that exists, else the last that is a valid path."""
     named = []
     for line in reversed(lines[max(start - 4, 0) : start]):
         if line.startswith(">>>>>>>"):
@@ -152,7 +152,7 @@ def path_above(lines, start, files):
 
 
 def block_edits(lines, files):
-    """The blocks of an answer as Edits; None if one has no end. A block, each on its own line:
+    """The blocks of an answer as Edits; None if one is not closed. Parts of a block:
 
     path, <<<<<<< SEARCH, old lines, =======, new lines, >>>>>>> REPLACE
     """
@@ -170,7 +170,7 @@ def block_edits(lines, files):
 
 
 def diff_edits(lines):
-    """The same of a unified diff's hunks, read by the counts in their headers."""
+    """The hunks of a unified diff as Edits; a hunk is as long as its header says."""
     edits, path, rest = [], "", iter(lines)
     for line in rest:
         if line.startswith("+++ "):
@@ -191,8 +191,8 @@ def diff_edits(lines):
 
 
 def patched(files, text):
-    """(files with the edits of an answer applied in order, None), or (None, reason). The old lines
-    of an edit, whole, must occur once, or where its hunk says; without any it makes a new file."""
+    """(files after the edits of an answer, None), or (None, reason). The old lines of an edit must
+    occur exactly once, or at the line of its hunk. An edit without old lines makes a new file."""
     if len(text) > MAX_PATCH:
         return None, "patch too long"
     before, lines = files, [x.rstrip("\r") for x in text.split("\n")]
@@ -209,7 +209,7 @@ def patched(files, text):
             return None, "patch of a file that is not there"
         body = files[path].split("\n")
         found = [k for k in range(len(body)) if old and body[k : k + len(old)] == old]
-        place = line - 1 + moved.get(path, 0)  # earlier hunks moved the lines behind them
+        place = line - 1 + moved.get(path, 0)  # earlier hunks shifted the lines below
         if line and place in found:
             found = [place]
         if len(found) != 1:
@@ -235,7 +235,7 @@ def modules_of(files):
 
 
 def edited(files, arguments):
-    """(new files, what was done), or (files, why nothing was), of one call of the tool edit.
+    """Apply one call of the tool edit: (new files, result), or (files, error message).
 
     path, old, new: a text that occurs exactly once is replaced; an empty old makes a new file.
     """

@@ -2,7 +2,7 @@
 
 import json
 
-MAX_CALLS = 200  # played in an episode
+MAX_CALLS = 200  # calls of an episode that are answered
 
 
 def name_and_arguments(call):
@@ -17,8 +17,8 @@ def run_tool(state, call):
 
     {"stock": {"pen": 4}, "orders": []}, order(item="pen", count=3)
         -> {"stock": {"pen": 1}, "orders": [["pen", 3]]}, "done"
-    A failed order stays in the state ("failed": 1) and its message tells nothing of the stock:
-    trying counts until one fits must not end where looking first does.
+    A failed order is recorded in the state ("failed": 1), and its message does not show the stock:
+    guessing counts until one fits must not reach the state of an order after a look-up.
     """
     name, arguments = name_and_arguments(call)
     item, count = (str(arguments.get(key, "")).strip() for key in ("item", "count"))
@@ -35,7 +35,7 @@ def run_tool(state, call):
 
 
 def play(state, calls):
-    """The state after the calls; in which order the orders were placed does not matter."""
+    """The state after the calls, with its orders sorted: their order does not matter."""
     for name, arguments in calls:
         state, _ = run_tool(state, {"name": name, "arguments": arguments})
     return state | {"orders": sorted(state.get("orders", []))}

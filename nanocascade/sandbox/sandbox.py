@@ -1,9 +1,8 @@
 """Runs untrusted programs and returns their output as plain data.
 
-`Sandbox` lends jail.py's servers to threads, one job at a time each. Job, input, output and replies
-are memory files that we create; we read them when the child is dead and cannot change them any
-more. Expected outputs are never passed in, so a program that forges replies still has to know the
-right values.
+`Sandbox` gives each job of a thread one of jail.py's servers. Job, input, output and replies are
+memory files that we create; we read them after the child is dead and can no longer change them.
+Expected outputs are never passed in, so a program that forges replies has to know the right values.
 
 Limits are CPU time, enforced by the kernel, so a loaded machine changes no verdict. Wall time is
 only the backstop against programs that sleep: one that needs SLEEP_FACTOR times its CPU limit

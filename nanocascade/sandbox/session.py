@@ -1,4 +1,4 @@
-"""A confined Python that stays for several programs, which share their names."""
+"""A confined Python process that runs several programs, which share their variables."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from nanocascade.sandbox import jail
 from nanocascade.sandbox.sandbox import LIMITS, SLEEP_FACTOR, Server, memory_file, outcome
 
 # The program of the child. A byte on CALLS says that a new program is in STDIN, a byte on REPLIES
-# that it is over. A program that meddles with these files harms only its own session.
+# that it is over. A program that tampers with these files harms only its own session.
 LOOP = """
 %(prelude)s
 def run_programs(names):
@@ -24,7 +24,7 @@ def run_programs(names):
         except SystemExit:
             pass
         except BaseException as error:
-            print(told(error))
+            print(error_text(error))
         sys.stdout.flush()
         os.write(%(replies)d, b".")
 run_programs({"__name__": "__main__"})
@@ -32,13 +32,13 @@ run_programs({"__name__": "__main__"})
 
 
 class Session:
-    """One child of a sandbox's server, for one program at a time; the server has other jobs too.
+    """One child of a sandbox's server; it runs one program at a time. The server has other jobs.
 
     Limits are those of any program: CPU time of each, and of all together; memory; output of each.
     """
 
     def __init__(self, sandbox, prelude: str, limits=LIMITS):
-        """prelude: source of told(error), the text of an exception."""
+        """prelude: source of error_text(error), the text of an exception."""
         assert not sandbox.plain_only, "a session runs any program, and nothing is confined here"
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a session has four open files
@@ -60,7 +60,7 @@ class Session:
                 self.server.ask(b"j" + self.name, files)
 
     def run(self, program: str) -> tuple[str, str]:
-        """(what the program printed; "", or how it ended the session, which is then closed)."""
+        """(the program's output, ""), or (the output, how the program ended the session)."""
         for file in (self.stdout, self.program):  # open in the child too, at the same position
             file.truncate(0)
             file.seek(0)
@@ -75,10 +75,10 @@ class Session:
         return printed, "" if alive else self.close(finished)
 
     def close(self, finished=True) -> str:
-        """Kill the child; how it ended if that was before: over a limit, or by itself."""
+        """Kill the child. Returns how it had ended before that: at a limit, or by itself."""
         ((status, seconds),) = self.server.ask(b"k" + self.name)
         ended = outcome(status, seconds, finished, self.limits, self.stdout, self.stdout).ended
         for file in (self.program, self.stdout, self.calls, self.replies):
             file.close()
         limits = "time limit", "output limit", "asleep"
-        return ended if ended in limits else "process ended"  # its status depends on who was first
+        return ended if ended in limits else "process ended"  # its exit status depends on timing

@@ -6,7 +6,7 @@ import math
 from nanocascade.environments.repository import REPOSITORY_TOOLS
 from nanocascade.toy.words import assistant, tool_call, user_row
 
-PROGRAMS = {  # how a request reads, and the expression that answers it
+PROGRAMS = {  # text of the request -> its solution, an expression
     "adds {a} to x": "x+{a}",
     "subtracts {a} from x": "x-{a}",
     "multiplies x by {a}": "x*{a}",
@@ -21,7 +21,7 @@ CODE = "```python\ndef f(x):\n    return %s\n```"
 
 
 def value(expression: str, x: int) -> int:
-    """The value of one of PROGRAMS' own expressions (our text, never a model's) without eval."""
+    """Value of an expression of PROGRAMS at x, without eval. A model's text never gets here."""
     if expression.startswith("m"):
         pick, bound = expression[:3], int(expression[7:-1])
         return max(x, bound) if pick == "max" else min(x, bound)
@@ -35,7 +35,7 @@ def unit_tests(expression: str, *inputs: int) -> dict:
 
 
 def code(rng, problem=None):
-    """A function from its description, checked by running it."""
+    """Write a function from its description; the verifier runs it."""
     a, b, request = problem or (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
     expression = PROGRAMS[request].format(a=a, b=b)
     if rng.random() < 0.5:  # another program, or another constant
@@ -48,7 +48,7 @@ def code(rng, problem=None):
 
 
 def repair(rng):
-    """A file with a wrong operator or constant, and a test that shows it; the answer is a patch."""
+    """Repair a wrong operator or constant in a file, given a failing test; the answer is a diff."""
     a = rng.randint(2, 9)
     good, bad = rng.sample([f"x+{a}", f"x-{a}", f"x*{a}"], 2)
     x = rng.randint(3, 9)
@@ -66,7 +66,7 @@ def repair(rng):
 
 
 def agentic(rng):
-    """The same file in a repository: it has to be read first, then edited, each in its own turn."""
+    """Repair the same file in a repository: read it in one turn, edit it in the next."""
     row, *solutions = repair(rng)
     metadata = row["verifier_metadata"]
     tests, files = metadata["unit_tests"], metadata["files"]

@@ -1,4 +1,4 @@
-"""What the toy starts from: a tokenizer of its own words and a hybrid of a million parameters."""
+"""The toy's tokenizer, built from its own words, and its hybrid model of a million parameters."""
 
 import json
 import re
@@ -12,13 +12,13 @@ from nanocascade.tokenizer.chat import MARKUP, TEMPLATE
 
 
 def build_toy_tokenizer(path, words=()):
-    """Writes a tokenizer of 256 bytes (id = byte), one token a word, and the markup, to path.
+    """Write a tokenizer to path: 256 bytes (id = byte), one token for each word, and the markup.
 
-    words: any strings, " the" or ".\\n" as well; longest match first. Where a word begins or ends
-    with a letter or digit, none may touch it from outside: "the" is not found in "then". Any text
-    round-trips, and a digit is one token unless a word holds it.
+    words: any strings, also " the" or ".\\n"; the longest match wins. A word that begins or ends
+    with a letter or digit matches at word boundaries only: "the" does not match in "then". Any text
+    round-trips, and a digit is one token unless it is part of a word.
     """
-    # GPT-2's printable stand-ins: visible bytes for themselves, the others from U+0100 on.
+    # GPT-2's byte-to-character map: visible bytes stay, the others are U+0100 and up.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     chars = [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
@@ -26,7 +26,7 @@ def build_toy_tokenizer(path, words=()):
     words = sorted({*words} - {""}, key=lambda word: (-len(word), word))
     for word in words:
         vocab.setdefault("".join(chars[byte] for byte in word.encode()), len(vocab))
-    # Words are cut out first and looked up whole (ignore_merges); the rest falls to single bytes.
+    # Words are split off first and looked up whole (ignore_merges); other text becomes bytes.
     cut = "|".join(
         r"(?<!\w)" * w[0].isalnum() + re.escape(w) + r"(?!\w)" * w[-1].isalnum() for w in words
     )

@@ -1,13 +1,13 @@
 """The toy's own tasks: seeded problems for every stage, in the row form of the released data.
 
-Each generator draws one problem and returns (row, good, slip): the row carries what its verifier
-needs and nothing of the toy, `good` is a correct solution with a short thought, `slip` one with a
-mistake. An SFT row takes the slip with the domain's probability: imitation then ends between 0.2
-and 0.8, and RL has something to do.
+Each generator draws one problem and returns (row, good, slip): the row has the fields of its
+verifier and none that only the toy knows, `good` is a correct solution with a short thought, `slip`
+a wrong one. An SFT row takes the slip with the domain's probability, so that the model scores
+between 0.2 and 0.8 after SFT and RL can improve it.
 # OURS: a share of the SFT solutions is wrong on purpose; the report filters its data.
 
-Whether a problem is a training or a test problem is decided by a hash of its text, so the two
-cannot overlap whatever the seeds; preference alone asks its few questions in both.
+A hash of its text makes a problem a training or a test problem, so the two splits never overlap,
+whatever the seeds. Only preference asks the same questions in both.
 """
 
 import hashlib
@@ -40,9 +40,9 @@ from nanocascade.toy.words import (
     user_row,
 )
 
-LONG_SENTENCES = 30  # of filler in a long-context row
+LONG_SENTENCES = 30  # filler sentences of a long-context row
 
-# How often an SFT solution carries a slip: what is left for RL to do in each domain.
+# Share of SFT solutions that are the slip. RL has to remove these mistakes.
 SLIPS = {
     "math": 0.1,
     "if": 0.3,
@@ -57,9 +57,9 @@ SLIPS = {
     "verify": 0.1,
     "revise": 0.2,
 }
-OUTSIDE = ("swe_agentic", "verify", "revise")  # of the cascade: no stage of its run teaches these
+OUTSIDE = ("swe_agentic", "verify", "revise")  # domains that no stage of the toy's cascade trains
 DOMAINS = tuple(x for x in SLIPS if x not in OUTSIDE)
-# What SFT learns, with the turns that strategies.py asks for.
+# Domains of SFT, among them the prompts that strategies.py uses.
 SFT_SHARES = dict.fromkeys((*DOMAINS, "verify", "revise"), 1.0) | {
     "mcqa": 1.5,
     "structured": 1.3,
@@ -99,7 +99,7 @@ def instructions(rng):
     begins, ends = "first_word:first_word_answer", "last_word:last_word_answer"
     repeats, forbids = "keywords:frequency", "keywords:forbidden_words"
     frequency = {"keyword": key, "frequency": times, "relation": "at least"}
-    known = {  # id -> (how it is asked, kwargs)
+    known = {  # id -> (its wording in the prompt, kwargs)
         begins: (f" Start with {first}.", {"first_word": first}),
         ends: (f" End with {last}.", {"last_word": last}),
         repeats: (f" Use {key} at least {times} times.", frequency),
@@ -113,7 +113,7 @@ def instructions(rng):
     other_first, other_last = rng.sample(fill, 2)
     good = [first if begins in ids else other_first, *words, last if ends in ids else other_last]
     slip = list(good)
-    broken = rng.choice(ids)  # one instruction is broken, the others still hold
+    broken = rng.choice(ids)  # the slip breaks one instruction and follows the others
     if broken == begins:
         slip[0] = other_first
     elif broken == ends:
@@ -129,7 +129,7 @@ def instructions(rng):
 
 
 def choice(rng):
-    """Four options, one of each category; the thought sorts them in order until one fits."""
+    """Four options, one of each category; the thought names their categories until one fits."""
     kinds = rng.sample(list(CATEGORIES), 4)
     wanted = rng.choice(kinds)
     options = [rng.choice(CATEGORIES[kind]) for kind in kinds]
@@ -138,7 +138,7 @@ def choice(rng):
     mistaken = [
         rng.choice([x for x in kinds if x != wanted]) if i == right else kind
         for i, kind in enumerate(kinds)
-    ]  # the right one missed, a wrong one taken for it
+    ]  # the slip misses the right option and takes a wrong one
     mistaken[wrong] = wanted
     listed = "".join(f"\n{x}: {y}" for x, y in zip(LETTERS, options, strict=True))
     row = user_row(f"Which is {wanted}?" + listed, expected_answer=LETTERS[right])
@@ -153,7 +153,7 @@ def choice(rng):
 
 
 def structured(rng):
-    """A sentence to JSON; the schema asks for the very values, so copying right matters."""
+    """Turn a sentence into JSON; the schema fixes the values, so they must be copied exactly."""
     name = rng.choice(NAMES)
     age = rng.randint(10, 99)
     color = rng.choice(COLORS)
@@ -181,7 +181,7 @@ def structured(rng):
 
 
 def tools(rng):
-    """A call to a small shop; half the orders need the result of a look-up first (two turns)."""
+    """Call the tools of a small shop; half of the orders need a look-up first, so two turns."""
     item, other = rng.sample(FOODS + THINGS, 2)
     count, stock = sorted((rng.randint(2, 9), rng.randint(2, 9)))
     state = {"stock": {item: stock, other: rng.randint(2, 9)}, "orders": []}
@@ -215,7 +215,7 @@ def tools(rng):
 
 
 def preference(rng):
-    """An open question. SFT answers vary in what a reader values; the judge is rule_judge."""
+    """An open question. SFT answers differ in quality; the judge is rule_judge."""
     topic, other = rng.sample(NOUNS, 2)
     subject = topic if rng.random() < 0.7 else other
     facts = [rng.choice(FACTS) for _ in range(rng.randint(1, 4))]  # repeats happen
@@ -229,7 +229,7 @@ def preference(rng):
 
 
 def long_context(rng):
-    """A keyed code in a long text of filler, in two of five rows a second one under another key."""
+    """Find a code by its key in a long text; two rows in five hold a second code and key."""
     key, other = rng.sample(COLORS, 2)
     code, decoy = map(str, rng.sample(range(10, 100), 2))
     filler = [f"The {rng.choice(ANIMALS)} {rng.choice(FACTS)}." for _ in range(LONG_SENTENCES)]
@@ -249,12 +249,12 @@ def attempted(rng):
         domain, task = "code", code
         problem = (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
     (row, good, slip), (_, _, other) = task(rng, problem), task(rng, problem)
-    row["problem"] = domain, text_of(row)  # what decides the split: an attempt shows the problem
+    row["problem"] = domain, text_of(row)  # the split depends on the problem that the attempt shows
     return row, good[0], slip[0], other[0]
 
 
 def compared(own: str, tried: str) -> str:
-    """Piece by piece up to the first difference: "140", "130" -> "11= 43/", each one look-up."""
+    """Compare two texts up to the first different character: "140", "130" -> "11= 43/"."""
     pieces = [re.findall(r"max\(x, |min\(x, |.", x) for x in (own, tried)]
     comparisons = []
     for a, b in zip_longest(*pieces, fillvalue="."):
@@ -265,14 +265,14 @@ def compared(own: str, tried: str) -> str:
 
 
 def analysis(own: dict, tried: dict, flip=False) -> str:
-    """The text of a check: two answers piece by piece, then the verdict (`flip`: the other one)."""
+    """The text of a check: two answers compared, then the verdict (`flip`: the wrong verdict)."""
     inner = re.compile(r"boxed.(.*)}|return (.*)")  # the part of an answer that is compared
     own, tried = ("".join(inner.search(x["content"]).groups("")) for x in (own, tried))
     return compared(own, tried) + "\n\\boxed{%d}" % ((own == tried) != flip)
 
 
 def verify(rng):
-    """Is an attempt right? The thought solves the problem again, the answer compares and judges."""
+    """Judge an attempt: the thought solves the problem again, the answer compares the results."""
     row, good, slip, _ = attempted(rng)
     tried = good if rng.random() < 0.5 else slip
     prompt = strategies.verification_prompt(text_of(row), tried["content"])
@@ -284,8 +284,8 @@ def verify(rng):
 
 
 def revise(rng):
-    """A better answer after an attempt and checks of it, some of them mistaken (refine), or after
-    attempts and their scores (submit). The slip repeats the last attempt."""
+    """Improve an attempt, given checks of it of which some are wrong (refine), or given attempts
+    and their scores (submit). The slip repeats the last attempt."""
     row, good, slip, other = attempted(rng)
     tried = good if rng.random() < 0.3 else slip
     if rng.random() < 0.6:
@@ -333,8 +333,8 @@ def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0
         chosen = slip if rng.random() < SLIPS[domain] else good
         problem = " ".join(row.pop("problem", (domain, text_of(row))))
         digest = hashlib.sha256(problem.encode()).digest()[0]
-        # Preference has few questions: the same ones are asked in training and test, as they may,
-        # since no answer is right; every other domain is split by problem.
+        # Preference has a small set of questions and no right answers, so training and test share
+        # them. Every other domain is split by problem.
         if domain != "preference" and (digest % 8 == 0) != (split == "test"):
             continue
         row |= {"id": f"{domain}-{split}-{seed}-{len(rows)}", "domain": domain}
@@ -347,13 +347,13 @@ def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0
 
 
 def vocabulary() -> list[str]:
-    """The words and phrases that are one token each in the toy's tokenizer, deterministic."""
+    """Words and phrases that are one token each in the toy's tokenizer, in a fixed order."""
     nouns = [*NOUNS, *NAMES, "lookup", "order"]
     words = [*nouns, *(" " + x for x in nouns), *FACTS]
     words += [" " + x for x in FACTS] + [k for k in CATEGORIES]
     words += [x.split("{a}")[0].rstrip() for x in PROGRAMS]
     words += json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))
-    # The fixed explanation of the call format: one token between each two pieces of markup.
+    # The chat template's fixed text on the call format: one token for each part between markup.
     question = [{"role": "user", "content": ""}]
     text = render_template(TEMPLATE, question, tools_form(SHOP_TOOLS))
     texts = [x.text for x in split_markup(text, markup_pattern(MARKUP)) if not x.special]
