@@ -95,19 +95,19 @@ def final_answer(row: dict) -> tuple[str, str]:
     elif text is None:
         text = long
     text = "" if text is None else str(text)
-    work, found = split_answer(text)
+    work, final = split_answer(text)
     if short is not None and str(short).strip():
         given, inside = split_answer(str(short))
         final = inside or str(short).strip()
         if given and not inside:
             raise ValueError(f"no final answer found in {str(short)!r:.80}")
         return final, work or ("" if text.strip() == final else text.strip())
-    if found is None:
+    if final is None:
         raise ValueError(
             f"no final answer found in {text!r:.80}: it must stand in \\boxed{{}}, after ####,"
             ' after "the answer is", or alone'
         )
-    return found, work
+    return final, work
 
 
 def split_answer(text: str) -> tuple[str, str | None]:

@@ -125,15 +125,15 @@ def from_messages(row: dict) -> dict:
 
 def read_references(path: str) -> dict[str, list[str]]:
     """{question: stored answers} that preference answers are compared with, of the SFT run."""
-    found: dict[str, list[str]] = {}
+    answers: dict[str, list[str]] = {}
     lines = read_text(path).rstrip("\n").split("\n") if path else []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            found.setdefault(record["question"], []).append(record["answer"])
+            answers.setdefault(record["question"], []).append(record["answer"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}:{number}: no question and answer: {error!r}") from None
-    return found
+    return answers
 
 
 def conversation(row: dict) -> tuple[list[dict], list[dict] | None]:

@@ -176,12 +176,12 @@ def score(row, response, *, finished=True, judge=None):
     if sum(len(text_of(turn)) for turn in turns) > MAX_RESPONSE:
         return Reward(0.0, "response too long")
     declared = (row.get("responses_create_params") or {}).get("tools")
-    said = [read_turn(text_of(x), declared) for x in turns if x["role"] == "assistant"]
-    if not said or any(message["unfinished"] for message in said):
-        return Reward(0.0, "unfinished thought" if said else "no response")
+    messages = [read_turn(text_of(x), declared) for x in turns if x["role"] == "assistant"]
+    if not messages or any(message["unfinished"] for message in messages):
+        return Reward(0.0, "unfinished thought" if messages else "no response")
     if judged:
-        reason = kind == "swe" and code.repaired(row, said[-1])[1]  # what applies nowhere
-        return Reward(0.0, reason) if reason else grade(row, said[-1]["content"], judge)
-    calls = [call for message in said for call in message["tool_calls"]]
-    texts = [message["content"] for message in said]
-    return verify(row, {**said[-1], "tool_calls": calls, "texts": texts})
+        reason = kind == "swe" and code.repaired(row, messages[-1])[1]  # what applies nowhere
+        return Reward(0.0, reason) if reason else grade(row, messages[-1]["content"], judge)
+    calls = [call for message in messages for call in message["tool_calls"]]
+    texts = [message["content"] for message in messages]
+    return verify(row, {**messages[-1], "tool_calls": calls, "texts": texts})

@@ -276,10 +276,10 @@ def relation(parts, cuts, depth):
     return ranges([tuple(bounds)])
 
 
-def ranges(found):
+def ranges(intervals):
     """Intervals (low, closed, high, closed) in order; None where one has no end."""
     ends = [
-        [x if x and x.kind == "num" else None for x in (low, high)] for low, _, high, _ in found
+        [x if x and x.kind == "num" else None for x in (low, high)] for low, _, high, _ in intervals
     ]
     keys = [[approximate(x.body) if x else None for x in pair] for pair in ends]
     if any(
@@ -288,8 +288,10 @@ def ranges(found):
         for end, key in zip(pair, row, strict=True)
     ):
         return Node("other", "relation")
-    order = sorted(range(len(found)), key=lambda i: (keys[i][0] is not None, keys[i][0] or 0))
-    return Node("ranges", tuple((ends[i][0], found[i][1], ends[i][1], found[i][3]) for i in order))
+    order = sorted(range(len(intervals)), key=lambda i: (keys[i][0] is not None, keys[i][0] or 0))
+    return Node(
+        "ranges", tuple((ends[i][0], intervals[i][1], ends[i][1], intervals[i][3]) for i in order)
+    )
 
 
 def as_ranges(node):
@@ -306,7 +308,7 @@ def as_ranges(node):
 def union(nodes):
     if all(x.kind == "set" for x in nodes):
         return Node("set", tuple(item for x in nodes for item in x.body))
-    found = [as_ranges(x) for x in nodes]
-    if any(x.kind != "ranges" for x in found):
+    intervals = [as_ranges(x) for x in nodes]
+    if any(x.kind != "ranges" for x in intervals):
         return Node("other", "relation")
-    return ranges([item for x in found for item in x.body])
+    return ranges([item for x in intervals for item in x.body])

@@ -23,15 +23,15 @@ def read_turn(text, tools=None):
     simple = [x[0] for x in tags] in ([], [THINK, THINK_END])
     if simple and text.lstrip().startswith(THINK) == bool(tags):
         return parse_response(text, tools)
-    kept, depth, start = [], 0, 0
+    visible, depth, start = [], 0, 0
     for tag in tags:
         if depth == 0 and tag[0] == THINK:
-            kept.append(text[start : tag.start()])
+            visible.append(text[start : tag.start()])
         elif depth == 0:
-            kept = []
+            visible = []
         depth = depth + 1 if tag[0] == THINK else max(depth - 1, 0)
         start = tag.end()
-    message = parse_response("".join([*kept, text[start:]]).lstrip("\n"), tools)
+    message = parse_response("".join([*visible, text[start:]]).lstrip("\n"), tools)
     return message | {"unfinished": depth > 0}
 
 

@@ -67,17 +67,17 @@ def named_options(text, options):
         rest, own = bare[label.end(1) :].lstrip("). :"), options[label[1]]
         same = own and "".join(rest.split()) == "".join(own.split())  # but for spaces
         rest = "" if same else REFUSED.sub(" ", rest.replace(own or "\0", " "))
-        found = {label[1], *(x for pair in OTHERS.findall(rest) for x in pair if x in options)}
+        named = {label[1], *(x for pair in OTHERS.findall(rest) for x in pair if x in options)}
         while joined := JOINED.match(rest):
-            found, rest = found | {joined[1]} & set(options), rest[joined.end() :]
-        return found | named_texts(rest, options)
+            named, rest = named | {joined[1]} & set(options), rest[joined.end() :]
+        return named | named_texts(rest, options)
     bare = REFUSED.sub(" ", bare).strip(" ,.;")
     if closing := CLOSING.search(bare):  # "a safe choice would be b"
         return {closing[1]} & set(options)
-    found = named_texts(bare, options)
-    for letter in found:
+    named = named_texts(bare, options)
+    for letter in named:
         bare = bare.replace(options[letter], " ")
-    return found if {*re.findall(r"\S+", bare)} <= FILLERS | {"and", "or", ","} else set()
+    return named if {*re.findall(r"\S+", bare)} <= FILLERS | {"and", "or", ","} else set()
 
 
 def named_texts(text, options):
@@ -95,20 +95,20 @@ def named_texts(text, options):
 def last_match(pattern, text):
     """What the last match of a row's own pattern found, its last group, and what follows; in the
     helper, as it may backtrack forever."""
-    found = None
+    named = None
     for match in re.finditer(pattern, text, re.IGNORECASE):
-        found = match
-    if not found:
+        named = match
+    if not named:
         return None
-    group = max((i for i, x in enumerate(found.groups(), 1) if x), default=0)
-    return found[group], text[found.end(group) :][:20]
+    group = max((i for i, x in enumerate(named.groups(), 1) if x), default=0)
+    return named[group], text[named.end(group) :][:20]
 
 
 def by_pattern(patterns, text):
     """The answer that the row's patterns find, or None. "A lot of ..." is no answer A."""
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-        if found := worker.run(last_match, "re", pattern, text):
-            answer, after = found
+        if named := worker.run(last_match, "re", pattern, text):
+            answer, after = named
             word = re.match(r"\s+([a-z]+)", after)
             article = word and word[1] not in ("because", "since", "as", "is", "due", "and", "or")
             return "" if answer in ("A", "a") and article else answer
@@ -125,37 +125,37 @@ def verify_choice(row, message):
     """1 if the answer names the expected option and no other."""
     options, text = options_of(row), message["content"][-TAIL:]
     options = options or dict.fromkeys("abcdefghijklmnopqrstuvwxyz", "")  # the pattern finds it
-    mode, found = (row.get("grading_mode") or MODES[0]).removesuffix("_md"), set()
+    mode, named = (row.get("grading_mode") or MODES[0]).removesuffix("_md"), set()
     try:
         answer = by_pattern((row.get("template_metadata") or {}).get("output_regex"), text)
     except TookTooLong:
         return Reward(0.0, "search took too long")
     reason = "asked form not found"
     if answer is not None:
-        found = named_options(answer, options)
+        named = named_options(answer, options)
     elif mode == "lenient_answer_colon":
         for answer in reversed(ANSWER_LINE.findall(text)[-20:]):
-            if found := named_options(answer, options):
+            if named := named_options(answer, options):
                 break
     else:
         answer, reason = last_boxed(text)
-        found = named_options(answer, options) if answer is not None else found
-        if mode == MODES[0] and found and not strict(answer, found, options):
+        named = named_options(answer, options) if answer is not None else named
+        if mode == MODES[0] and named and not strict(answer, named, options):
             return Reward(0.0, "not a single letter")
     if answer is None:
         return Reward(0.0, reason)
-    if len(found) != 1:
-        return Reward(0.0, "ambiguous answer" if found else "not an option")
-    correct = found == {row["expected_answer"].strip().lower()}
+    if len(named) != 1:
+        return Reward(0.0, "ambiguous answer" if named else "not an option")
+    correct = named == {row["expected_answer"].strip().lower()}
     return Reward(1.0, "correct") if correct else Reward(0.0, "wrong answer")
 
 
-def strict(answer, found, options):
+def strict(answer, named, options):
     """Whether an answer is one capital letter, alone or before its own option's text."""
     bare = MARKUP.sub(" ", unicodedata.normalize("NFKC", answer))
     bare = re.sub(r"(?i)^\W*(?:(?:the|final|answer|option|choice|is)\b\W*)*", "", bare)
     letter, rest = bare[:1], plain(bare[1:]).lstrip("). :,")
-    return letter.isupper() and {letter.lower()} == found and rest in ("", options[letter.lower()])
+    return letter.isupper() and {letter.lower()} == named and rest in ("", options[letter.lower()])
 
 
 def check_choice_row(row):

@@ -63,20 +63,20 @@ def last_program(text, languages=PYTHON):
     ours. A block that is never closed is the last one: the answer was cut short, and an earlier
     draft is not what it would have ended with.
     """
-    fence, language, indent, lines, found = "", "", 0, [], {}  # of the block that we are in
+    fence, language, indent, lines, programs = "", "", 0, [], {}  # of the block that we are in
     for line in re.split("\r?\n", text):
         match = FENCE.match(line)
         if not fence and match:
             fence, language, lines = match[2], match[3].lower(), []
             indent = len(match[1].expandtabs())
         elif fence and match and match[2].startswith(fence) and match[3].lower() not in languages:
-            found[language if language not in languages else languages[0]] = "\n".join(lines)
+            programs[language if language not in languages else languages[0]] = "\n".join(lines)
             fence = ""
         elif fence:
             lines.append(line[min(indent, len(line) - len(line.lstrip())) :])
     if fence and language in languages:
         return None, "unfinished code block"
-    program = found.get(languages[0], found.get(""))
+    program = programs.get(languages[0], programs.get(""))
     if program is None:
         return None, "no code block"
     return (program, None) if len(program) <= MAX_PROGRAM else (None, "program too long")

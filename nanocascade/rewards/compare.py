@@ -105,11 +105,11 @@ def same_items(a, b):
 
 
 def distinct(nodes):
-    kept = []
+    unique = []
     for node in nodes:
-        if not any(same(x, node) for x in kept):
-            kept.append(node)
-    return kept
+        if not any(same(x, node) for x in unique):
+            unique.append(node)
+    return unique
 
 
 def together(verdicts):
@@ -192,15 +192,15 @@ def unread(a, b):
 def readings(text, gold):
     """The Nodes that a text may stand for, the likeliest first."""
     text = clean(text)
-    found = [text]
+    texts = [text]
     if re.fullmatch(THOUSANDS, text):
-        found.append(text.replace(",", ", "))
+        texts.append(text.replace(",", ", "))
     if match := re.match(r'\(\s*"([A-J])"\s*\)\s*(?=\S)', text):  # an option's letter and its value
-        found = [f'"{match[1]}"', text[match.end() :]]
+        texts = [f'"{match[1]}"', text[match.end() :]]
     comma = re.fullmatch(r"([+-]?)(\d{1,3}(?:[ .]\d{3})+|\d+),(\d+)([^,\d]*)", text)
     if comma and not gold and not re.fullmatch(THOUSANDS, text):  # 3,14 is a decimal in an answer
-        found.append(f"{comma[1]}{re.sub('[ .]', '', comma[2])}.{comma[3]}{comma[4]}")
-    return [read(x) for x in found]
+        texts.append(f"{comma[1]}{re.sub('[ .]', '', comma[2])}.{comma[3]}{comma[4]}")
+    return [read(x) for x in texts]
 
 
 def equal(gold, given):

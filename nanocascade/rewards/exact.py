@@ -120,16 +120,16 @@ def constant(number):
 
 def factorize(number):
     """[(prime, power)] of a positive integer; Unknown if a large factor is left."""
-    found = []
+    factors = []
     for prime in (2, *range(3, FACTORS, 2)):
         power = 0
         while number % prime == 0:
             number, power = number // prime, power + 1
         if power:
-            found.append((prime, power))
+            factors.append((prime, power))
     if number >= FACTORS**2:
         raise Unknown("a large factor under a root")
-    return found + ([(number, 1)] if number > 1 else [])
+    return factors + ([(number, 1)] if number > 1 else [])
 
 
 def plus(a, b):

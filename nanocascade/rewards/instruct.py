@@ -73,22 +73,22 @@ def capitals(text):
 
 def parts(text, divider):
     """Blocks between dividers; one may open or close the text, an empty block inside voids all."""
-    found = [part.strip() for part in text.split(divider)]
-    inner = found[not found[0] : len(found) - (not found[-1])]
+    blocks = [part.strip() for part in text.split(divider)]
+    inner = blocks[not blocks[0] : len(blocks) - (not blocks[-1])]
     return inner if all(inner) else []
 
 
 def two_responses(text):
-    found = parts(text, "******")
-    return len(found) == 2 and found[0] != found[1]
+    blocks = parts(text, "******")
+    return len(blocks) == 2 and blocks[0] != blocks[1]
 
 
 def nth_paragraph(text, number, nth, word):
     """So many paragraphs between blank lines, the nth (an extra blank line counts) opens so."""
-    found = [part.split() for part in text.split("\n\n")]
-    if sum(map(bool, found)) != number or not 0 < nth <= number:
+    blocks = [part.split() for part in text.split("\n\n")]
+    if sum(map(bool, blocks)) != number or not 0 < nth <= number:
         return False
-    opening = "".join(found[nth - 1][:1]).lstrip("'").lstrip('"')
+    opening = "".join(blocks[nth - 1][:1]).lstrip("'").lstrip('"')
     return re.split(r"[.,?!'\"]", opening)[0].lower() == word.lower()
 
 
@@ -103,8 +103,8 @@ def bullets(text, n):
 
 def highlights(text):
     """*one* or **one**, within a line."""
-    found = [x for stars in (r"\*", r"\*\*") for x in re.findall(rf"{stars}([^\n*]*){stars}", text)]
-    return [x for x in found if x.strip()]
+    marked = re.findall(r"\*([^\n*]*)\*", text) + re.findall(r"\*\*([^\n*]*)\*\*", text)
+    return [x for x in marked if x.strip()]
 
 
 def sections(text, name, n):
@@ -312,13 +312,13 @@ def _argument(name, value):
 
 def check_row(row):
     """(id, predicate, values) of each instruction; raises for a row that cannot be graded."""
-    names, kwargs, found = row["instruction_id_list"], row["kwargs"], []
+    names, kwargs, checks = row["instruction_id_list"], row["kwargs"], []
     if not names or len(names) != len(kwargs):
         raise ValueError(f"ids {names!r} need one kwargs each, got {kwargs!r}")
     for name, given in zip(names, kwargs, strict=True):
         wanted, check = CHECKS[name]
-        found.append((name, check, [_argument(k, (given or {}).get(k)) for k in wanted.split()]))
-    return found
+        checks.append((name, check, [_argument(k, (given or {}).get(k)) for k in wanted.split()]))
+    return checks
 
 
 def verify_instructions(row, message):

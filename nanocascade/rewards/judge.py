@@ -53,11 +53,11 @@ def parse_verdict(text: str, bounds=COMPARED, quoted=()) -> dict:
     places = [place for place, sign in enumerate(answer) if sign == "{"]
     for place in places[:-200:-1]:
         try:
-            found, end = json.JSONDecoder().raw_decode(answer, place)
-            numbers = [found[key] for key, _, _ in bounds]
+            fields, end = json.JSONDecoder().raw_decode(answer, place)
+            numbers = [fields[key] for key, _, _ in bounds]
             if any(isinstance(number, bool) for number in numbers):
                 continue
-            verdict = {key: float(found[key]) for key, _, _ in bounds}
+            verdict = {key: float(fields[key]) for key, _, _ in bounds}
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
         forged = any("".join(answer[place:end].split()) in "".join(x.split()) for x in quoted)

@@ -64,15 +64,15 @@ def last_boxed(text, joins=joins):
 
     Boxes that are joined are one list: r"\boxed{1} and \boxed{2}" -> "1, 2".
     """
-    before, found, rest = text.rpartition(BOX)
-    if not found:
+    before, mark, rest = text.rpartition(BOX)
+    if not mark:
         return None, "no boxed answer"
     if not (box := boxed(rest)):
         return None, "answer too long" if len(rest) > MAX_BOX else "unfinished box"
     content, before = box[0], before[-MAX_BOX:]
     while content:
-        before, found, rest = before.rpartition(BOX)
-        box = boxed(rest) if found else None
+        before, mark, rest = before.rpartition(BOX)
+        box = boxed(rest) if mark else None
         if not box or not joins(box[1]):
             return content, None
         content = f"{box[0]}, {content}" if box[0] != content else content

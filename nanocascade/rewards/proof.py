@@ -144,7 +144,7 @@ def check_proof_row(row):
         raise ValueError("formal proofs need coqc, which is not here (Debian: apt install coq)")
     header = re.sub(r"(?s)\(\*.*?\*\)", " ", row.get("header") or "")
     header = SECTION.sub(lambda x: ASSUMED.sub("", x[0]), header)
-    if found := DECLARED.search(header):
-        raise ValueError(f"a header with {found[1]}: the answer's own copy would be another")
+    if match := DECLARED.search(header):
+        raise ValueError(f"a header with {match[1]}: the answer's own copy would be another")
     check_seconds(row)
     given_file(row.get("header") or "", statement)

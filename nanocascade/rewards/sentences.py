@@ -27,7 +27,7 @@ def sentences(text):
     """IFEval's sentences by rule; a closing quote changes places with the mark before it."""
     text = f" {text}  ".replace(_DOT, "\ufffd").replace(_STOP, "\ufffd").replace("\n", " ")
     for pattern, end in _RULES:
-        text = re.sub(pattern, lambda kept, end=end: kept[0].replace(".", _DOT) + end, text)
+        text = re.sub(pattern, lambda match, end=end: match[0].replace(".", _DOT) + end, text)
     for mark in (".\u201d", '."', '!"', '?"'):
         text = text.replace(mark, mark[::-1])
     text = re.sub(r"[.?!]", rf"\g<0>{_STOP}", text).replace(_DOT, ".")
@@ -54,15 +54,15 @@ _MARK = re.compile(r"(.*[.?!])(?=[?!)\";}\]*:@'({\[ ])", re.DOTALL)  # to a word
 
 def punkt_sentences(text):
     """Sentences by end marks, abbreviations aside: "Dr. Low paid. He left (late)." -> 2."""
-    found, start = [], 0
+    parts, start = [], 0
     for word, following in pairwise(chain(re.finditer(r"\S+", text), [None])):
         cut = _MARK.match(word[0] + " " * (following is not None))
         tail = word[0][cut.end() :] if cut else ""
         if cut and _ends_sentence(cut[1], tail, following[0] if following else ""):
             end = word.end() - len(tail.lstrip("\"')]}"))  # closing signs belong to what they close
-            found.append(text[start:end].strip())
+            parts.append(text[start:end].strip())
             start = end
-    return found + ([text[start:].strip()] if text[start:].strip() else [])
+    return parts + ([text[start:].strip()] if text[start:].strip() else [])
 
 
 def _ends_sentence(head, tail, following):

@@ -154,10 +154,10 @@ def parse_xml(text, schema):
 
 
 def xml_fields(elements, schema, whole):
-    found, fields = {}, fields_of(schema, whole)[1]
+    groups, fields = {}, fields_of(schema, whole)[1]
     for element in elements:
-        found.setdefault(element.tag, []).append(element)
-    return {name: xml_value(group, fields.get(name, {}), whole) for name, group in found.items()}
+        groups.setdefault(element.tag, []).append(element)
+    return {name: xml_value(group, fields.get(name, {}), whole) for name, group in groups.items()}
 
 
 def xml_value(elements, schema, whole):

@@ -55,8 +55,8 @@ def difference(expected, given, types):
     """Why two lists of (name, arguments) differ, or None."""
     if len(expected) != len(given):
         return "wrong tools" if given else "no tool call"
-    found = [same_call(a, b, types) for a, b in zip(expected, given, strict=True)]
-    return next((x for x in ("wrong tools", "wrong arguments") if x in found), None)
+    reasons = [same_call(a, b, types) for a, b in zip(expected, given, strict=True)]
+    return next((x for x in ("wrong tools", "wrong arguments") if x in reasons), None)
 
 
 def looks_only(call):
@@ -91,12 +91,12 @@ def changes_differ(expected, given, types):
 def types_of(row):
     """{tool: names of the arguments whose types the row's tools declare}."""
     tools = (row.get("responses_create_params") or {}).get("tools") or []
-    found = {}
+    reasons = {}
     for tool in (tool.get("function", tool) for tool in tools):
         fields = (tool.get("parameters") or {}).get("properties") or {}
         typed = {k for k, x in fields.items() if isinstance(x, dict) and x.get("type")}
-        found[tool.get("name")] = typed
-    return found
+        reasons[tool.get("name")] = typed
+    return reasons
 
 
 def verify_calls(row, message):

@@ -64,8 +64,8 @@ def reaches_assertion(trees):
     while running:
         for node in ast.walk(running.pop()):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            told = called in ("exit", "quit", "sys.exit") or re.search(r"\.assert\w+$", called)
-            if told or isinstance(node, ast.Assert | ast.Raise):
+            asserts = called in ("exit", "quit", "sys.exit") or re.search(r"\.assert\w+$", called)
+            if asserts or isinstance(node, ast.Assert | ast.Raise):
                 return True
             if isinstance(node, ast.Name) and node.id in defined:
                 running.append(defined.pop(node.id))

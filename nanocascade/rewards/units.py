@@ -57,10 +57,10 @@ def unit_of(text):
             times = POWERS.get(word) or int(number)
             scale *= last[0] ** (last[2] * (times - 1))
             bases[last[1]] += last[2] * (times - 1)
-        elif found := find_unit(word):
-            last = (*found, sign * power)
-            scale *= found[0] ** last[2]
-            bases[found[1]] += last[2]
+        elif unit := find_unit(word):
+            last = (*unit, sign * power)
+            scale *= unit[0] ** last[2]
+            bases[unit[1]] += last[2]
             sign = power = 1
         else:
             return None
