@@ -181,7 +181,7 @@ def anatomy_of_a_step(setup: Setup) -> Iterator[Finding]:
             yield Finding(
                 f"decode step, {name}",
                 f"{1e3 * seconds:.2f} ms, {kernels / steps:.0f} kernels, device busy "
-                f"{busy / steps / seconds:.0%}, {count_syncs(setup, step) / steps:.1f} host syncs, "
+                f"{busy / steps / seconds:.0%}, {syncs_a_step(setup, step, steps)}, "
                 f"{share:.1%} of the copy's bandwidth",
             )
 
@@ -199,10 +199,10 @@ def count_kernels(setup: Setup, function) -> tuple[int, float]:
     return len(kernels), sum(x.self_device_time_total for x in kernels) / 1e6
 
 
-def count_syncs(setup: Setup, function) -> float:
-    """Times that the host waited for the device, as torch's sync debug mode sees it."""
+def syncs_a_step(setup: Setup, function, steps: int) -> str:
+    """How often the host waited for the device, as torch's sync debug mode sees it."""
     if not setup.is_cuda:
-        return float("nan")
+        return "host syncs not counted"
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -210,7 +210,8 @@ def count_syncs(setup: Setup, function) -> float:
             function()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(x.message) for x in caught)
+    found = sum("synchroniz" in str(x.message) for x in caught)
+    return f"{found / steps:.1f} host syncs"
 
 
 # ---- Rollouts ------------------------------------------------------------------------------------
