@@ -1,6 +1,6 @@
 """bench.gpu, fast: decoding, rollouts and training steps against transformers, same random weights.
 
-Two models: the shape of Qwen3-0.6B, and a nemotron_h of about a billion parameters (12 Mamba-2, 10
+Two models: the shape of Qwen3-0.6B, and a nemotron_h of about a billion parameters (11 Mamba-2, 11
 mixture-of-experts and 4 attention blocks). A decode step's kernels and host syncs are counted, and
 its time is held against the bytes it must read at the bandwidth that a plain copy reaches.
 """
@@ -59,7 +59,7 @@ LARGE = {
         "moe_shared_expert_intermediate_size": 1024,
     },
 }
-NAMES = {"qwen3": "Qwen3-0.6B's shape", "nemotron_h": "nemotron_h of 0.9B"}
+NAMES = {"qwen3": "Qwen3-0.6B's shape", "nemotron_h": "nemotron_h of 1B"}
 
 
 def name_of(setup: Setup, family: str) -> str:
