@@ -139,17 +139,11 @@ class Tokenizer:
         return forms
 
     def _write(self, messages, tools, thinking, add_generation_prompt):
-        """The template's text. Where its prompt opens a thought, but it reads none, the thought
-        goes into the content, and is closed there."""
-        if self._thoughts_in == "content":
-            messages = [
-                message
-                | {"content": f"{thought}\n{THINK_END}\n\n{message['content']}".lstrip("\n")}
-                if message["role"] == "assistant"
-                else message
-                for message in messages
-                for thought in [message.get("reasoning_content", "")]
-            ]
+        """The template's text of messages. Where the template reads a thought from the content,
+        since its prompt has opened it, that of a last answer stands there, and is closed."""
+        last = messages[-1] if messages and not add_generation_prompt else {}
+        if self._thoughts_in == "content" and last.get("role") == "assistant":
+            messages = [*messages[:-1], inline_form(last)]
         return self._run_template(messages, tools, thinking, add_generation_prompt)
 
     def _run_template(self, messages, tools, thinking, add_generation_prompt):
@@ -269,11 +263,12 @@ class Tokenizer:
 
     @cached_property
     def _thoughts_in(self):
-        """Where the template takes a thought from: "reasoning_content"; "content", if it does not,
-        but its prompt opens one; or "nowhere"."""
+        """Where the template takes a thought from: "reasoning_content", "content" or "nowhere"."""
         if "%thought%" in self._run_template(THOUGHTFUL, None, True, False):
             return "reasoning_content"
-        return "content" if is_open(self.opening(True)) else "nowhere"
+        inline = [THOUGHTFUL[0], inline_form(THOUGHTFUL[1])]
+        shown = "%thought%" in self._run_template(inline, None, True, False)
+        return "content" if shown and is_open(self.opening(True)) else "nowhere"
 
     @cached_property
     def thinks(self):
@@ -376,6 +371,14 @@ class Tokenizer:
             turns = self._split_thoughts([{"role": "user", "content": "q"}, answer])
             known += [self._write([*turns, turns[0]], None, x, True) for x in (True, False)]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def inline_form(message: dict) -> dict:
+    """An answer with its thought, or an empty one, in the content, behind a prompt's <think>."""
+    thought = message.get("reasoning_content", "")
+    form = {key: x for key, x in message.items() if key != "reasoning_content"}
+    form["content"] = f"{thought}\n{THINK_END}\n\n{message['content']}".lstrip("\n")
+    return form
 
 
 def is_open(opening: str) -> bool:
