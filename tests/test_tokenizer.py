@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fixtures.machine import allowance
 
+from nanocascade.tokenizer import conversation
 from nanocascade.tokenizer.chat import MARKUP, TEMPLATE, parse_response
 from nanocascade.tokenizer.messages import chat_form
 from nanocascade.tokenizer.tokenizer import Tokenizer
@@ -339,11 +340,29 @@ def test_tool_results_continue_a_rollout(toy):
     assert toy.parse(ids) == said("", "c", [("f", {"a": "1"})]) | {"unfinished": False}
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, QWEN3, CHATML])
+def test_invariance_long_conversations(template, tmp_path, monkeypatch):
+    """The answers of a long conversation, rendered one by one, carry the loss that rendering every
+    prefix gives, also where earlier ones lost their thought or quote markup."""
+    tokenizer = with_template(tmp_path, template)
+    result = {"role": "tool", "content": "7 <|im_end|>"}
+    turns = [USER, said("", "a", [CALL]), result, said("<think>", "b", [CALL]), result, said("4")]
+    if template != TEMPLATE:
+        turns = [{k: x for k, x in turn.items() if k != "tool_calls"} for turn in turns]
+    turns = [*turns, *turns, USER, said("5", "c"), USER, said("6"), *turns[:3], said("7", "d")]
+    for thinking in (True, False):
+        apart = tokenizer.render(turns, None, thinking)
+        monkeypatch.setattr(conversation, "FEW_TURNS", 100)
+        assert tokenizer.render(turns, None, thinking) == apart
+        monkeypatch.undo()
+    assert sum(apart[1]) > 0
+
+
 def test_several_templates(tmp_path):
     """Of several templates "default" is used, and "tool_use" where tools are declared."""
     both = [{"name": "tool_use", "template": TEMPLATE}, {"name": "default", "template": CHATML}]
     tokenizer = with_template(tmp_path, both)
-    assert tokenizer.template == CHATML and "2+2?" in tokenizer.render_text([USER])
+    assert tokenizer.chat_template.template == CHATML and "2+2?" in tokenizer.render_text([USER])
     assert "<name>f</name>" in tokenizer.render_text([USER], [{"name": "f"}])
     with pytest.raises(ValueError, match="'tool_use'. none is the default"):
         with_template(tmp_path, both[:1])

@@ -1,15 +1,14 @@
 """config.json of the five families to ModelConfig and back.
 
-Every key of the file is in one of three lists: KEYS fill ModelConfig, FIXED keys must have the
-value that the model computes, and WITHOUT_EFFECT keys change no number of ours. A key that is in
-none of them is refused by name, since another architecture may hide behind it. null means absent.
+Every key of the file is in one of three lists: FIELDS and STRUCTURE fill ModelConfig, FIXED keys
+must have the value that the model computes, and WITHOUT_EFFECT keys change no number of ours. A key
+in none of them is refused by name: another architecture may hide behind it. null means absent.
 """
 
 import math
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -24,79 +23,44 @@ CLASSES = {
     "qwen3_moe": "Qwen3Moe",
     "llama": "Llama",
 }
-
-
-class Key(NamedTuple):
-    """A field of ModelConfig and its spellings in config.json; the first spelling is written.
-
-    optional: where the key is absent, ModelConfig's default holds, as transformers' does, or one
-    that read_values derives.
-    needed_by: only a pattern with one of these blocks needs the key ("" = every pattern).
-    """
-
-    field: str
-    spellings: tuple[str, ...]
-    optional: bool = False
-    needed_by: str = ""
-
-
-def required(field, *spellings, needed_by=""):
-    return Key(field, spellings or (field,), needed_by=needed_by)
-
-
-def optional(field, *spellings):
-    return Key(field, spellings or (field,), optional=True)
-
-
-COMMON = (
-    required("vocab_size"),
-    required("hidden_size"),
-    required("num_heads", "num_attention_heads", needed_by="*"),
-    optional("num_kv_heads", "num_key_value_heads"),
-    required("intermediate_size", needed_by="-"),
-    optional("max_position_embeddings"),
-    optional("tie_word_embeddings"),
-    optional("initializer_range"),
+# Fields of ModelConfig by the blocks that need them ("" = every model). OPTIONAL ones may be
+# absent; ModelConfig's default then holds, which is transformers' too, or read_values derives one.
+FIELDS = {
+    "": "vocab_size hidden_size norm_eps max_position_embeddings tie_word_embeddings"
+    " initializer_range",
+    "*": "num_heads num_kv_heads head_dim",
+    "-": "intermediate_size",
+    "E": "num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob",
+    "M": "mamba_num_heads mamba_head_dim mamba_n_groups ssm_state_size conv_kernel chunk_size"
+    " time_step_min time_step_max time_step_floor",
+}
+NEMOTRON_EXPERTS = "shared_expert_intermediate_size routed_scaling_factor n_group topk_group"
+OPTIONAL = set(
+    "max_position_embeddings tie_word_embeddings initializer_range num_kv_heads head_dim chunk_size"
+    " time_step_min time_step_max time_step_floor routed_scaling_factor n_group topk_group".split()
 )
-EXPERTS = (
-    required("num_experts_per_tok", needed_by="E"),
-    required("moe_intermediate_size", needed_by="E"),
-    required("norm_topk_prob", needed_by="E"),
-)
-LAYERED = (*COMMON, optional("head_dim"), required("norm_eps", "rms_norm_eps"))
+BLOCKS = {"nemotron_h": "ME*-", "qwen2": "*-", "qwen3": "*-", "qwen3_moe": "*E-", "llama": "*-"}
+# The keys of config.json whose names differ from ModelConfig's, and other spellings of a key.
 KEYS = {
-    "llama": LAYERED,
-    "qwen2": LAYERED,
-    "qwen3": LAYERED,
-    "qwen3_moe": (
-        *LAYERED,
-        *EXPERTS,
-        required("num_experts", "num_experts", "num_local_experts", needed_by="E"),
-    ),
-    "nemotron_h": (
-        *COMMON,
-        *EXPERTS,
-        optional("head_dim", "head_dim", "attention_head_dim"),
-        required("norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps"),
-        required("num_experts", "n_routed_experts", "num_local_experts", needed_by="E"),
-        required(
-            "shared_expert_intermediate_size",
-            "moe_shared_expert_intermediate_size",
-            needed_by="E",
-        ),
-        optional("routed_scaling_factor"),
-        optional("n_group"),
-        optional("topk_group"),
-        required("mamba_num_heads", needed_by="M"),
-        required("mamba_head_dim", needed_by="M"),
-        required("mamba_n_groups", "n_groups", "mamba_n_groups", needed_by="M"),
-        required("ssm_state_size", needed_by="M"),
-        required("conv_kernel", "conv_kernel", "mamba_d_conv", needed_by="M"),
-        optional("chunk_size", "chunk_size", "mamba_chunk_size"),
-        optional("time_step_min", "time_step_min", "mamba_dt_min"),
-        optional("time_step_max", "time_step_max", "mamba_dt_max"),
-        optional("time_step_floor", "time_step_floor", "mamba_dt_init_floor"),
-    ),
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+}
+NEMOTRON_KEYS = {
+    "norm_eps": "layer_norm_epsilon",
+    "num_experts": "n_routed_experts",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "mamba_n_groups": "n_groups",
+}
+SYNONYMS = {
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "nemotron_h": {
+        "norm_eps": "layer_norm_epsilon",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "num_local_experts": "n_routed_experts",
+        "attention_head_dim": "head_dim",
+        "layer_types": "layers_block_type",
+    },
 }
 # transformers' value where a config.json leaves max_position_embeddings out.
 POSITIONS = {"nemotron_h": 4096, "llama": 2048}
@@ -140,7 +104,6 @@ FIXED_OF = {
         "use_bias": (False,),
         "mamba_proj_bias": (False,),
         "use_conv_bias": (True,),
-        "mamba_conv_bias": (True,),
         "hidden_dropout": (0,),
         "residual_in_fp32": (False,),
         "n_shared_experts": (1,),
@@ -171,7 +134,7 @@ WITHOUT_EFFECT_OF = {
     "qwen3": WINDOW,
     "qwen3_moe": WINDOW,
     "nemotron_h": set(
-        "expand mamba_expand mamba_ssm_cache_dtype use_mamba_kernels num_logits_to_keep"
+        "expand mamba_ssm_cache_dtype use_mamba_kernels num_logits_to_keep"
         " num_nextn_predict_layers mtp_layers_block_type mtp_hybrid_override_pattern"
         " rescale_prenorm_residual moe_shared_expert_overlap".split()
     ),
@@ -195,7 +158,7 @@ def parse_config(raw: dict) -> ModelConfig:
     family = raw.get("model_type")
     if family not in CLASSES:
         raise ValueError(f"model_type {family!r} is none of {', '.join(CLASSES)}")
-    given = {key: x for key, x in raw.items() if x is not None}
+    given = one_spelling(family, {key: x for key, x in raw.items() if x is not None})
     check_keys(family, given)
     nemotron = family == "nemotron_h"
     pattern = read_pattern(given)
@@ -221,11 +184,32 @@ def parse_config(raw: dict) -> ModelConfig:
     )
 
 
+def fields_of(family: str) -> dict[str, tuple[str, str]]:
+    """{field of ModelConfig: (its key, the block that needs it)} of a family."""
+    nemotron = family == "nemotron_h"
+    names = KEYS | (NEMOTRON_KEYS if nemotron else {})
+    groups = [(block, FIELDS[block]) for block in ("", *BLOCKS[family])]
+    groups += [("E", NEMOTRON_EXPERTS)] if nemotron else []
+    return {x: (names.get(x, x), block) for block, group in groups for x in group.split()}
+
+
+def one_spelling(family: str, given: dict) -> dict:
+    """The keys in the spelling that is written; two spellings must not disagree."""
+    given = dict(given)
+    for other, key in SYNONYMS.get(family, {}).items():
+        if other in given and given.setdefault(key, given[other]) != given[other]:
+            raise ValueError(
+                f"{key} {given[key]!r} and {other} {given[other]!r} are one key, but differ"
+            )
+        given.pop(other, None)
+    return given
+
+
 def check_keys(family: str, given: dict) -> None:
     """Raise ValueError for a key that we do not know, or whose value the model cannot follow."""
     fixed = FIXED | FIXED_OF.get(family, {})
     ignored = WITHOUT_EFFECT | WITHOUT_EFFECT_OF.get(family, set())
-    known = {spelling for key in KEYS[family] for spelling in key.spellings}
+    known = {key for key, _ in fields_of(family).values()}
     known |= STRUCTURE | STRUCTURE_OF.get(family, set()) | set(fixed) | ignored
     for key, allowed in fixed.items():
         if key in given and key not in ignored and given[key] not in allowed:
@@ -238,23 +222,18 @@ def check_keys(family: str, given: dict) -> None:
 
 
 def read_values(family: str, pattern: str, given: dict) -> dict:
-    """{field of ModelConfig: value} of the keys in KEYS, types checked."""
+    """{field of ModelConfig: value} of the keys that FIELDS names, types checked."""
     types = {field.name: type(field.default) for field in fields(ModelConfig)}
     values, missing = {}, []
-    for key in KEYS[family]:
-        present = [spelling for spelling in key.spellings if spelling in given]
-        needed = not key.needed_by or set(key.needed_by) & set(pattern)
-        if not present and needed and not key.optional:
-            missing.append(" or ".join(key.spellings))
-        want = types[key.field]
-        for spelling in present:
-            x = given[spelling]
-            # type() and not isinstance(): true is no number
-            if type(x) not in ((int, float) if want is float else (want,)) or x < 0:
-                raise ValueError(f"{spelling} is {x!r}, expected {want.__name__}, not negative")
-            if values.setdefault(key.field, want(x)) != x:
-                both = ", ".join(f"{name} {given[name]!r}" for name in present)
-                raise ValueError(f"two spellings of one key differ: {both}")
+    for name, (key, block) in fields_of(family).items():
+        if key not in given:
+            missing += [key] if block in pattern and name not in OPTIONAL else []
+            continue
+        want, x = types[name], given[key]
+        # type() and not isinstance(): true is no number
+        if type(x) not in ((int, float) if want is float else (want,)) or x < 0:
+            raise ValueError(f"{key} is {x!r}, expected {want.__name__}, not negative")
+        values[name] = want(x)
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
     if heads := values.get("num_heads"):  # older files leave these out
@@ -268,7 +247,6 @@ def read_pattern(given: dict) -> str:
     """One character a block: nemotron_h writes it out, a layer of the others is two blocks."""
     layers, kinds = given.get("num_hidden_layers"), given.get("layers_block_type", ())
     if given["model_type"] == "nemotron_h":
-        kinds = kinds or given.get("layer_types", ())
         if unknown := set(kinds) - set(KINDS):
             raise ValueError(f"layers_block_type has {sorted(unknown)}, known are {list(KINDS)}")
         written = given.get("hybrid_override_pattern", "")
@@ -344,11 +322,11 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     # One spelling of each key is written; auto_map names code files that are not copied.
     dropped = {"layers_block_type", "layer_types", "rope_parameters", "dtype", "auto_map"}
     dropped |= {"original_max_position_embeddings", "partial_rotary_factor"}
-    dropped |= {spelling for key in KEYS[family] for spelling in key.spellings}
+    dropped |= set(SYNONYMS.get(family, ()))
     out = {key: x for key, x in config.source.items() if key not in dropped}
     out |= {"architectures": [CLASSES[family] + "ForCausalLM"], "model_type": family}
     out["torch_dtype"] = str(dtype).removeprefix("torch.")
-    out |= {key.spellings[0]: getattr(config, key.field) for key in KEYS[family]}
+    out |= {key: getattr(config, field) for field, (key, _) in fields_of(family).items()}
     if nemotron:  # of its mtp.* tensors none was read
         out |= {"hybrid_override_pattern": pattern, "num_nextn_predict_layers": 0}
         if config.time_step_limit != (0.0, math.inf):  # the default, for which JSON has no number

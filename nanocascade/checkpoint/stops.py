@@ -4,12 +4,6 @@ from pathlib import Path
 
 from nanocascade.files import read_json
 
-# These change which tokens may follow, or where a response ends, in ways that no flag of ours has.
-REFUSED = set(
-    "stop_strings forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens"
-    " bad_words_ids sequence_bias force_words_ids constraints exponential_decay_length_penalty"
-    " watermarking_config guidance_scale token_healing".split()
-)
 # Recommendations for sampling and limits, where our own flags decide (training samples from the
 # model's own distribution); outputs, caches and speculative decoding, which change no distribution.
 WITHOUT_EFFECT = set(
@@ -39,9 +33,10 @@ def read_stop_ids(path) -> tuple[int, ...]:
         given = read_json(file)
         stops = given.pop("eos_token_id", None)
         given = {key: x for key, x in given.items() if x not in (None, False, [], {})}
-        for key in sorted(set(given) - WITHOUT_EFFECT):
-            kind = "is not supported" if key in REFUSED else "is an unknown key: delete it"
-            raise ValueError(f"{file}: {key} {given[key]!r} {kind}")
+        for key in sorted(set(given) - WITHOUT_EFFECT):  # suppress_tokens, stop_strings, ...
+            raise ValueError(
+                f"{file}: {key} {given[key]!r} is not supported: no flag of ours has it"
+            )
     if stops is None and (Path(path) / "config.json").exists():
         file = Path(path) / "config.json"
         stops = read_json(file).get("eos_token_id")

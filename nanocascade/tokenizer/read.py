@@ -31,8 +31,6 @@ def read_spec(path, spec: dict, stops) -> tokenizers.Tokenizer:
     """The library's tokenizer of a tokenizer.json. Its added tokens become special in spec, too,
     where they are markup or end a response: they are never made from a text."""
     spec |= {"truncation": None, "padding": None}
-    if (spec.get("model") or {}).get("dropout"):
-        raise ValueError(f"{path}/tokenizer.json: dropout {spec['model']['dropout']} is random")
     try:
         for token in spec["added_tokens"]:
             # Qwen3 declares <think> an ordinary token.
@@ -41,6 +39,8 @@ def read_spec(path, spec: dict, stops) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path}/tokenizer.json is damaged: {error!r}") from None
+    if spec["model"].get("dropout"):
+        raise ValueError(f"{path}/tokenizer.json: dropout {spec['model']['dropout']} is random")
     tokenizer.encode_special_tokens = True
     return tokenizer
 

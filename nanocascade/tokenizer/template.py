@@ -91,10 +91,10 @@ def render_template(text: str, messages, tools, **variables) -> str:
     ]
     try:
         return compile_template(text).render(messages=messages, tools=tools, **variables)
-    except RefusedMessages as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from None
     except Exception as error:  # a template is a program: it may raise anything
-        raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from None
+        refused, line = isinstance(error, RefusedMessages), " ".join(str(error).split())
+        what = "refuses these messages" if refused else f"fails: {type(error).__name__}"
+        raise ValueError(f"the chat template {what}: {readable(line)}") from None
 
 
 def markup_pattern(tokens) -> re.Pattern:
