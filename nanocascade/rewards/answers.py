@@ -1,29 +1,37 @@
-r"""What a short mathematical answer says, read into a Node that compare.py compares.
+r"""Read a short mathematical answer into a Node, which compare.py compares with another.
 
-    clean      one spelling of a text (latex.py)
-    read       a Node: a number with its unit, a list, a set, an interval, a relation, a word ...
+    r"x = 5"              Node("num", 5, name="x")
+    r'90 "km"/"h"'        Node("num", 90, unit=(5/18, {m: 1, s: -1}))
+    "3; 8"                Node("list", (3, 8))
+    r"(-\infty,5]"        Node("tuple", ("(", (-inf, 5), "]"))
+    r"x<0; x\ge 2"        Node("ranges", ((None, False, 0, False), (2, True, None, False)))
 
-Values beside each other are a list, whatever stands between them, and a list is not one of them.
+The text is in the spelling of latex.py. Values side by side are a list, whatever separates them.
 """
 
 import re
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
+from operator import itemgetter
 from typing import NamedTuple
 
 from nanocascade.rewards.exact import Reader, Unknown, approximate, constant
 from nanocascade.rewards.latex import squeeze
 from nanocascade.rewards.units import unit_of
 
-# ---- What it says -------------------------------------------------------------------------------
-
 
 class Node(NamedTuple):
-    kind: str  # num, inf, word, list, set, tuple, cycles, ranges, code, based, equation, other
+    """kind -> body: num a Value, inf whether negative, word and letters a text, list and set their
+    Nodes, tuple (bracket, Nodes, bracket), ranges sorted intervals, cycles of a permutation, code
+    numbers that are no arithmetic (a date, a time, a ratio), based an integer, equation its right
+    side, other what was not read ("relation" and "contradiction" say why)."""
+
+    kind: str
     body: object = None
-    text: str = ""
-    name: str = ""  # of what it is the value: the x of x = 5
-    unit: tuple | None = None  # (scale, {base: power}); None if there is none or we do not know it
+    text: str = ""  # the whole text, for comparison as text
+    name: str = ""  # what it is the value of: the x of x = 5
+    unit: tuple | None = None  # (scale, {base: power}); None if there is none or it is unknown
 
 
 EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset"}
@@ -61,8 +69,8 @@ OPENING, CLOSING = ("(", "[", "{", "\\{", "\\begin"), (")", "]", "}", "\\}", "\\
 
 
 def pieces(text, pattern, grouped=True):
-    """(parts, cuts) of a text cut by a pattern outside brackets: "(1,2), 3" -> ["(1,2)", "3"].
-    grouped: the comma of 1,234 is no cut."""
+    """Split at a pattern outside brackets: "(1,2), 3" -> (["(1,2)", "3"], [","]). With `grouped`
+    the comma of 1,234 does not split."""
     numbers = THOUSANDS if grouped else r"(?!)"
     signs = rf'"[^"]*"|\\[{{}}]|\\begin|\\end|[()\[\]{{}}]|(?P<cut>{pattern})|{numbers}'
     if grouped:
@@ -82,7 +90,7 @@ def pieces(text, pattern, grouped=True):
 
 
 def enclosed(text, opening, closing):
-    """Whether the bracket that opens a text is closed by its last sign."""
+    """Whether the first bracket of a text is closed by its last character."""
     if not (text.startswith(opening) and text.endswith(closing)) or len(text) < 2:
         return False
     depth = 0
@@ -107,6 +115,7 @@ def read(text, depth=0):
 
 
 def interpret(text, depth):
+    """The Node of a text that is not empty: first as several values, then as one."""
     if squeeze(text).strip("()") in EMPTY:
         return Node("set", ())
     parts, cuts = pieces(text, "[;,]")
@@ -135,21 +144,15 @@ def interpret(text, depth):
 
 
 def brackets(text, depth):
+    """A matrix, a permutation, a set, a tuple or interval, or what is in the brackets; or None."""
     if match := re.fullmatch(r"\\begin\{[a-z]*matrix\}(.*)\\end\{[a-z]*matrix\}", text, re.DOTALL):
-        rows = [
-            [read(x.strip(), depth + 1) for x in row.split("&")]
-            for row in match[1].split("\\\\")
-            if row.strip()
-        ]
-        if len({len(row) for row in rows}) == 1 and "\\begin" not in match[1]:
-            flat = 1 in (len(rows), len(rows[0]))
-            items = tuple(x for row in rows for x in row)
-            return (
-                Node("tuple", ("(", items, ")"))
-                if flat
-                else Node("tuple", ("(", (*items, Node("word", len(rows))), ")"))
-            )
-        return None
+        rows = [row.split("&") for row in match[1].split("\\\\") if row.strip()]
+        if len({len(row) for row in rows}) != 1 or "\\begin" in match[1]:
+            return None
+        items = [read(x.strip(), depth + 1) for row in rows for x in row]
+        if len(rows) > 1 and len(rows[0]) > 1:  # a row or a column is a tuple
+            items.append(Node("word", len(rows)))
+        return Node("tuple", ("(", tuple(items), ")"))
     if re.fullmatch(r"(?:\([\d\s]+\)\s*)+", text) and re.search(r"\d\s+\d", text):  # permutations
         cycles = [x.split() for x in re.findall(r"\(([\d\s]+)\)", text)]
         turned = [x[x.index(min(x)) :] + x[: x.index(min(x))] for x in cycles if x]
@@ -185,8 +188,8 @@ def items_of(text, depth):
 
 
 def codes(text, depth):
-    """Dates, ranges, times, ratios and numerals of another base: no sums, no quotients."""
-    plain = re.sub(r"\s*([:])\s*", r"\1", text)
+    """A date, a range, a time, a ratio or a numeral of another base; or None."""
+    plain = re.sub(r"\s*:\s*", ":", text)
     if re.fullmatch(r"\d+-\d+(-\d+)?|\d+/\d+/\d+", plain):
         return Node("code", tuple(map(int, re.findall(r"\d+", plain))))
     if match := re.fullmatch(
@@ -213,6 +216,7 @@ def codes(text, depth):
 
 
 def number(text, depth):
+    """A number or term with its unit, infinity, or a list of numbers with spaces; or None."""
     if re.fullmatch(r"[+-]?\s*\\infty", text.strip()):
         return Node("inf", "-" in text)
     unit = None
@@ -233,13 +237,14 @@ def number(text, depth):
 
 
 def is_name(text):
-    """x, x_1, f(x), "Area": the left side of an equation that only says what the value is of."""
+    """Whether a left side only names the value: x, x_1, f(x), "Area", but not 2x or a+b."""
     return bool(text) and not re.search(
         r"[\d+*/^-]", re.sub(r"_\{[^{}]*\}|_\w|\([^()]*\)", "", text)
     )
 
 
 def relation(parts, cuts, depth):
+    """The Node of parts joined by relation signs: a named value, an equation, or an inequality."""
     nodes = [read(x, depth + 1) for x in parts]
     last = nodes[-1]
     if {*cuts} <= {"=", ":", "\\in", "\\equiv", "\\approx"}:
@@ -277,25 +282,20 @@ def relation(parts, cuts, depth):
 
 
 def ranges(intervals):
-    """Intervals (low, closed, high, closed) in order; None where one has no end."""
-    ends = [
-        [x if x and x.kind == "num" else None for x in (low, high)] for low, _, high, _ in intervals
-    ]
-    keys = [[approximate(x.body) if x else None for x in pair] for pair in ends]
-    if any(
-        end and key is None
-        for pair, row in zip(ends, keys, strict=True)
-        for end, key in zip(pair, row, strict=True)
-    ):
-        return Node("other", "relation")
-    order = sorted(range(len(intervals)), key=lambda i: (keys[i][0] is not None, keys[i][0] or 0))
-    return Node(
-        "ranges", tuple((ends[i][0], intervals[i][1], ends[i][1], intervals[i][3]) for i in order)
-    )
+    """Sort intervals (low, closed, high, closed); a bound that is infinite becomes None."""
+    rows = []
+    for low, low_closed, high, high_closed in intervals:
+        low, high = (x if x and x.kind == "num" else None for x in (low, high))
+        places = [approximate(x.body) for x in (low, high) if x]
+        if None in places:  # a bound with letters has no place
+            return Node("other", "relation")
+        first = places[0] if low else Decimal("-Infinity")
+        rows.append((first, (low, low_closed, high, high_closed)))
+    return Node("ranges", tuple(row for _, row in sorted(rows, key=itemgetter(0))))
 
 
 def as_ranges(node):
-    """A pair in brackets as an interval, if it can be one."""
+    """A pair in brackets as an interval, if its ends are numbers or infinite."""
     if node.kind == "ranges":
         return node
     if node.kind == "tuple" and len(node.body[1]) == 2:
@@ -306,6 +306,7 @@ def as_ranges(node):
 
 
 def union(nodes):
+    """The Node of sets or intervals joined by a union sign or by "or"."""
     if all(x.kind == "set" for x in nodes):
         return Node("set", tuple(item for x in nodes for item in x.body))
     intervals = [as_ranges(x) for x in nodes]

@@ -1,7 +1,7 @@
-"""Whether an answer says the same as the expected one: yes, no, or None: let the library say.
+"""Whether an answer equals the expected one: True, False, or None if the library has to decide.
 
-A no is only said where both were read (answers.py), or where what was not read is certainly no such
-thing: two values for one, a relation or a negation for a number.
+False needs certainty: both texts were read in full (answers.py), or the part that was not read
+cannot be the expected answer, such as a relation or a negation where a number is expected.
 """
 
 import re
@@ -19,178 +19,24 @@ from nanocascade.rewards.answers import (
     as_ranges,
     read,
 )
-from nanocascade.rewards.exact import Reader, Unknown, Value, approximate, constant
+from nanocascade.rewards.exact import Reader, Unknown, approximate, constant
 from nanocascade.rewards.latex import clean
 from nanocascade.rewards.units import unit_of
 
-MAX_ITEMS = 50  # of a list: every one is compared with every other
+MAX_ITEMS = 50  # longer lists are not compared: each item is compared with every other
+MIN_FIGURES = 6  # significant figures of a decimal that may stand for a third, a root or pi
 
 
-def rounded(decimal, other):
-    """Whether a decimal of six figures or more rounds, or cuts, a value that is not written so."""
-    match = re.fullmatch(r"[+-]?(\d*)\.(\d+)", decimal.text.replace(",", ""))
-    if not match or len((match[1] + match[2]).lstrip("0")) < 6 or "." in other.text:
-        return False
-    written, exact = approximate(decimal.body), approximate(other.body)
-    return exact is not None and abs(written - exact) < Decimal(1).scaleb(-len(match[2]))
-
-
-def loose_unit(node):
-    """5m as five metres, where the other side has no letters."""
-    match = LOOSE_UNIT.fullmatch(node.text)
-    if not match or not (unit := unit_of(match[2])):
-        return None
+def equal(gold, given):
+    """Compare the expected answer with a given one, both as LaTeX or plain text."""
     try:
-        return Node("num", Reader(match[1]).value(), match[1], node.name, unit)
+        return any_of(same(x, y) for x in readings(gold, True) for y in readings(given, False))
     except (Unknown, ArithmeticError):
         return None
 
 
-def renamed(a, b):
-    """b with the letter of its g(t) = ... called as in a's f(x) = ..."""
-    one, two = (re.fullmatch(r"[A-Za-z]\(([A-Za-z])\)", x.name) for x in (a, b))
-    if not one or not two or one[1] == two[1] or one[1] in b.body.letters:
-        return b
-    turned = [
-        {
-            tuple(sorted(((one[1] if n == two[1] else n, p) for n, p in m), key=str)): c
-            for m, c in x.items()
-        }
-        for x in (b.body.num, b.body.den)
-    ]
-    return b._replace(body=Value(*turned))
-
-
-def same_number(a, b):
-    b = renamed(a, b)
-    x, y = (
-        node.body * constant(node.unit[0]) if a.unit and b.unit else node.body for node in (a, b)
-    )
-    if a.unit and b.unit and a.unit[1] != b.unit[1]:
-        return False
-    if x == y or rounded(a, b) or rounded(b, a):
-        return True
-    if a.text.endswith("%") and a.body == b.body * constant(Fraction(1, 100)):
-        return "%" not in b.text and not b.unit  # so many percent, the sign left out
-    if bool(a.body.letters) != bool(b.body.letters):
-        lettered, other = (a, b) if a.body.letters else (b, a)
-        unit = loose_unit(lettered)
-        return same_number(unit, other) if unit else None if a.body.letters else False
-    return None if a.name != b.name and a.body.letters else False
-
-
-def same_items(a, b):
-    """Sets and lists: the order counts only where the expected list names its values."""
-    wanted, given = ([*x.body] if x.kind in ("set", "list") else [x] for x in (a, b))
-    if max(len(wanted), len(given)) > MAX_ITEMS:
-        return None
-    names = [x.name for x in wanted]
-    if len(set(names)) not in (1, len(names)):
-        return None
-    if len(names) > 1 and all(names) and len(set(names)) > 1:
-        if {x.name for x in given} == set(names) and len(given) == len(names):
-            given = [next(y for y in given if y.name == name) for name in names]
-        elif any(x.name for x in given):
-            return None
-        return together(
-            [len(wanted) == len(given)] + [same(x, y) for x, y in zip(wanted, given, strict=False)]
-        )
-    wanted, given = distinct(wanted), distinct(given)
-    if len(wanted) != len(given):
-        return False
-    verdicts = [[same(x, y) for y in given] for x in wanted]
-    if all(True in row for row in verdicts):
-        return True
-    return False if any(not {True, None} & {*row} for row in verdicts) else None
-
-
-def distinct(nodes):
-    unique = []
-    for node in nodes:
-        if not any(same(x, node) for x in unique):
-            unique.append(node)
-    return unique
-
-
-def together(verdicts):
-    return False if False in verdicts else None if None in verdicts else True
-
-
-def same(a, b):
-    """Whether the expected Node and a given one are equal; None if we cannot tell."""
-    if a.text and a.text == b.text:
-        return True
-    kinds = {a.kind, b.kind}
-    if sorted(MARKS.findall(a.text)) != sorted(MARKS.findall(b.text)):
-        return False
-    if (
-        "ranges" in kinds
-        and kinds & {"ranges", "tuple"} == kinds
-        or kinds == {"tuple"}
-        and "[" in f"{a.body}{b.body}"
-    ):
-        x, y = as_ranges(a), as_ranges(b)
-        if x.kind == y.kind == "ranges" and len(x.body) == len(y.body):
-            ends = [
-                (p, q)
-                for one, two in zip(x.body, y.body, strict=True)
-                for p, q in zip(one, two, strict=True)
-            ]
-            return together(
-                [
-                    p == q if not (isinstance(p, Node) and isinstance(q, Node)) else same(p, q)
-                    for p, q in ends
-                ]
-            )
-        if "ranges" in (x.kind, y.kind):
-            return False if x.kind == y.kind else None
-    if kinds == {"tuple"}:
-        x, y = a.body[1], b.body[1]
-        return together([len(x) == len(y)] + [same(p, q) for p, q in zip(x, y, strict=False)])
-    if kinds & {"list", "set"}:
-        if "tuple" in kinds:
-            return False if "set" in kinds else None
-        return None if "other" in kinds else same_items(a, b)
-    if kinds == {"num"}:
-        return same_number(a, b)
-    if kinds == {"word", "num"} or kinds == {"word", "letters"}:
-        return a.text.strip("()").casefold() == b.text.strip("()").casefold()
-    if kinds == {"letters", "num"}:
-        return (
-            Reader(" ".join((a if a.kind == "letters" else b).body)).value()
-            == (b if a.kind == "letters" else a).body
-        )
-    if kinds == {"based", "num"}:
-        return a.text.partition("_")[0] == b.text.partition("_")[0]
-    if kinds == {"code"}:
-        return a.body == b.body and (a.name == b.name or not (a.name and b.name))
-    if kinds in ({"word"}, {"letters"}, {"inf"}, {"cycles"}, {"based"}):
-        return a.body == b.body and a.body is not None
-    if b.kind == "equation":
-        return None
-    if "other" in kinds or a.kind == "equation":
-        return unread(a, b)
-    return False
-
-
-def unread(a, b):
-    """One of the two was not read in full: only what is certainly wrong is said."""
-    if b.body == "contradiction":
-        return False
-    if a.kind == "equation" and b.kind == "num" and not b.name:
-        return False
-    plain = a.kind in ("num", "inf", "word", "code", "based") and not (
-        a.kind == "num" and a.body.letters
-    )
-    strange = b.body == "relation" or "|" in b.text.strip("|") or not KNOWN.fullmatch(b.text)
-    if plain and (strange or NEGATED.search(b.text)):
-        return False
-    worded = re.search(r"(?<![\\a-z])[a-z]{3}", b.text)
-    return False if plain and worded and len(NUMERALS.findall(b.text)) > 1 else None
-
-
 def readings(text, gold):
-    """The Nodes that a text may stand for, the likeliest first."""
+    """The Nodes that a text may stand for: 1,234 is a number or a list, 3,14 may be a decimal."""
     text = clean(text)
     texts = [text]
     if re.fullmatch(THOUSANDS, text):
@@ -198,15 +44,159 @@ def readings(text, gold):
     if match := re.match(r'\(\s*"([A-J])"\s*\)\s*(?=\S)', text):  # an option's letter and its value
         texts = [f'"{match[1]}"', text[match.end() :]]
     comma = re.fullmatch(r"([+-]?)(\d{1,3}(?:[ .]\d{3})+|\d+),(\d+)([^,\d]*)", text)
-    if comma and not gold and not re.fullmatch(THOUSANDS, text):  # 3,14 is a decimal in an answer
-        texts.append(f"{comma[1]}{re.sub('[ .]', '', comma[2])}.{comma[3]}{comma[4]}")
+    if comma and not gold and not re.fullmatch(THOUSANDS, text):
+        sign, whole, decimals, rest = comma.groups()
+        texts.append(f"{sign}{re.sub('[ .]', '', whole)}.{decimals}{rest}")
     return [read(x) for x in texts]
 
 
-def equal(gold, given):
-    """True, False, or None if it takes more than we read."""
-    try:
-        verdicts = [same(x, y) for x in readings(gold, True) for y in readings(given, False)]
-    except (Unknown, ArithmeticError):
-        return None
+def any_of(verdicts):
+    """True if one is, else None if one is unknown, else False."""
+    verdicts = list(verdicts)
     return True if True in verdicts else None if None in verdicts else False
+
+
+def all_of(verdicts):
+    """False if one is, else None if one is unknown, else True."""
+    verdicts = list(verdicts)
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def pairwise_same(one, two):
+    """Compare two sequences of Nodes item by item."""
+    if len(one) != len(two):
+        return False
+    return all_of(same(x, y) for x, y in zip(one, two, strict=True))
+
+
+def same(a, b):
+    """Compare the expected Node `a` with a given Node `b`."""
+    if a.text and a.text == b.text:
+        return True
+    if sorted(MARKS.findall(a.text)) != sorted(MARKS.findall(b.text)):
+        return False  # f' is not f, a transpose is not the matrix
+    kinds = {a.kind, b.kind}
+    if kinds <= {"ranges", "tuple"} and ("ranges" in kinds or "[" in a.body + b.body):
+        one, two = as_ranges(a), as_ranges(b)
+        if one.kind == two.kind == "ranges":
+            return same_intervals(one.body, two.body)
+        if "ranges" in kinds:
+            return None
+    if kinds == {"tuple"}:
+        return pairwise_same(a.body[1], b.body[1])
+    if kinds & {"list", "set"}:
+        if "tuple" in kinds:
+            return False if "set" in kinds else None
+        return None if "other" in kinds else same_items(a, b)
+    if kinds == {"num"}:
+        return same_number(a, b)
+    if kinds == {"code"}:
+        return a.body == b.body and (a.name == b.name or not (a.name and b.name))
+    if len(kinds) == 1 and kinds <= {"word", "letters", "inf", "cycles", "based"}:
+        return a.body == b.body and a.body is not None
+    if kinds in ({"word", "num"}, {"word", "letters"}):
+        return a.text.strip("()").casefold() == b.text.strip("()").casefold()
+    if kinds == {"letters", "num"}:
+        letters, value = (a, b) if a.kind == "letters" else (b, a)
+        return Reader(" ".join(letters.body)).value() == value.body
+    if kinds == {"based", "num"}:
+        return a.text.partition("_")[0] == b.text.partition("_")[0]
+    if b.kind == "equation":
+        return None
+    return unread(a, b) if "other" in kinds or a.kind == "equation" else False
+
+
+def unread(a, b):
+    """The verdict where one of two Nodes was not read in full: False or None."""
+    if b.body == "contradiction":
+        return False
+    if a.kind == "equation" and b.kind == "num" and not b.name:
+        return False
+    if a.kind not in ("num", "inf", "word", "code", "based") or a.kind == "num" and a.body.letters:
+        return None
+    if b.body == "relation" or "|" in b.text.strip("|") or not KNOWN.fullmatch(b.text):
+        return False
+    worded = re.search(r"(?<![\\a-z])[a-z]{3}", b.text)
+    several = worded and len(NUMERALS.findall(b.text)) > 1  # "between 16 and 18"
+    return False if NEGATED.search(b.text) or several else None
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
+
+
+def same_number(a, b):
+    """Compare two values with their units. A missing unit is forgiven."""
+    one, two = (re.fullmatch(r"[A-Za-z]\(([A-Za-z])\)", x.name) for x in (a, b))
+    if one and two and one[1] != two[1] and one[1] not in b.body.letters:  # f(x) = ..., g(t) = ...
+        return same(a, read(re.sub(rf"(?<![A-Za-z\\]){two[1]}(?![A-Za-z])", one[1], b.text)))
+    x, y = a.body, b.body
+    if a.unit and b.unit:
+        if a.unit[1] != b.unit[1]:
+            return False
+        x, y = x * constant(a.unit[0]), y * constant(b.unit[0])
+    if x == y or is_rounded(a, b) or is_rounded(b, a):
+        return True
+    if a.text.endswith("%") and x == y * constant(Fraction(1, 100)):
+        return "%" not in b.text and not b.unit  # percent are expected, and the sign is missing
+    if bool(x.letters) != bool(y.letters):
+        lettered, other = (a, b) if x.letters else (b, a)
+        unit = loose_unit(lettered)
+        return same_number(unit, other) if unit else None if x.letters else False
+    return None if a.name != b.name and x.letters else False
+
+
+def is_rounded(decimal, other):
+    """Whether a decimal of MIN_FIGURES rounds, or cuts off, a value that is not a decimal."""
+    match = re.fullmatch(r"[+-]?(\d*)\.(\d+)", decimal.text.replace(",", ""))
+    if not match or len((match[1] + match[2]).lstrip("0")) < MIN_FIGURES or "." in other.text:
+        return False
+    written, exact = approximate(decimal.body), approximate(other.body)
+    return exact is not None and abs(written - exact) < Decimal(1).scaleb(-len(match[2]))
+
+
+def loose_unit(node):
+    """5m as five metres, to be compared with a number without letters; None if m is no unit."""
+    match = LOOSE_UNIT.fullmatch(node.text)
+    if not match or not (unit := unit_of(match[2])):
+        return None
+    return Node("num", Reader(match[1]).value(), match[1], node.name, unit)
+
+
+# ---- Lists, sets and intervals -------------------------------------------------------------------
+
+
+def same_intervals(one, two):
+    """Compare sorted lists of (low, closed, high, closed); None stands for no bound."""
+    if len(one) != len(two):
+        return False
+    ends = [pair for x, y in zip(one, two, strict=True) for pair in zip(x, y, strict=True)]
+    nodes = [isinstance(x, Node) and isinstance(y, Node) for x, y in ends]
+    return all_of(same(*p) if both else p[0] == p[1] for p, both in zip(ends, nodes, strict=True))
+
+
+def same_items(a, b):
+    """Compare sets, lists and single values. The order only counts if the expected items have
+    different names, as in x = 1, y = 2, and the given ones have none."""
+    wanted, given = ([*x.body] if x.kind in ("set", "list") else [x] for x in (a, b))
+    names = [x.name for x in wanted]
+    if max(len(wanted), len(given)) > MAX_ITEMS or len(set(names)) not in (1, len(names)):
+        return None
+    if len(set(names)) > 1 and all(names):
+        if sorted(x.name for x in given) == sorted(names):
+            given = [next(x for x in given if x.name == name) for name in names]
+        elif any(x.name for x in given):
+            return None
+        return pairwise_same(wanted, given)
+    wanted, given = distinct(wanted), distinct(given)
+    if len(wanted) != len(given):
+        return False
+    return all_of(any_of(same(x, y) for y in given) for x in wanted)
+
+
+def distinct(nodes):
+    """The Nodes without repeated values."""
+    unique = []
+    for node in nodes:
+        if not any(same(x, node) for x in unique):
+            unique.append(node)
+    return unique
