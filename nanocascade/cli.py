@@ -1,9 +1,9 @@
-"""Dataclasses are a command line: every field a flag, the comment that ends its line the help.
+"""Command lines from dataclasses: a field is a flag, the comment at its line's end is its help.
 
 `lr: float = 1e-4  # peak learning rate` makes the flag --lr. A type may also hold a condition:
 Literal["zero", "clamp"] is a choice, Annotated[int, 1] is 1 or more, Annotated[float, 0, 1] is
-between 0 and 1. Wrong input is one line and exit code 2 (with NANOCASCADE_DEBUG=1 in the
-environment: a traceback).
+between 0 and 1. Wrong input prints one line and exits with code 2 (with
+NANOCASCADE_DEBUG=1 in the environment: a traceback).
 """
 
 import ast
@@ -46,10 +46,10 @@ def run_main(main) -> None:
 def parse_args(*groups, preset=None, doc=None, argv=None) -> list:
     """One instance of each dataclass of `groups`, from argv: ["--lr", "3e-6", "--data=a,b"].
 
-    doc: what --help opens with (default: the docstring of the first group's module).
-    preset(values): the fields that --config, --stage and the like set; default < preset < flag.
-    The flag of a bool alone means true; of a repeated flag the last counts, so that a shell script
-    can end in "$@".
+    doc: first text of --help (default: the docstring of the first group's module).
+    preset(values): the fields that --config and --stage set; a flag overrides a preset, a preset a
+    default. A bool's flag without a value means true. The last of a repeated flag counts, so that
+    a shell script can end in "$@".
     """
     argv = sys.argv[1:] if argv is None else argv
     hints = {name: x for group in groups for name, x in _hints(group).items()}
@@ -149,7 +149,7 @@ def _help_text(groups, hints: dict, values: dict) -> str:
 
 
 def _comments(group) -> dict[str, tuple[str, str]]:
-    """{"lr": (heading, "peak learning rate")}: what follows # after each field, bases first."""
+    """{"lr": (heading, "peak learning rate")}: the comment after each field, base classes first."""
     found = {}
     for base in reversed(group.__mro__[:-1]):
         source = textwrap.dedent(inspect.getsource(base))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic JSON, a directory renamed when complete, hashes."""
+"""Atomic writes: a file or directory is complete or absent. Also JSON and hashes."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def unfinished_dir(path: Path):
-    """An empty directory in `path`, gone afterwards: what is whole is renamed out of it."""
+    """A temporary directory in `path`, removed at the end. Rename complete files out of it."""
     new = path / ".saving"
     shutil.rmtree(new, ignore_errors=True)  # left by a killed save
     new.mkdir(parents=True)

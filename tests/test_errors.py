@@ -219,7 +219,7 @@ def test_errors_of_one_rank(tmp_path):
     lines = [process.communicate()[1].splitlines()[-1:] for process in running]
     assert [process.returncode for process in running] == [2, 2], lines
     assert lines[1] == ["error: loss is nan at step 2"]
-    assert lines[0] == ["error: another process of this run stopped and said why"]
+    assert lines[0] == ["error: another process of this run failed; its error is printed above"]
 
 
 def test_errors_of_out(refused, sft, tmp_path):

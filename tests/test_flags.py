@@ -269,7 +269,7 @@ def test_flags_of_devices(refused, sft):
     """A device that does not exist, or is not here, is named."""
     stage = ("train_rl.py", "--stage", "if_rl", "--init", sft)
     refused("--device tpu: expected cuda, mps or cpu", *stage, "--device", "tpu")
-    refused("--device cuda: this torch finds no such device", *stage, "--device", "cuda")
+    refused("--device cuda: torch does not find this device", *stage, "--device", "cuda")
 
 
 def test_flags_of_difficulty(skilled, rows, tmp_path, monkeypatch, capsys):

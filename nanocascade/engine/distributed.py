@@ -27,11 +27,11 @@ from nanocascade.cli import Positive
 from nanocascade.engine.device import find_device
 from nanocascade.model.layers import widest
 
-# A rank that dies is noticed at once: gloo sees its connection close, torchrun its process end. So
-# the limit of a collective only has to be longer than any honest wait for a slow rank.
+# A dead rank is noticed at once: gloo sees its connection close, torchrun its process end. So the
+# timeout of a collective only has to be longer than the wait for a slow rank.
 TIMEOUT = timedelta(hours=1)
 LOST = re.compile("(closed|reset) by peer|Broken pipe|Socket closed")
-ASK_EVERY = 16  # decode steps between two questions whether any rank of the group still samples
+ASK_EVERY = 16  # decode steps between two checks whether any rank of the group still samples
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -39,20 +39,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Layout:
     """Memory and speed"""
 
-    shard: bool = False  # FSDP2: weights, gradients and moments in shards over the ranks
-    expert_parallel: Positive = 1  # ranks that share the experts of one copy (8: within a node)
-    replicas: Positive = 1  # copies of the sharded weights, one for each group of nodes
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; master weights are float32
-    checkpoint_blocks: bool = False  # keep only the blocks' inputs for backward, and recompute
-    offload_blocks: bool = False  # keep the inputs of --checkpoint_blocks in host memory
-    offload_optimizer: bool = False  # AdamW's moments in host memory, on the device one at a time
+    shard: bool = False  # FSDP2: shard weights, gradients and optimizer state over the ranks
+    expert_parallel: Positive = 1  # ranks that share the experts (use at most the GPUs of a node)
+    replicas: Positive = 1  # copies of the sharded weights (several nodes: one copy for each group)
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # dtype of matrix products; master weights are float32
+    )
+    checkpoint_blocks: bool = False  # activation checkpointing: recompute blocks in backward
+    offload_blocks: bool = False  # keep what --checkpoint_blocks saves in host memory
+    offload_optimizer: bool = False  # keep AdamW's moments in host memory
 
 
 LAYOUT = tuple(field.name for field in fields(Layout))
 
 
 class Dist:
-    """Rank, world size and the few collectives the scripts use; all of them no-ops at one rank."""
+    """Rank, world size and the collectives of the scripts; all are no-ops on one rank."""
 
     def __init__(self, rank=0, world_size=1, device="cpu", frozen_base=False, **layout):
         layout = Layout(**layout)
@@ -61,8 +63,8 @@ class Dist:
         self.checkpoint_blocks = layout.checkpoint_blocks
         self.offload_blocks = layout.offload_blocks
         self.offload_optimizer = layout.offload_optimizer
-        self.stop_asked = False  # this process got SIGTERM
-        self.stopping = False  # some process did: all save after this step and exit
+        self.stop_asked = False  # whether this process got SIGTERM
+        self.stopping = False  # whether any did: all ranks save after this step and exit
         self.dtype = DTYPES[layout.dtype]
         several = max(self.expert_parallel, self.replicas) > 1
         copies = self.replicas * self.expert_parallel
@@ -74,7 +76,7 @@ class Dist:
         # FSDP is not always used: over gloo a collective costs 4 ms however small it is, and a step
         # of the toy would need two for each block and micro-batch instead of one.
         self.sharded = layout.shard or several or self.dtype != torch.float32
-        if frozen_base:  # no master weights: each rank holds the base in the dtype of products
+        if frozen_base:  # no fp32 master weights: each rank holds the base in --dtype
             if layout.shard or several:
                 raise ValueError(
                     "--lora_rank keeps one copy of the base on each rank: it cannot be combined "
@@ -101,8 +103,8 @@ class Dist:
         return self.rank == 0
 
     def shard(self, items: list, size=None) -> list:
-        """This rank's share: every world_size-th item, in order of size(item) where it is given, so
-        that all have as much to do."""
+        """This rank's share: every world_size-th item. With `size` the items are first sorted
+        by it, so that all ranks have about the same work."""
         order = sorted(range(len(items)), key=lambda i: -size(items[i]) if size else i)
         return [items[i] for i in sorted(order[self.rank :: self.world_size])]
 
@@ -132,20 +134,19 @@ class Dist:
     # ---- Ranks in step: sharded forwards contain collectives, so all run as many of them ----
 
     def in_step(self, n: int) -> int:
-        """How many micro-batches every rank runs, where this one has n of its own."""
+        """Micro-batches that every rank runs: the largest n over the ranks. n: this rank's own."""
         return self.reduce(n, torch_dist.ReduceOp.MAX) if self.sharded else n
 
     def keep_going(self):
-        """For the sampler: asks whether its decode loop goes on, given whether this rank still
-        samples. Where experts are spread over ranks their loops end together, so a rank that is
-        done decodes padding until all are."""
+        """The function that ends the sampler's decode loop, given whether this rank still samples.
+        With expert parallelism the loops of a group end together: finished ranks decode padding."""
         if self.expert_parallel == 1:
             return bool
         calls = count()
         return lambda active: True if next(calls) % ASK_EVERY else self.together(active)
 
     def together(self, x) -> bool:
-        """Whether x holds here, or on any rank of those whose decode loops end together."""
+        """Whether x is true on any rank of this expert-parallel group."""
         if self.expert_parallel == 1:
             return bool(x)
         return self.reduce(int(bool(x)), torch_dist.ReduceOp.MAX, self.expert_group) > 0
@@ -167,7 +168,7 @@ class Dist:
     def sum_gradients(self, model: nn.Module) -> None:
         """Gradients of the whole batch on every rank; a rank without tokens adds zeros.
 
-        What FSDP shards it has summed in backward: left are the fp32 islands, or the whole model.
+        FSDP has summed its sharded parameters in backward. The rest is the fp32 islands, or all.
         """
         if self.world_size == 1:
             return
@@ -183,11 +184,11 @@ class Dist:
 
     @torch.no_grad()
     def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
-        """Scale all gradients to a global norm of at most max_norm; the norm before.
+        """Scale all gradients to a global norm of at most max_norm. Returns the norm before.
 
         The shards of a replica are disjoint, whichever mesh they are of, so their squares add up
-        over its ranks; what every rank holds whole counts once. (torch's clip_grad_norm_ refuses
-        parameters of two meshes.)
+        over its ranks; parameters that every rank holds count once. (torch's clip_grad_norm_
+        refuses parameters of two meshes.)
         """
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         shards = [g.to_local() for g in grads if isinstance(g, DTensor)]
@@ -207,7 +208,7 @@ class Dist:
 
 
 def lower_memory(error: torch.OutOfMemoryError) -> str:
-    """The flag to lower, by what the program was doing: sampling, or training."""
+    """Error message that names the flag to lower: that of sampling, or that of training."""
     doing = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     flag = "--max_rows" if "generate" in doing else "--micro_tokens (or --checkpoint_blocks)"
     return f"out of memory: lower {flag}, and go on with --resume; {error}"
@@ -221,7 +222,7 @@ def start(device: str, layout: Layout | None = None, dry_run=False, frozen_base=
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(device)
-    if dry_run:  # its plan only imagines the ranks
+    if dry_run:  # the plan needs no other processes
         yield Dist(rank, device=device)
         return
     dist = Dist(rank, size, device, frozen_base, **vars(layout or Layout()))
@@ -243,8 +244,10 @@ def start(device: str, layout: Layout | None = None, dry_run=False, frozen_base=
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        # What it said must not drown in the tracebacks of those that waited for it.
-        raise ConnectionError("another process of this run stopped and said why") from None
+        # Only the process that failed prints its error, not those that waited for it.
+        raise ConnectionError(
+            "another process of this run failed; its error is printed above"
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
         if torch_dist.is_initialized():

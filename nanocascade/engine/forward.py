@@ -27,7 +27,7 @@ def score_tokens(model: Model, batch: Batch, temperature: float = 1.0, routing=N
 
 
 def no_load(model: Model) -> Tensor:
-    """Tokens of each expert before the first micro-batch: zeros (l, e)."""
+    """Token counts of the experts before the first micro-batch: zeros (l, e)."""
     cfg = model.config
     shape = (cfg.num_moe_layers, cfg.num_experts)
     return torch.zeros(shape, dtype=torch.long, device=model.embed.weight.device)

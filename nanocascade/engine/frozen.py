@@ -1,4 +1,4 @@
-"""A model that only scores: a teacher, or the KL reference."""
+"""A frozen model that computes log-probs: a teacher, or the KL reference."""
 
 from pathlib import Path
 
@@ -14,19 +14,19 @@ from nanocascade.model.model import Model
 
 
 class FrozenModel:
-    """The checkpoint at `path`, read at its first use and laid out over the ranks like the policy.
+    """The checkpoint at `path`, loaded at its first use and sharded over the ranks like the policy.
 
-    It is on the device while it scores. `park` moves it to host memory: call it before another
-    model needs the room, at the latest before the next rollouts.
+    `logprobs` moves it to the device, `park` to host memory. Call `park` before another model needs
+    the memory, at the latest before the next rollouts.
     """
 
     def __init__(self, path, dist: Dist):
         self.path, self.dist = path, dist
         self.model, self.parked = None, True
-        self.adapters = None  # those of the policy's base, if it shares that
+        self.adapters = None  # LoRA adapters, if it shares the policy's base
 
     def share_base(self, policy: Model, base: Path, rank: int) -> None:
-        """Score by the policy's own frozen base if this checkpoint is LoRA adapters of it."""
+        """Use the policy's frozen base, if this checkpoint is LoRA adapters on the same base."""
         if base_of(self.path, rank) == base:
             self.model, self.adapters = policy, read_adapters(policy, self.path)
 

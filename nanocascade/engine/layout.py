@@ -20,9 +20,9 @@ from nanocascade.model.layers import KEEP_FP32
 def parallelize(model: nn.Module, dist: Dist) -> nn.Module:
     """Lay the model out over the ranks, in place; on the meta device nothing is allocated.
 
-    Each block is gathered before its forward and freed after it. Products are of dist.dtype;
-    master weights, gradients and their sums are fp32. The policy would round every parameter in
-    forward, so the fp32 islands (router, A_log, D, dt_bias) stay out of it: whole on every rank.
+    Each block is gathered before its forward and freed after it. Matrix products have dist.dtype;
+    master weights, gradients and their sums are fp32. FSDP's mixed precision casts every parameter
+    in forward, so the fp32 islands (router, A_log, D, dt_bias) are not sharded.
     Raises ValueError for a model that does not divide.
     """
     if dist.checkpoint_blocks:
@@ -31,7 +31,7 @@ def parallelize(model: nn.Module, dist: Dist) -> nn.Module:
     if not dist.sharded:
         return model
     islands = {p for name, p in model.named_parameters() if name.endswith(KEEP_FP32)}
-    # Inputs are not cast: they are of the right dtype, and casting would copy the cache's dict.
+    # Inputs have the right dtype already. Casting them would copy the cache's dict.
     policy = MixedPrecisionPolicy(
         param_dtype=None if dist.dtype == torch.float32 else dist.dtype,
         reduce_dtype=torch.float32,
@@ -53,7 +53,7 @@ def load(path, dist: Dist, dtype=torch.float32) -> nn.Module:
 
 
 def load_frozen(path, dist: Dist) -> nn.Module:
-    """A model that is never trained: in the dtype of products, without fp32 master weights."""
+    """A model that is never trained: in --dtype, without fp32 master weights."""
     return load(path, dist, dist.dtype).requires_grad_(False).eval()
 
 
@@ -62,7 +62,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def checkpointed(forward, offload: bool, x: Tensor, ctx, layer=None) -> Tensor:
-    """A block's forward of which backward keeps the input x (b, t, d) only, and recomputes."""
+    """A block's forward that saves only its input x (b, t, d) and is recomputed in backward."""
     if not torch.is_grad_enabled():
         return forward(x, ctx, layer)
     host = save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext()
@@ -72,9 +72,9 @@ def checkpointed(forward, offload: bool, x: Tensor, ctx, layer=None) -> Tensor:
 
 @contextmanager
 def unsharded(model: nn.Module):
-    """Weights whole on every rank for a phase without gradients (experts: this rank's own).
+    """Gather the weights on every rank for a phase without gradients (experts: this rank's own).
 
-    Outside inference mode, which the sampler enters: inference tensors could not be trained on.
+    Enter it outside of inference mode: tensors made in inference mode could not be trained.
     """
     modules = fsdp_modules(model)
     for module in modules:

@@ -4,9 +4,9 @@
 
 A run with --lora_rank writes the merged model, as every other run does, and beside it the adapters
 (adapters.safetensors) with the directory and hash of their base (adapters.json). The next stage
-goes on with these adapters on the same base, so that a teacher or a KL reference that is a set of
-adapters of the student's base needs no second copy of the base: its adapters take the place of the
-student's while it scores.
+continues with these adapters on the same base. So a teacher or a KL reference with adapters on the
+student's base needs no second copy of the base: its adapters replace the student's while it
+computes log-probs.
 """
 
 import math
@@ -24,11 +24,11 @@ from nanocascade.engine.layout import load
 from nanocascade.files import read_json, sha256_of, write_json_atomic
 from nanocascade.model.model import Model
 
-ALPHA = 2  # alpha / rank, whatever the rank: a larger rank then needs no other learning rate
+ALPHA = 2  # alpha / rank, a constant: another rank then needs no other learning rate
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") + (
     "in_proj",
     "out_proj",
-)  # of attention, MLP and Mamba-2; routed experts have none
+)  # projections of attention, MLP and Mamba-2; routed experts get no adapters
 
 
 class LoRALinear(nn.Linear):
@@ -39,7 +39,7 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
-        nn.Module.__init__(self)  # takes over the layer's own weight and bias
+        nn.Module.__init__(self)  # uses the layer's own weight and bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         wide = torch.promote_types(linear.weight.dtype, torch.float32)
@@ -66,7 +66,7 @@ class LoRALinear(nn.Linear):
 
 
 def layers_of(model: nn.Module, kind: type) -> list[tuple[nn.Module, str, nn.Module]]:
-    """(parent, name in it, layer) of the projections that are of exactly this class."""
+    """(parent, attribute name, layer) of the projections of exactly this class."""
     return [
         (parent, name, layer)
         for parent in model.modules()
@@ -76,7 +76,7 @@ def layers_of(model: nn.Module, kind: type) -> list[tuple[nn.Module, str, nn.Mod
 
 
 def add_adapters(model: Model, rank: int, seed: int) -> Model:
-    """Freeze the model and put adapters beside its projections, in place."""
+    """Freeze the model and add adapters to its projections, in place."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent, name, layer in layers_of(model, nn.Linear):
@@ -90,15 +90,15 @@ def adapters_of(model: Model) -> dict[str, Tensor]:
 
 
 def merge_adapters(model: Model) -> Model:
-    """Put the adapters into the weights, in place: a model of the published form again."""
+    """Merge the adapters into the weights, in place: the model has its published form again."""
     for parent, name, layer in layers_of(model, LoRALinear):
         setattr(parent, name, layer.merged())
     return model
 
 
 def base_of(path, rank: int = 0) -> Path:
-    """The directory whose weights the adapters of `path` change; `path` itself without adapters,
-    or with ones of another rank than asked for.
+    """The base directory of the adapters in `path`. It is `path` itself if there are none, or if
+    their rank is not `rank`.
 
     Raises ValueError if that directory is gone, or holds other weights than those trained on.
     """
@@ -112,7 +112,7 @@ def base_of(path, rank: int = 0) -> Path:
 
 
 def read_adapters(model: Model, path) -> dict[str, Tensor]:
-    """The adapters of `path` for a model that has some, or ones that change nothing for a base.
+    """The adapters of `path`; for a base without adapters, ones that change nothing.
 
     Raises ValueError for adapters of another rank or other layers.
     """
@@ -127,7 +127,7 @@ def read_adapters(model: Model, path) -> dict[str, Tensor]:
 
 
 def load_adapted(path, base: Path, rank: int, seed: int, dist: Dist) -> Model:
-    """The base with the adapters of `path`, or with new ones if `path` is the base itself."""
+    """The base with the adapters of `path`, or with new adapters if `path` is the base."""
     model = add_adapters(load(base, dist, dist.dtype), rank, seed)
     if Path(path).resolve() != base:
         model.load_state_dict(read_adapters(model, path), strict=False)

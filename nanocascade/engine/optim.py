@@ -10,13 +10,13 @@ from nanocascade.stages import Stage
 
 
 def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_host=False):
-    """AdamW; decay on matrices only (norms, biases, A_log, D and dt_bias have one axis).
+    """AdamW with weight decay on matrices only: norms, biases, A_log, D and dt_bias have one axis.
 
-    in_host: the moments stay in host memory. A fused step takes one mesh at a time.
+    in_host: keep the moments in host memory. Parameters are grouped by mesh, as fused steps need.
     """
     groups = {}
     for p in model.parameters():
-        mesh = getattr(p, "device_mesh", None)  # of a sharded one
+        mesh = getattr(p, "device_mesh", None)  # None if not sharded
         if p.requires_grad:
             groups.setdefault((p.ndim < 2, mesh), []).append(p)
     groups = [
@@ -28,8 +28,8 @@ def make_optimizer(model: nn.Module, lr: float, betas, weight_decay: float, in_h
 
 
 class HostAdamW(torch.optim.AdamW):
-    """AdamW whose moments live in host memory and visit the device one parameter at a time:
-    8 bytes a parameter less on the device, for one copy each way a step. Gradients are used up."""
+    """AdamW whose moments are in host memory and are copied to the device one parameter at a time.
+    Saves 8 bytes a parameter on the device for one copy each way a step. Clears the gradients."""
 
     home = "cpu"
 
@@ -53,7 +53,7 @@ def freeze_routers(model: nn.Module) -> None:
 
 
 def learning_rate(step: int, stage: Stage) -> float:
-    """Linear warm-up to the peak, then constant, or linear or cosine down to min_lr."""
+    """Linear warm-up to the peak, then constant, or a linear or cosine decay to min_lr."""
     peak, low, warmup = stage.lr, stage.min_lr, stage.warmup
     if step < warmup:
         return stage.warmup_from + (peak - stage.warmup_from) * (step + 1) / warmup
@@ -66,9 +66,9 @@ def learning_rate(step: int, stage: Stage) -> float:
 
 
 def optimizer_step(model, optimizer, lr: float, max_norm: float, dist) -> float:
-    """Sum over ranks, clip to max_norm (global), step, clear; the norm before clipping.
+    """Sum gradients over ranks, clip to max_norm, step, clear. Returns the norm before clipping.
 
-    A finite loss may have a gradient that is not: then ValueError, the weights left as they were.
+    Raises ValueError for a gradient that is not finite, before any weight changes.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -77,7 +77,7 @@ def optimizer_step(model, optimizer, lr: float, max_norm: float, dist) -> float:
     if not math.isfinite(norm):
         taken = max((int(x["step"]) for x in optimizer.state.values()), default=0)
         raise ValueError(f"gradient norm is {norm} after {taken} steps, the loss was finite")
-    for p in model.parameters():  # fused AdamW on a CPU ignores strides
+    for p in model.parameters():  # the fused CPU kernel ignores strides
         assert p.grad is None or p.grad.stride() == p.stride(), (p.stride(), p.grad.stride())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

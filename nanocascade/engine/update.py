@@ -1,4 +1,4 @@
-"""One gradient step over micro-batches and ranks, and the means that it logs."""
+"""One gradient step over micro-batches and ranks, and its logged metrics."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from nanocascade.stages import Stage
 
 
 class Update:
-    """For each micro-batch `forward`, a loss of the caller's, `backward`; at the end `finish`.
+    """For each micro-batch call `forward`, compute a loss, call `backward`; at the end `finish`.
 
-    Losses carry the denominators of the whole step, so that the gradients of micro-batches and
+    Losses are divided by the denominators of the whole step, so the gradients of micro-batches and
     ranks are summed.
     """
 
@@ -32,7 +32,7 @@ class Update:
         return logprobs
 
     def backward(self, loss: Tensor, metrics: dict, documents: list, teacher_logprobs=None):
-        """Add the gradients of the last forward's loss; `documents` are those of its batches."""
+        """Add the gradients of the last forward's loss. documents: those its response_ids index."""
         self.check_finite(loss, documents)
         loss.backward()
         log_ratio = self.logprobs - self.batch.sampler_logprobs  # (1, n)
@@ -46,7 +46,7 @@ class Update:
         self.load += self.routing.load(self.batch.copies, self.model.config.num_experts)
 
     def check_finite(self, loss: Tensor, documents: list) -> None:
-        """Stop before a NaN reaches the weights, naming the rows; the last checkpoint is good."""
+        """Raise ValueError with the rows before a NaN reaches the weights or a checkpoint."""
         if not torch.isfinite(loss):
             indices = self.batch.response_ids[self.batch.mask].unique().tolist()
             rows = sorted({str(documents[i].row.get("id")) for i in indices})
@@ -65,8 +65,8 @@ class Update:
 
 
 def keep_token_values(batch: Batch, documents: list, values: dict[str, Tensor]) -> None:
-    """Write per-token values (1, n) of a batch back to those of its rollouts that will be logged:
-    name -> a list that ends with one value for each token of the response."""
+    """Append per-token values (1, n) of a batch to its rollouts that will be logged, so that each
+    list ends with one value for each token of the response."""
     for i, x in enumerate(documents):
         if x.token_values is not None:
             places = batch.response_ids == i  # (1, n)
@@ -75,7 +75,7 @@ def keep_token_values(batch: Batch, documents: list, values: dict[str, Tensor]) 
 
 
 class Mean:
-    """Metrics of a step over micro-batches and ranks: means weighted by tokens, maxima by max."""
+    """Metrics of a step over micro-batches and ranks: token-weighted means; maxima for */max."""
 
     def __init__(self):
         self.totals: dict[str, float] = {}

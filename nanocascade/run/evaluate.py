@@ -68,11 +68,11 @@ class Evaluation:
         self.rows = read_eval_rows(settings, domains)
         for domain, rows in self.rows.items():
             check_prompts(rows, tokenizer, self.sampling_of(domain), context)
-        self.scored_rows()  # references that cannot be read are refused here
+        self.scored_rows()  # fails here, before the run, if references cannot be read
 
     def scored_rows(self) -> dict[str, list[dict]]:
-        """The rows that have a score: a preference row needs an answer to compare with, and SFT
-        has none until its end."""
+        """The rows that can be scored. A preference row needs a stored answer to compare
+        with, which SFT writes only at its end."""
         found = {}
         for domain, rows in self.rows.items():
             rows = self.references.add_to(rows)
@@ -82,7 +82,7 @@ class Evaluation:
         return found
 
     def sampling_of(self, domain: str) -> Sampling:
-        """How a domain's held-out rows are answered: at temperature 1, without a nucleus."""
+        """Sampling of a domain's held-out rows: temperature 1, top-p 1."""
         own, limit = domain in self.domains, self.settings.eval_max_new_tokens
         return Sampling(
             max(limit, self.sampling.max_new_tokens) if own else limit,
@@ -105,8 +105,8 @@ class Evaluation:
         return scores
 
     def before(self, model, scorer, dist: Dist, parent: dict) -> None:
-        """The scores of the run's start: its parent's manifest has them, or they are measured."""
-        if self.results:  # resumed
+        """Scores of the initial model: from its parent's manifest if they fit, else measured."""
+        if self.results:  # a resumed run has them
             return
         scores = self.scores_of_parent(parent)
         if scores is None:
@@ -130,8 +130,8 @@ class Evaluation:
             self.results.setdefault(domain, {"before": None})["after"] = score
 
     def store_references(self, model, scorer, dist: Dist, path: Path, num_rows: int) -> None:
-        """Write the SFT model's answers to the preference questions: later stages are judged by
-        how often they are preferred to these."""
+        """Write the SFT model's answers to the preference questions. The score of a later stage is
+        how often the judge prefers its answers to these."""
         rows = self.rows.get("preference", [])
         if not rows:
             return
@@ -143,7 +143,9 @@ class Evaluation:
             {"question": question_of(g[0].row), "answer": g[0].turns[-1]["content"]} for g in groups
         ]
         records = [x for part in dist.gather(records) for x in part]
-        records.sort(key=lambda x: (x["question"], x["answer"]))  # as with any number of ranks
+        records.sort(
+            key=lambda x: (x["question"], x["answer"])
+        )  # the same order for any number of ranks
         if dist.is_main:
             write_text_atomic(path, "".join(json.dumps(x) + "\n" for x in records))
         dist.barrier()

@@ -21,8 +21,8 @@ from nanocascade.run.track import Trackers
 
 
 class Log:
-    """What a run shows and leaves behind: metrics.jsonl and rollouts.jsonl, one object a step or
-    rollout, the progress bar, the clock. All ranks call it, the main one writes."""
+    """The log of a run: metrics.jsonl (a line a step), rollouts.jsonl (a line a rollout), progress
+    bar, clock. All ranks call it, the main rank writes."""
 
     def __init__(self, out: str, tokenizer, dist: Dist, log_groups: int, show_every: int):
         self.out, self.tokenizer, self.dist = out, tokenizer, dist
@@ -32,7 +32,7 @@ class Log:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of this run, those before it was resumed included."""
+        """Seconds of this run, including those before it was resumed."""
         return self.earlier + time.perf_counter() - self.started
 
     def begin(self, step: int, earlier: float, trackers: Trackers) -> None:
@@ -46,7 +46,7 @@ class Log:
             write_text_atomic(path, "".join(lines))
 
     def steps(self, first: int, total: int, name: str):
-        """The steps left to do. After SIGTERM (preemption) the one that was saved is the last."""
+        """The steps left to do. After SIGTERM (preemption) the loop ends with the saved step."""
         self.bar = tqdm(
             range(first, total),
             initial=first,
@@ -63,7 +63,7 @@ class Log:
 
     def choose(self, groups: list[list[Rollout]]) -> None:
         """Choose the groups that `step` will write: the main rank's first ones of each domain.
-        While they are trained on, their rollouts collect what the loss sees (Update.backward)."""
+        Update.backward stores the per-token values of their rollouts."""
         self.chosen = {}
         for group in groups if self.dist.is_main else ():
             self.chosen.setdefault(group[0].domain, []).append(group)
@@ -72,7 +72,7 @@ class Log:
                 x.token_values = {}
 
     def step(self, step: int, values: dict, groups=()) -> None:
-        """metrics.jsonl, rollouts.jsonl, the bar, and now and then whole rollouts."""
+        """Write metrics.jsonl and rollouts.jsonl, update the bar, print a rollout if it is time."""
         seconds = time.perf_counter() - self.step_started
         tokens = sum(len(x.tokens) for group in groups for x in group)
         tokens, memories = self.dist.end_step(tokens, peak_gib(self.dist.device))
@@ -105,7 +105,7 @@ def append_lines(path: str, records: list[dict]) -> None:
 
 
 def show_rollout(x: Rollout, tokenizer, step: int) -> str:
-    """One whole episode with its verdict; what carries loss is printed in green."""
+    """The text of an episode with its verdict; tokens with a loss are green."""
     text = ""
     for trained, run in groupby(zip(x.mask, x.tokens, strict=True), key=itemgetter(0)):
         part = tokenizer.decode([token for _, token in run])  # a character may span tokens
@@ -115,7 +115,7 @@ def show_rollout(x: Rollout, tokenizer, step: int) -> str:
 
 
 def evaluation_table(evaluation: dict[str, dict]) -> str:
-    """Before and after by domain, as text."""
+    """Text table of the scores before and after, by domain."""
     lines = [f"{'domain':<14} {'before':>16} {'after':>16}"]
     for domain, x in evaluation.items():
         cells = [
@@ -127,7 +127,7 @@ def evaluation_table(evaluation: dict[str, dict]) -> str:
 
 
 def peak_gib(device: str) -> float:
-    """The most memory this process has used: of its device, or resident."""
+    """Peak memory of this process in GiB: of its GPU, else resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss

@@ -1,12 +1,12 @@
-"""A rollout as a line of rollouts.jsonl: its texts, its verdict, and what the loss saw."""
+"""A rollout as a line of rollouts.jsonl: its texts, its verdict, its per-token values."""
 
 from nanocascade.data.episode import Rollout
 
-LOGGED_TOKENS = 1024  # of a response whose values are written; the response itself is whole
+LOGGED_TOKENS = 1024  # tokens of a response whose values are written; its text is complete
 
 
 def rollout_record(x: Rollout, step: int, group: int, tokenizer) -> dict:
-    """group: index of the prompt among those that the step writes of its domain."""
+    """group: index of the prompt among the logged prompts of its domain in this step."""
     record = {
         "step": step,
         "domain": x.domain,
@@ -38,9 +38,9 @@ def token_record(x: Rollout, tokenizer) -> dict:
 
 
 def token_texts(ids: list[int], tokenizer) -> list[str]:
-    """The text that each token adds, "" if it only begins a character: they add up to the whole.
+    """The text that each token adds, "" if it only begins a character. They join to the whole text.
 
-    A token is decoded behind its predecessors, since some decoders drop a leading space.
+    A token is decoded after its predecessors, since some decoders drop a leading space.
     """
     texts, begin, done = [], 0, 0  # ids[begin:done] have been shown
     for end in range(1, len(ids) + 1):

@@ -1,4 +1,4 @@
-"""The rows of a run, read or generated, and everything that is checked before training starts."""
+"""The rows of a run, read or generated, and their checks before training starts."""
 
 from nanocascade.data.episode import Document, Sampling
 from nanocascade.data.rows import conversation, read_references, read_rows, sft_conversation
@@ -22,12 +22,14 @@ def read_training_rows(settings: RunSettings, stage: str, domains, dist: Dist) -
     if not present & set(domains):
         raise ValueError(f"stage {stage} trains {tuple(domains)}; --data holds {present}")
     if (others := present - set(domains)) and dist.is_main:
-        print(f"left out, not of this stage: rows of {', '.join(sorted(others))}")
+        print(
+            f"not used, since this stage does not train them: rows of {', '.join(sorted(others))}"
+        )
     return [row for row in rows if row["domain"] in domains]
 
 
 def read_eval_rows(settings: EvalSettings, domains) -> dict[str, list[dict]]:
-    """Held-out rows by domain: many of the run's own `domains`, fewer of the others."""
+    """Held-out rows by domain: --own_eval_samples of `domains`, --eval_samples of the others."""
     rows: dict[str, list[dict]] = {}
     if settings.eval_data == (TOY,):
         for domain in dict.fromkeys((*tasks.DOMAINS, *domains)):
@@ -46,8 +48,8 @@ def read_eval_rows(settings: EvalSettings, domains) -> dict[str, list[dict]]:
 
 
 def check_prompts(rows: list[dict], tokenizer: Tokenizer, sampling: Sampling, context: int) -> None:
-    """Raise ValueError for a row whose prompt leaves no room: all new tokens must fit in the
-    model's context, or, where --max_tokens limits the sum, at least one token in that."""
+    """Raise ValueError for a prompt that is too long: all new tokens must fit in the model's
+    context or, with --max_tokens, at least one token within that limit."""
     limit, new_tokens, name = context, sampling.max_new_tokens, "the model's context"
     if sampling.max_tokens > context:
         raise ValueError(f"--max_tokens {sampling.max_tokens}: the model's context is {context}")
@@ -55,7 +57,7 @@ def check_prompts(rows: list[dict], tokenizer: Tokenizer, sampling: Sampling, co
         limit, new_tokens, name = sampling.max_tokens, 1, "--max_tokens"
     for row in rows:
         prompt = (*conversation(row), True, True)
-        # No token is shorter than a byte: text of fewer bytes need not be encoded.
+        # A token has at least one byte, so a text of fewer bytes is short enough without encoding.
         if len(rendered_text(row, tokenizer, *prompt).encode()) + new_tokens > limit:
             size = len(tokenizer.render(*prompt)[0])
             check_size(row, size, new_tokens, limit, name)
@@ -64,8 +66,8 @@ def check_prompts(rows: list[dict], tokenizer: Tokenizer, sampling: Sampling, co
 def check_conversations(
     rows: list[dict], tokenizer: Tokenizer, row_tokens: int, strip_thinking: float
 ) -> None:
-    """Raise ValueError for an SFT row that is too long in a form that may be drawn: with its
-    thought, without it, or in either."""
+    """Raise ValueError for an SFT row that is too long, with or without its thought, in the forms
+    that training may draw."""
     forms = {x and tokenizer.thinks for x in (strip_thinking < 1, strip_thinking == 0)}
     for row in rows:
         for thinking in forms:
@@ -85,7 +87,7 @@ def sft_document(row: dict, tokenizer: Tokenizer, thinking: bool, row_tokens: in
 
 
 def rendered_text(row: dict, tokenizer: Tokenizer, *conversation) -> str:
-    """The text of a row's conversation; what its chat template cannot do names the row."""
+    """The text of a row's conversation; an error of the chat template names the row."""
     try:
         return tokenizer.render_text(*conversation)
     except ValueError as error:
@@ -103,8 +105,8 @@ def check_size(row: dict, size: int, new_tokens: int, limit: int, name: str) -> 
 
 
 def check_sandbox(rows: list[dict], settings: RunSettings, eval_data, dist: Dist) -> None:
-    """If the rows run programs, print how these are confined, or raise OSError: before the
-    training. The toy's functions of one number run everywhere (see Sandbox)."""
+    """If the rows run programs, print how these are confined, or raise OSError before training
+    starts. The toy's arithmetic functions run on every system (see Sandbox)."""
     run_programs = {"code", "swe", "swe_agentic"}
     rows = [x for x in rows if kind_of(x) in run_programs or "python" in str(x.get("environment"))]
     if rows:
@@ -130,16 +132,16 @@ def check_outcomes(rows: list[dict], **options: bool) -> None:
 
 
 class References:
-    """Answers of the SFT model, which later answers to preference questions are compared with."""
+    """The SFT model's answers to preference questions; later answers are compared with them."""
 
     def __init__(self, path: str):
         self.path, self.answers = path, None
 
     def add_to(self, rows: list[dict]) -> list[dict]:
-        """Rows whose question has stored answers get one of them, by their position.
+        """Add a stored answer to each row whose question has some, chosen by the row's position.
 
-        The file is read when the first preference row needs it: without such rows, the answers of
-        a parent need not exist any more.
+        The file is read only if there are preference rows: without them the file of a parent need
+        not exist.
         """
         if all(not compares_groups(row) for row in rows):
             return rows

@@ -1,7 +1,7 @@
-"""One run of a train script: its directory, from the checks before it to the manifest after it.
+"""One run of a train script and its directory, from the first checks to the manifest.
 
-A run directory ends as a Hugging Face directory with manifest.json, metrics.jsonl and
-rollouts.jsonl beside the weights; state/ exists until the run is finished.
+The directory of a finished run is a Hugging Face directory with manifest.json, metrics.jsonl and
+rollouts.jsonl beside the weights. state/ exists until the run is finished.
 """
 
 import platform
@@ -43,12 +43,12 @@ from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
 from nanocascade.toy.start import build_toy_tokenizer, toy_model_config
 
-# A resumed run goes on to the same bits only if everything else is as it was. Other ranks may go on
-# with the same weights, moments and data order, so the layout may change.
+# A resumed run reaches the same bits only if all other flags are the same. The layout may change:
+# another number of ranks continues with the same weights, moments and data order.
 MAY_CHANGE = {"out", "resume", "dry_run", "device", "save_every", "log_groups", "show_every"}
 MAY_CHANGE |= {"score_workers", "judge_concurrency", "judge_seconds"}
 MAY_CHANGE |= {"cluster", "track", *LAYOUT} - {"dtype"}
-MAY_CHANGE |= {"micro_tokens", "max_rows", "memory_gb"}  # memory and speed, the same gradients
+MAY_CHANGE |= {"micro_tokens", "max_rows", "memory_gb"}  # change memory and speed, no gradient
 
 
 def launch(recipe_class, train) -> None:
@@ -66,7 +66,7 @@ def launch(recipe_class, train) -> None:
 
 
 class Run:
-    """A run directory: what it starts from, its checkpoints, its log, its manifest.
+    """A run directory: initial model, checkpoints, log, manifest.
 
     config: all flags as one dict. teachers: {domain: {"path", "sha256"}} of MOPD. Raises ValueError
     for a directory that holds another run and for a missing or damaged --init.
@@ -89,7 +89,7 @@ class Run:
         self.toy_start = starts_from_nothing(settings, stage)
         self.parent: dict = {}  # the manifest of --init
         if self.toy_start:
-            with tempfile.TemporaryDirectory() as scratch:  # a dry run leaves nothing in --out
+            with tempfile.TemporaryDirectory() as scratch:  # a dry run writes nothing to --out
                 path = scratch if settings.dry_run else self.out
                 if dist.is_main or settings.dry_run:
                     build_toy_tokenizer(path, tasks.vocabulary())
@@ -110,7 +110,7 @@ class Run:
         return Evaluation(settings, domains, sampling, self.tokenizer, references, self.context)
 
     def read_prompts(self, domains, sampling, settings: EvalSettings):
-        """(rows to train on, evaluation), everything checked that could go wrong later."""
+        """(rows to train on, evaluation), checked so that a bad row cannot stop the run later."""
         evaluation = self.read_evaluation(domains, sampling, settings)
         rows = read_training_rows(self.settings, self.stage, domains, self.dist)
         check_prompts(rows, self.tokenizer, sampling, self.context)
@@ -119,15 +119,15 @@ class Run:
         return evaluation.references.add_to(rows), evaluation
 
     def references_path(self) -> str:
-        """--references, or those of the parent, wherever its directory stands now. Not those that
-        an SFT run wrote itself: resumed after that, it must go on as if it had none."""
+        """--references, or the parent's, found in --init even if that was moved. Never those that
+        an SFT run wrote itself, or a resumed run would differ."""
         stored = Path(self.init) / "references.jsonl"
         if self.init and stored.exists():
             return self.settings.references or str(stored)
         return self.settings.references or self.parent.get("references", "")
 
     def longest_prompt(self, rows: list[dict]) -> int:
-        """Tokens of the longest of some hundred prompts, for the plan of a dry run."""
+        """Tokens of the longest of a few hundred prompts, for the plan of a dry run."""
         some = rows[:: max(len(rows) // 256, 1)]
         return max(len(self.tokenizer.render(*conversation(x), True, True)[0]) for x in some)
 
@@ -146,10 +146,10 @@ class Run:
         return load(self.init, self.dist)
 
     def resume(self, model, optimizer, rows, evaluation: Evaluation, weights=None, kept=None):
-        """(stream of prompts, first step): where the last checkpoint left off, or the beginning.
+        """(stream of prompts, first step) of the last checkpoint, or of a new run.
 
-        weights: {domain: share} of the prompts. kept: indices of the rows to draw from (None: all);
-        a checkpoint remembers them.
+        weights: {domain: share} of the prompts. kept: indices of the rows to draw from (None: all),
+        which checkpoints store.
         """
         first, earlier = 0, 0.0
         state = load_state(self.out, model, optimizer) if self.resumes else None
@@ -167,8 +167,8 @@ class Run:
         return stream, first
 
     def save(self, done: int, model, optimizer, stream, evaluation: Evaluation) -> None:
-        """Checkpoint the training state every save_every steps, and before a run that was asked to
-        stop exits; the last good checkpoint is kept."""
+        """Save the training state every save_every steps and before a run exits on SIGTERM. The
+        last good checkpoint is kept."""
         every = self.settings.save_every
         if self.dist.stopping or every and done % every == 0:
             extra = {
@@ -188,7 +188,7 @@ class Run:
                 save_adapters(model, self.out, self.base, lora_rank)
             merge_adapters(model)
         dtype = DTYPES.get(self.settings.save_dtype)  # None: as in memory
-        # On all ranks, and before what may still fail.
+        # Called on all ranks, before anything that may still fail.
         save_model(model, self.out, self.tokenizer, dtype=dtype)
         evaluation.after(model, scorer, self.dist)
         peaks = self.dist.gather(peak_gib("cpu"))

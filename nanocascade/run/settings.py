@@ -1,4 +1,4 @@
-"""The flags that the train scripts share; those of a stage's recipe stand in stages.py."""
+"""Flags that all train scripts have. The flags of a stage's recipe are in stages.py."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -25,23 +25,23 @@ class RunSettings:
     references: str = ""  # JSONL of stored answers that preference answers are compared with
     judge_url: str = ""  # OpenAI-compatible endpoint of a generative reward model
     judge_model: str = ""  # name of the model at --judge_url
-    judge_concurrency: Positive = 16  # questions to the judge at a time, of each rank
+    judge_concurrency: Positive = 16  # concurrent requests to the judge, for each rank
     # ---- Memory and speed ----
     device: str = ""  # cuda, mps or cpu (default: the best one found)
-    micro_tokens: Positive = 8192  # tokens of a micro-batch; changes no gradient
-    max_rows: Positive = 512  # rows decoded at once
-    score_workers: Count = 0  # programs a rank verifies at once (0 = its share of the cores)
-    share_prompts: bool = True  # train on a prompt once for all its responses; changes no gradient
-    memory_gb: NonNegative = 0.0  # lower memory until a device of this size holds it (0: the GPU's)
+    micro_tokens: Positive = 8192  # maximum tokens of a micro-batch (does not change gradients)
+    max_rows: Positive = 512  # maximum responses decoded at once, on each rank
+    score_workers: Count = 0  # programs verified at once, on each rank (0 = its share of the cores)
+    share_prompts: bool = True  # compute a prompt once for its group (does not change gradients)
+    memory_gb: NonNegative = 0.0  # GB that the run's memory flags are fitted to (0 = the GPU's)
     # ---- Advanced ----
-    judge_seconds: NonNegative = 0.0  # seconds of one judge call, for --dry_run's prediction
-    cluster: str = ""  # cluster that --dry_run plans for: 8xH200, 16xH100 (default: this machine)
+    judge_seconds: NonNegative = 0.0  # seconds of one judge call, used by --dry_run only
+    cluster: str = ""  # cluster that --dry_run plans for, as 8xH200 (default: this machine)
     toy_rows: Positive = 1500  # generated rows of each domain
-    save_dtype: Literal["memory", "float32", "bfloat16"] = "memory"  # of the trained model's file
+    save_dtype: Literal["memory", "float32", "bfloat16"] = "memory"  # dtype of the saved weights
     save_every: Count = 10  # steps between checkpoints of the training state (0 = none)
-    log_groups: Count = 1  # groups of each domain and step written to rollouts.jsonl
+    log_groups: Count = 1  # groups written to rollouts.jsonl, for each domain and step
     track: tuple[str, ...] = ()  # trackers that get a copy of the log: tensorboard, wandb
-    show_every: Count = 10  # steps between rollouts printed in full (0 = never)
+    show_every: Count = 10  # steps between full rollouts on the console (0 = never)
     allow_unprotected: bool = False  # run programs even where the sandbox cannot be enforced
 
 

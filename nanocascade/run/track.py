@@ -20,7 +20,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 class Trackers:
     """The trackers of a run. One that fails is switched off with a warning; the run goes on.
 
-    names: of --track. first: the step that a resumed run goes on from. config: the run's flags.
+    names: --track. first: first step of a resumed run. config: the run's flags.
     """
 
     def __init__(self, names, out: Path, stage: str, config: dict, first: int):
@@ -70,7 +70,7 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run; WANDB_MODE=offline keeps it on the disk, below the run's directory.
 
-    A resumed run goes on with the id that stands in wandb_id.txt.
+    A resumed run continues the tracker's run whose id is in wandb_id.txt.
     """
 
     def __init__(self, out: Path, stage: str, config: dict, first: int):
