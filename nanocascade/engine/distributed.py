@@ -42,9 +42,7 @@ class Layout:
     shard: bool = False  # FSDP2: shard weights, gradients and optimizer state over the ranks
     expert_parallel: Positive = 1  # ranks that share the experts (use at most the GPUs of a node)
     replicas: Positive = 1  # copies of the sharded weights (several nodes: one copy for each group)
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # dtype of matrix products; master weights are float32
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights stay float32
     checkpoint_blocks: bool = False  # activation checkpointing: recompute blocks in backward
     offload_blocks: bool = False  # keep what --checkpoint_blocks saves in host memory
     offload_optimizer: bool = False  # keep AdamW's moments in host memory
