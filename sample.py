@@ -179,7 +179,7 @@ def chat(cfg: Config, model, tokenizer) -> None:
             on_token=stream,
         )
         print()
-        history.append(parse_response(tokenizer.said(said, cfg.thinking), tools))
+        history.append(parse_response(tokenizer.response_text(said, cfg.thinking), tools))
         calls = history[-1]["tool_calls"]
 
 

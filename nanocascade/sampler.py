@@ -1,4 +1,4 @@
-"""Sampling with the trainer's own modules: shared prefill, rows that come and go, log-probs kept.
+"""Sampling with the trainer's own modules: shared prefill, continuous batching, log-probs.
 
 A prompt is prefilled once and its cache row copied to each of its rollouts. Rows that finish free
 their place at once; waiting prompts move in, and when none wait the batch shrinks. A draw uses one
@@ -19,7 +19,7 @@ from nanocascade.model.model import Model
 from nanocascade.model.moe import Routing
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill call
-CPU_PREFILL_TOKENS = 2048  # what a core's cache nearly holds: 8,192 at once take 1.2 times as long
+CPU_PREFILL_TOKENS = 2048  # fits a core's cache: 8,192 at once take 1.2 times as long
 # Waking a second CPU thread takes longer than its half of a small product. Decoding uses one thread
 # where width^2 * min(rows, 8) is at most this (measured for widths 128 to 1,024: up to width 256 at
 # any number of rows, and width 512 up to 2 rows).
@@ -98,7 +98,7 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int
 
 @contextmanager
 def fitting_threads(width: int, rows: int):
-    """One CPU thread while a model of this hidden size decodes so many rows; then as before."""
+    """Use one CPU thread while a model of hidden size `width` decodes `rows` rows."""
     before = torch.get_num_threads()
     if width**2 * min(rows, 8) <= ONE_THREAD_WORK:
         torch.set_num_threads(1)
@@ -249,8 +249,8 @@ def generate(
     max_new_tokens: one limit, or one a prompt. temperature 0 is greedy; top_k 0 and top_p 1 are
     off. row_ids: names of the prompts for the random hash. max_rows: rows decoded at once.
     on_sample gets (p, r, sample) as each response finishes, on_token each token of a single
-    response. keep_going is told whether rows are left and says whether to go on (ranks may end
-    together).
+    response. keep_going(rows are left) returns whether to continue decoding (ranks may have to
+    end together).
     """
     num_prompts, longest = len(prompts), max(map(len, prompts), default=0)
     limits = max_new_tokens
@@ -295,7 +295,7 @@ def generate(
         for owner, sample in decoder.collect(done, stopped) if len(done) else ():
             if return_experts:
                 experts = torch.cat([prompt_experts[owner // part_size], sample.experts])
-                experts = experts.cpu()  # the device has room for those of the rows being decoded
+                experts = experts.cpu()  # device memory holds only those of the rows being decoded
                 sample = sample._replace(experts=experts)  # (t, l, a)
             prompt, response = divmod(owner, num_samples)
             samples[prompt][response] = sample

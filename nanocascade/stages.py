@@ -2,9 +2,9 @@
 
     base -> SFT -> IF-RL -> multi-domain RL -> MOPD -> RLHF -> long-context RL -> code RL -> SWE RL
 
-First the numbers of each stage, then what each setting means: a field of `SFT`, `RL` or `MOPD` is a
-flag of that script. Sources are the sections of the Nemotron-Cascade 2 report; where it prints two
-values, ours is named beside it.
+First the numbers of each stage, then the meaning of each setting: a field of `SFT`, `RL` or `MOPD`
+is a flag of that script. Sources are the sections of the Nemotron-Cascade 2 report; where it prints
+two values, ours is named beside it.
 """
 
 from dataclasses import dataclass
@@ -145,10 +145,10 @@ MOPD_STAGE = dict(
     toy_rows=4000,
 )
 
-# What all RL stages do with --config small.
+# Values of all RL stages with --config small.
 SMALL_RL = dict(prompts=16, rollouts=8, max_new_tokens=512, lr=1e-6, steps=100)
 
-# How the 30B-A3B lies on a cluster, whatever the stage; --dry_run says what it holds and takes.
+# Layout of the 30B-A3B on a cluster, in every stage; --dry_run prints its memory and time.
 FULL_LAYOUT = dict(
     shard=True,
     expert_parallel=8,
@@ -159,7 +159,7 @@ FULL_LAYOUT = dict(
     max_rows=112,
 )
 
-# What a --config sets in every stage.
+# Values that --config sets in every stage.
 CONFIGS = {
     "toy": dict(data=("toy",), eval_data=("toy",)),
     "small": dict(eval_max_new_tokens=512),
@@ -232,7 +232,7 @@ class Stage:
     min_lr: NonNegative = 0.0  # learning rate that a linear or cosine schedule falls to
     warmup: Count = 0  # steps of linear warm-up
     warmup_from: NonNegative = 0.0  # learning rate that the warm-up starts from
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the rate after the warm-up
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # learning rate after warm-up
     lora_rank: Count = 0  # rank of LoRA adapters on frozen weights (0 = train all weights)
     schedule_steps: Count = 0  # step at which the rate reaches --min_lr (0 = the last one)
     # ---- Advanced ----
@@ -269,8 +269,8 @@ class OnPolicy(Stage):
     top_p: Annotated[float, 1e-3, 1] = 1.0  # nucleus of sampling; the loss ignores the cut
     # ---- Advanced ----
     # OURS: no gate in RL unless asked for (the Nano recipe masks tokens; Eq. 1 has no ratio).
-    gate_low: NonNegative = 0.0  # smallest train/sampler ratio inside the band (RL: 0 = no gate)
-    gate_high: NonNegative = 2.0  # largest train/sampler ratio inside the band
+    gate_low: NonNegative = 0.0  # smallest train/sampler ratio in the band (RL: 0 = no gate)
+    gate_high: NonNegative = 2.0  # largest train/sampler ratio in the band
     max_sequence_error: NonNegative = 0.0  # mask responses of a larger mean exp|train - sampler|
     routing_replay: bool = False  # train with the experts that were chosen while sampling
     train_router: bool = False  # train router weights too (the recipe freezes them)
@@ -287,13 +287,13 @@ class RL(OnPolicy):
     stage: Literal[tuple(RL_STAGES)] = "math_rl"  # the stage to train, a row of stages.py
     rollouts: Annotated[int, 2]  # responses a prompt; one alone has no advantage
     max_tokens: Count = 0  # maximum tokens of prompt plus response (0 = no limit)
-    overlong: Literal["penalty", "filter"] = "penalty"  # a response cut off: reward 0, or no loss
+    overlong: Literal["penalty", "filter"] = "penalty"  # responses cut off: reward 0, or no loss
     dynamic_filtering: bool = False  # replace groups that are all right or all wrong
-    mask_unsolved: float = -1.0  # mask prompts none of whose outcomes exceeds this
-    max_pass_rate: Share = 1.0  # drop prompts that the stage's start solves more often than this
-    keep_unsolved: Share = 1.0  # share that is kept of the prompts that it never solves
-    pass_samples: Positive = 4  # responses to find that out, for rows without a pass_rate
-    kl_coef: NonNegative = 0.0  # weight of the KL (k3) to the stage's start
+    mask_unsolved: float = -1.0  # mask prompts whose best outcome is at most this (-1 = off)
+    max_pass_rate: Share = 1.0  # drop prompts that the initial model solves more often
+    keep_unsolved: Share = 1.0  # share kept of the prompts that the initial model never solves
+    pass_samples: Positive = 4  # responses to measure the pass rate of rows without pass_rate
+    kl_coef: NonNegative = 0.0  # weight of the KL (k3) to the initial model
     pairing: Literal["all", "circle"] = "all"  # compare preference answers: all pairs, or a circle
     # ---- Advanced ----
     normalize_std: bool = True  # divide advantages by the group's standard deviation
@@ -306,6 +306,8 @@ class MOPD(OnPolicy):
     stage = "mopd"
     teachers: tuple[str, ...] = ()  # NAME=DIR; NAME: a domain, a group of stages.py, or default
     balance: bool = False  # draw equally many prompts of every domain, however many rows it has
-    denominator: Literal["response", "token"] = "response"  # what weighs 1: Eq. 4, or NeMo-RL
-    overlong: Literal["off", "filter"] = "off"  # a response cut off: in the loss, or no loss
+    denominator: Literal["response", "token"] = (
+        "response"  # mean per response (Eq. 4) or per token (NeMo-RL)
+    )
+    overlong: Literal["off", "filter"] = "off"  # responses cut off: in the loss, or masked
     gate: Literal["zero", "clamp", "none"] = "zero"  # tokens outside the band (zero: the report)

@@ -1,4 +1,4 @@
-"""The teachers of MOPD: which checkpoint teaches a domain."""
+"""The teachers of MOPD: the checkpoint that teaches each domain."""
 
 import os
 from collections import Counter
@@ -12,7 +12,7 @@ from nanocascade.model.model import Model
 from nanocascade.stages import DOMAINS, TEACHER_OF
 from nanocascade.tokenizer.tokenizer import Tokenizer
 
-DEFAULT = "default"  # the teacher of prompts that no other one is named for
+DEFAULT = "default"  # name of the teacher of all domains without one of their own
 
 
 def read_teachers(items: tuple[str, ...]) -> dict[str, str]:
@@ -47,8 +47,8 @@ class Teachers:
     """The teacher of each domain, checked before anything is trained.
 
     items: --teachers. wanted: --domains, all that have a teacher if empty. drawn: the domains that
-    prompts may come from. A teacher whose directory is the student's start holds a domain where it
-    was (self-anchor). Teachers of one directory share one frozen copy.
+    prompts may come from. If a teacher's directory is the student's start, it keeps its domains
+    from drifting (self-anchor). Teachers of one directory share one frozen copy.
 
     Raises ValueError for an unknown name, a missing directory, or wanted domains without a teacher.
     """
@@ -75,7 +75,7 @@ class Teachers:
             teacher.share_base(model, base, rank)
 
     def check_tokenizer(self, tokenizer, vocab_size: int) -> None:
-        """A teacher must read the very ids the student writes: vocabulary, specials, template.
+        """Raise ValueError unless every teacher has the student's vocabulary, specials, template.
 
         vocab_size: of the student's model, which may sample any of so many ids.
         """
@@ -112,7 +112,7 @@ def best_checkpoint(paths: list[str], domains: list[str]) -> str:
 
 
 def token_shares(rollouts: list[Rollout], dist) -> dict[str, float]:
-    """mopd/token_share and mopd/prompt_share of each domain: who the gradient listens to."""
+    """Metrics mopd/token_share and mopd/prompt_share: each domain's share of the loss."""
     tokens, prompts = Counter(), Counter()
     for part in dist.gather([(x.domain, x.num_loss_tokens) for x in rollouts]):
         for domain, num_tokens in part:

@@ -1,10 +1,10 @@
-"""What files of rows hold, which rows cannot be used, and a split into training and test rows.
+"""Describe files of rows and list unusable rows, or split a file into training and test rows.
 
     python -m nanocascade.data ROWS.jsonl ...
     python -m nanocascade.data ROWS.jsonl --split 0.1     ROWS.jsonl.train and ROWS.jsonl.test
 
 A row is a test row if the first 32 bits of the SHA-256 of its prompt, as a share of 2^32, are below
-the share asked for: equal prompts stay together, and a row stays where it is as a file grows.
+the share of --split. So equal prompts stay together, and a row keeps its side as a file grows.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def is_test_row(row: dict, share: float) -> bool:
 
 
 def describe(paths: list[str]) -> None:
-    """Print rows by domain, prompt lengths in characters, and what cannot be used and why."""
+    """Print rows by domain, prompt lengths in characters, and unusable rows with the reason."""
     lengths, problems = defaultdict(list), []
     for row in read_rows(paths, sft=None, problems=problems):
         lengths[row["domain"]].append(sum(len(x["content"]) for x in conversation(row)[0]))

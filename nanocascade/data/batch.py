@@ -66,7 +66,7 @@ class Batch:
 
 
 class Group(NamedTuple):
-    """Documents of a step (indices) that share a prompt of so many tokens (0: nothing shared)."""
+    """Indices of a step's documents that share a prompt, and its length (0: no shared prompt)."""
 
     prompt: int
     members: list[int]
@@ -88,7 +88,7 @@ def step_batches(
 ) -> list[Batch]:
     """The micro-batches of this rank's documents, and empty ones until every rank has as many.
 
-    A sharded forward is a collective: a rank without work runs it, with a zero loss, all the same.
+    A sharded forward is a collective: a rank without work runs it too, with a zero loss.
     """
     batches = make_batches(documents, micro_tokens, dist.device, replay, share)
     missing = dist.in_step(len(batches)) - len(batches)

@@ -1,4 +1,4 @@
-"""One episode of a model, and how it is sampled."""
+"""Types of an episode: how it is sampled, and its tokens, log-probs and reward."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass
 class Sampling:
-    """How pi_inf is drawn from: every log-prob of a stage is of logits / temperature."""
+    """Settings of sampling. Every log-prob of a stage is of softmax(logits / temperature)."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -18,23 +18,23 @@ class Sampling:
     max_rows: int = 512
     thinking: bool = True
     return_experts: bool = False  # routing replay
-    max_tokens: int = 0  # of prompt and response together (0 = no limit of its own)
+    max_tokens: int = 0  # limit of prompt plus response (0 = no such limit)
 
     def room(self, prompt: int) -> int:
-        """Tokens that may follow a prompt of so many."""
+        """Maximum tokens of a response to a prompt of `prompt` tokens."""
         total = self.max_tokens or prompt + self.max_new_tokens
         return min(self.max_new_tokens, total - prompt)
 
     @property
     def limits(self) -> dict[str, int]:
-        """What a score depends on, to be stored with it."""
+        """The settings that a score depends on; they are stored with it."""
         return {k: getattr(self, k) for k in ("max_new_tokens", "max_tokens", "max_turns")}
 
 
 @dataclass
 class Document:
-    """Tokens to train on; mask says which of them carry loss. An SFT conversation is no more than
-    that; the other fields are those of a response, set in Rollout."""
+    """Tokens to train on, with a loss mask. An SFT conversation needs only these; the other fields
+    are set for responses, in Rollout."""
 
     row: dict  # of the data file
     tokens: list[int]
@@ -43,8 +43,8 @@ class Document:
     sampler_logprobs: list[float] = field(default_factory=list)
     experts: Tensor | None = None  # (t, l, a) recorded while sampling
     advantage: float = 0.0
-    loss: bool = True  # False: masked out (overlong filter, a prompt nobody solved)
-    token_values: dict[str, list[float]] | None = None  # what the loss saw, if it will be logged
+    loss: bool = True  # False: masked (overlong filter, unsolved prompt)
+    token_values: dict[str, list[float]] | None = None  # per-token values of the loss, for logging
 
     @property
     def num_loss_tokens(self) -> int:
@@ -55,8 +55,8 @@ class Document:
 class Rollout(Document):
     """One episode. tokens, mask and sampler_logprobs have one entry a token, prompt included.
 
-    turns: [{"role": "assistant" | "tool", "content": text}, ...]; reward is what the group's
-    advantage is made of, outcome the raw verdict before any shaping.
+    turns: [{"role": "assistant" | "tool", "content": text}, ...]; the advantages
+    are computed from reward; outcome is the raw verdict before any shaping.
     """
 
     turns: list[dict] = field(default_factory=list)
@@ -79,13 +79,13 @@ class Rollout(Document):
         return self.stop_reason == "length"
 
     def extend(self, tokens, logprobs=None) -> None:
-        """Add what the model wrote, or, without logprobs, what a tool or the prompt said."""
+        """Append sampled tokens with log-probs or, without logprobs, prompt or tool tokens."""
         self.tokens += tokens
         self.mask += [logprobs is not None] * len(tokens)
         self.sampler_logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
 
     def remember(self, experts: Tensor | None) -> None:
-        """The experts (t, l, a) of a turn; earlier turns' stay as chosen when they were sampled."""
+        """Store the experts (t, l, a) of a turn. Earlier turns keep those of their own sampling."""
         if self.experts is not None:
             experts = torch.cat([self.experts, experts[len(self.experts) :]])
         self.experts = experts

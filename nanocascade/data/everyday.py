@@ -8,8 +8,8 @@
     structured   a sentence to JSON with given keys
 
 A row is held out by a hash of its prompt, so that no test prompt is a training prompt, whatever the
-seed. Every domain but `if` carries a solution for SFT: a pretrained model writes sentences already,
-and what SFT has to teach is where the answer stands.
+seed. Every domain but `if` has a solution for SFT. A pretrained model writes sentences already;
+SFT has to teach the format of the answer.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ from pathlib import Path
 from nanocascade.cli import parse_args, run_main
 from nanocascade.files import write_text_atomic
 
-TEST_SHARE = 8  # one prompt in so many is held out
+TEST_SHARE = 8  # one prompt in 8 is held out
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 NEEDS_LENGTH = ("startend:end_checker", "keywords:existence", "detectable_format:title")
 BOXED = " Put the final answer in \\boxed{}."
 
 
 def user_row(text: str, answer: str | None = None, work: str = "", **fields) -> dict:
-    """A row of one user turn; its solution is `work`, as the thought or before the answer."""
+    """A row of one user turn; `work` precedes the answer of its solution, or is its thought."""
     row = {"responses_create_params": {"input": [{"role": "user", "content": text}]}, **fields}
     if answer is not None:
         thought = {"role": "assistant", "content": answer, "reasoning_content": work}
@@ -43,8 +43,8 @@ def instruction(rng) -> dict:
     """One instruction, or two of different slots, each in one of several wordings.
 
     Two instructions of one slot may contradict each other (upper and lower case, a first word and a
-    bullet). An instruction that a few words satisfy comes with a least number of words: a verifier
-    that pays for the phrase alone teaches the phrase alone.
+    bullet). An instruction that a short phrase satisfies comes with a minimum number of words, or
+    the model would learn to write the phrase alone.
     """
     word, other = rng.sample(WORDS["words"], 2)
     values = {
@@ -148,7 +148,7 @@ def choice(rng) -> dict:
 
 
 def record(rng) -> dict:
-    """Facts of a sentence as JSON; the schema holds the very values, so copying right matters."""
+    """Facts of a sentence as JSON; the schema fixes the values, so they must be copied exactly."""
     facts = {
         "name": rng.choice(WORDS["names"]),
         "age": rng.randint(18, 90),

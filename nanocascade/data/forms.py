@@ -1,7 +1,7 @@
-"""Rows as people have them, brought to NeMo Gym's form: docs/data.md shows one of each.
+"""Common forms of rows, converted to NeMo Gym's form. docs/data.md shows a row of each.
 
-{question | problem, answer | solution | expected_answer}    math, its final answer found or refused
-{messages, expected_answer}                                  the same, the prompt as a chat
+{question | problem, answer | solution | expected_answer}    math; refused without a final answer
+{messages, expected_answer}                                  math, the prompt as a chat
 {question, choices, answer}                                  mcqa
 {prompt, instruction_id_list, kwargs}       (IFEval)         if
 {prompt, entry_point, test}                 (HumanEval)      code
@@ -19,11 +19,11 @@ QUESTIONS = ("question", "problem", "prompt", "query", "instruction")
 STATED = re.compile(
     r"(?i)\b(?:final\s+)?answer(?:\s+is|\s*:|\s*=)[\s:]*(?P<answer>[^\n]{1,200}?)[.\s]*(?:\n|$)"
 )
-MAX_FINAL = 80  # characters of an answer that stands alone
+MAX_FINAL = 80  # maximum characters of an answer without \boxed{}, ####, ...
 
 
 def gym_form(row: dict) -> dict:
-    """A row of one of the forms above in Gym's form; ValueError if it is of none."""
+    """Convert a row of one of the forms above to Gym's form. Raises ValueError for others."""
     if "messages" in row:
         return from_chat(row)
     question = next((row[key] for key in QUESTIONS if isinstance(row.get(key), str)), None)
@@ -83,10 +83,10 @@ def from_question(row: dict, question: str) -> dict:
 
 
 def final_answer(row: dict) -> tuple[str, str]:
-    """(the final answer, the work before it) of a row; ValueError if the end is not marked.
+    """(the final answer, the work before it) of a row; ValueError if no final answer is marked.
 
-    A whole solution is never the expected answer: what is compared is what stands in the last
-    \\boxed{}, after ####, after "the answer is", or a short answer that stands alone.
+    A whole solution is never the expected answer. The final answer is the last \\boxed{}, the text
+    after #### or "the answer is", or the whole text if that is short.
     """
     short, long = row.get("expected_answer"), row.get("solution")
     text = row.get("answer")

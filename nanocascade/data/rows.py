@@ -1,12 +1,12 @@
 """Rows of data: read from JSONL, brought to one form, drawn in a fixed order, packed.
 
-The form is NeMo Gym's, whatever the file held, plus what SFT imitates:
+The form is NeMo Gym's, plus the solutions that SFT imitates:
 
     {"id": ..., "domain": "math", "responses_create_params": {"input": [messages], "tools": [...]},
      ...what the verifier needs..., "solutions": {"on": [messages], "off": [messages]}}
 
 on / off: with the thought and without it. A row without a verifier (chat data) has domain "sft".
-`python -m nanocascade.data ROWS.jsonl` says what a file holds and which rows cannot be used.
+`python -m nanocascade.data ROWS.jsonl` describes a file and lists the rows that cannot be used.
 """
 
 import gzip
@@ -26,7 +26,7 @@ def read_rows(paths, sft: bool | None = False, problems: list[str] | None = None
     """Yield the rows of JSONL files (.gz too) one by one, checked and in the form above.
 
     sft=True asks for a solution to imitate, False for a verifier that works on this machine, None
-    for either. A row that will not do is a ValueError "file:line: why", or an entry of `problems`.
+    for either. A bad row raises ValueError "file:line: reason", or is added to `problems`.
     """
     for path in [paths] if isinstance(paths, str | Path) else paths:
         number, empty, opener = 0, True, gzip.open if str(path).endswith(".gz") else open
@@ -48,12 +48,12 @@ def read_rows(paths, sft: bool | None = False, problems: list[str] | None = None
 
 
 def _read(line: bytes, name: str, sft: bool | None):
-    """(row, "") of a line, (None, "") of a blank one, or (None, what is wrong with it)."""
+    """(row, "") of a line, (None, "") of a blank line, (None, reason) of a bad one."""
     try:
         if not line.strip():
             return None, ""
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # fails on half a character
+        json.dumps(row, ensure_ascii=False).encode()  # fails on a lone surrogate
         row = normalize(row, name)
         if not sft and (sft is False or row["domain"] != "sft"):
             check_row(row)
@@ -97,9 +97,11 @@ def imitated(row: dict) -> bool:
 
 
 def from_messages(row: dict) -> dict:
-    """OpenAI chat form: what follows the last user turn is the solution."""
+    """OpenAI chat form: the messages after the last user turn are the solution."""
     messages, tools = chat_form(row["messages"]), row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools  # some files quote them
+    tools = (
+        json.loads(tools) if isinstance(tools, str) else tools
+    )  # some files have them as a JSON string
     last = max((i for i, x in enumerate(messages) if x["role"] == "user"), default=-1) + 1
     if last == 0 or messages[-1]["role"] != "assistant":
         raise ValueError("messages must hold a user turn and end with the assistant's answer")
@@ -109,7 +111,9 @@ def from_messages(row: dict) -> dict:
     on = messages[last:]
     off = [
         {
-            key: split_thought(x)[1] if key == "content" else x  # it may stand there, in its tags
+            key: split_thought(x)[1]
+            if key == "content"
+            else x  # the thought may be in the content, in tags
             for key, x in message.items()
             if key != "reasoning_content"
         }
@@ -124,7 +128,7 @@ def from_messages(row: dict) -> dict:
 
 
 def read_references(path: str) -> dict[str, list[str]]:
-    """{question: stored answers} that preference answers are compared with, of the SFT run."""
+    """{question: stored answers of the SFT run}; preference answers are compared with these."""
     answers: dict[str, list[str]] = {}
     lines = read_text(path).rstrip("\n").split("\n") if path else []
     for number, line in enumerate(lines, 1):
@@ -143,6 +147,6 @@ def conversation(row: dict) -> tuple[list[dict], list[dict] | None]:
 
 
 def sft_conversation(row: dict, thinking: bool) -> list[dict]:
-    """Prompt and solution; a row that has no thought gives its answer without one."""
+    """Prompt and solution, with the thought if `thinking` is set and the row has one."""
     solutions = {"on": row["solutions"]["off"]} | row["solutions"]
     return conversation(row)[0] + solutions["on" if thinking else "off"]

@@ -1,4 +1,4 @@
-"""The order that prompts are drawn in: endless, deterministic, by share."""
+"""The order in which prompts are drawn: endless, deterministic, by share of each domain."""
 
 import random
 from collections import defaultdict
@@ -15,8 +15,8 @@ def shuffled(num: int, seed: str) -> list[int]:
 class PromptStream:
     """An endless, deterministic order of prompts: a new shuffle of the rows every epoch.
 
-    weights: {domain: share} (multi-domain RL: 55/30/15) holds in every batch by largest remainder,
-    and what rounding took from a domain comes back in the next; each domain has its own epochs.
+    weights: {domain: share} (multi-domain RL: 55/30/15). Every batch has these shares, rounded by
+    largest remainder; the next batch makes up for the rounding. Each domain has its own epochs.
     """
 
     def __init__(self, rows: list[dict], seed: int, weights: dict[str, float] | None = None):
@@ -47,5 +47,5 @@ class PromptStream:
 
     def load_state(self, state: dict) -> None:
         if state | {"taken": set(state["taken"])} != self.state() | {"taken": set(self.taken)}:
-            raise ValueError(f"the run drew from other data: {state}, these are {self.state()}")
+            raise ValueError(f"the checkpoint is of other data: {state}, expected {self.state()}")
         self.taken = dict(state["taken"])

@@ -1,4 +1,4 @@
-"""Groups of one step: drawn, filtered, masked, and what they say in the log."""
+"""Groups of one step: drawn, filtered, masked, and their metrics."""
 
 import random
 from collections import defaultdict
@@ -20,7 +20,8 @@ def collect_groups(play, stream, prompts, num_samples, seed, dist, dynamic=False
     play(rows, num_samples, seed=, row_ids=) is roll_out for a model. With `dynamic` filtering a
     group whose raw outcomes are all right or all wrong teaches nothing: it is dropped and the next
     prompt of the stream takes its place, until the batch is full or MAX_DRAWS times the prompts
-    were tried. Whole groups, by prompt index: which answers finished first plays no part.
+    were tried. Groups are whole and ordered by prompt index, so it does
+    not matter which answers finished first.
     """
     num_useful, tried, collected, outcomes = 0, 0, [], []
     timing = {"time/rollout": 0.0, "time/score": 0.0}

@@ -104,12 +104,12 @@ class Episodes:
         return self.groups[p][r]
 
     def add_turn(self, p: int, r: int, sample: Sample) -> None:
-        """Add what the model wrote. A finished episode is scored while others are still sampled."""
+        """Add a sampled turn. A finished episode is scored while others are still sampled."""
         rollout = self.groups[p][r]
         rollout.extend(sample.tokens, sample.logprobs)
         rollout.stop_reason = sample.stop_reason
         rollout.remember(sample.experts)
-        text = self.tokenizer.said(sample.tokens, self.sampling.thinking)
+        text = self.tokenizer.response_text(sample.tokens, self.sampling.thinking)
         rollout.turns.append({"role": "assistant", "content": text})
         scored = self.scorer is not None and self.scorer.grades(rollout.row)
         if scored and not wants_tool(rollout, self.sampling):
@@ -138,7 +138,7 @@ class Episodes:
             rollout.turns.append({"role": "tool", "content": "\n".join(results)})
 
     def end(self) -> None:
-        """Free what the environments hold: a session of the Python tool is a process."""
+        """Close the environments: a session of the Python tool is a process."""
         for rollout in (x for group in self.groups for x in group):
             end_episode(rollout.row, rollout.played)
             rollout.played = None

@@ -28,7 +28,7 @@ class Scorer:
         return self.judge is not None or not needs_judge(row)
 
     def submit(self, rollout: Rollout) -> Future:
-        """The verdict of a finished episode; of a preference row, that against its reference."""
+        """Start scoring a finished episode; a preference row is compared with its reference."""
         if compares_groups(rollout.row):
             return self.questions.submit(self.against_reference, rollout)
         threads = self.questions if needs_judge(rollout.row) else self.programs
@@ -36,7 +36,7 @@ class Scorer:
         return threads.submit(score, rollout.row, rollout.turns, **options)
 
     def judge_metrics(self, dist) -> dict[str, float]:
-        """Shares of the questions to an endpoint that stayed without a verdict in this step."""
+        """Shares of this step's questions to the endpoint that got no verdict."""
         return self.judge.metrics(dist) if isinstance(self.judge, EndpointJudge) else {}
 
     def match(self, group: list[Rollout], new: int) -> dict[tuple[int, int], Future]:
@@ -76,7 +76,7 @@ class Scorer:
             rewards = results
             if compares_groups(row):
                 rewards = self.compare(group, matches, encode)
-        except (ConnectionError, ValueError):  # away, or without verdicts: ask it nothing more
+        except (ConnectionError, ValueError):  # the judge fails: ask nothing more
             self.questions.shutdown(wait=False, cancel_futures=True)
             raise
         for rollout, reward, result in zip(group, rewards, results, strict=True):
@@ -102,8 +102,8 @@ class Scorer:
         )
 
     def against_reference(self, rollout: Rollout) -> float | None:
-        """The score of a preference answer, if the row has a stored one: 0, 1/2 or 1 against that;
-        cut off, the answer loses."""
+        """0, 1/2 or 1 for a preference answer against the row's reference answer, None without one.
+        An answer that was cut off loses."""
         reference = rollout.row.get("reference")
         if reference is None:
             return None
@@ -113,7 +113,7 @@ class Scorer:
 
 
 def judged_answer(rollout: Rollout) -> str | None:
-    """The text that a judge is shown; None if the response is not finished, or was cut off."""
+    """The text that the judge compares; None if the response is unfinished or was cut off."""
     if rollout.stop_reason != "stop":
         return None
     message = read_turn(rollout.turns[-1]["content"])

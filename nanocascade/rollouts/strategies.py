@@ -14,7 +14,7 @@ from nanocascade.rewards.math import last_boxed
 
 TRIED, SCORE, ANALYSIS, ACCEPTED = "\nTried: ", "\nScore: ", "\nCheck: ", "\nAccepted: "
 CHECK = "\nIs it right? Check each step, then say \\boxed{1} if it is right and \\boxed{0} if not."
-SHOWN = 2  # submissions, or accepted programs, in a prompt: as many as the toy's SFT rows have
+SHOWN = 2  # submissions, or accepted programs, in a prompt, as in the toy's SFT rows
 CERTAIN = 0.99999  # an answer with this mean score is not refined any more
 
 
@@ -56,7 +56,7 @@ def most_frequent(answers: list[str]) -> str:
 
 
 def single(rows, ask, grade, rounds, samples, **_):
-    """One sample a round, the last one given: what the others are measured against."""
+    """One sample a round; the answer is the last one. The baseline of the others."""
     for _ in range(rounds):
         yield [answers[0] for answers in ask(rows, 1)]
 

@@ -119,7 +119,7 @@ class Tokenizer:
         """What the generation prompt writes of the answer: "<think>\\n" for Nemotron 3."""
         return self.chat_template.turn(thinking)[1]
 
-    def said(self, ids, thinking=True):
+    def response_text(self, ids, thinking=True):
         """An assistant's turn as text: its opening and sampled ids, without the stop token."""
         return self.opening(thinking) + self._without_stop(ids)
 
