@@ -306,8 +306,6 @@ class MOPD(OnPolicy):
     stage = "mopd"
     teachers: tuple[str, ...] = ()  # NAME=DIR; NAME: a domain, a group of stages.py, or default
     balance: bool = False  # draw equally many prompts of every domain, however many rows it has
-    denominator: Literal["response", "token"] = (
-        "response"  # mean per response (Eq. 4) or per token (NeMo-RL)
-    )
+    denominator: Literal["response", "token"] = "response"  # mean over: Eq. 4, or NeMo-RL
     overlong: Literal["off", "filter"] = "off"  # responses cut off: in the loss, or masked
     gate: Literal["zero", "clamp", "none"] = "zero"  # tokens outside the band (zero: the report)
