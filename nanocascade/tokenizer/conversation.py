@@ -140,9 +140,9 @@ class ChatTemplate:
         exact = partial(self._answer, messages, tools, thinking, text)
         spans = None
         if len(turns) > FEW_TURNS:  # rendering every prefix would cost the square of their number
-            spans = self._answers_apart(messages, tools, thinking, text)
-            sure = (0, len(turns) // 2, -1)
-            if spans and [spans[k] for k in sure] != [exact(turns[k]) for k in sure]:
+            spans = self._answers_one_by_one(messages, tools, thinking, text)
+            some = (0, len(turns) // 2, -1)
+            if spans and [spans[k] for k in some] != [exact(turns[k]) for k in some]:
                 spans = None
         return [span for span in spans or map(exact, turns) if span]
 
@@ -174,7 +174,7 @@ class ChatTemplate:
             )
         return start, end
 
-    def _answers_apart(self, messages, tools, thinking, text):
+    def _answers_one_by_one(self, messages, tools, thinking, text):
         """The same for all answers of a long conversation, each rendered alone behind a question:
         linear, and right for templates that write a turn by itself. None where that fails."""
         header = self.turn(True)[0]
@@ -226,7 +226,8 @@ class ChatTemplate:
         return header, think + rest
 
     def _try_calls(self):
-        """Refuse conversations with tools if the template writes a call that we cannot read."""
+        """Refuse conversations with tools if the template writes a call that we cannot read, or if
+        no result can follow a sampled one."""
         fields = {"a": {"type": "integer"}, "b": {"type": "string"}}
         declared = {"name": "f", "parameters": {"type": "object", "properties": fields}}
         tools = tools_form([declared | {"description": "A function."}])
@@ -247,6 +248,7 @@ class ChatTemplate:
                 " with tools need a template that writes <tool_call> with JSON or with Nemotron's"
                 " <function=...>"
             )
+        self.after_answer(["1"])
 
 
 def inline_form(message: dict) -> dict:
