@@ -6,7 +6,7 @@ python sample.py --model runs/out/mopd --prompts FILE.txt                (one pr
 python sample.py --model runs/out/mopd --tasks FILE.jsonl --num_samples 8
 python sample.py --model HF_DIR --tasks FILE.jsonl --num_samples 16 --pass_rates RATED.jsonl
 python sample.py --model HF_DIR --tasks FILE.jsonl --strategy refine --rounds 4 --num_samples 8
-python sample.py --model HF_DIR --tools python --max_turns 101           (programs it calls run)
+python sample.py --model HF_DIR --tools python --max_turns 101           (its calls run programs)
 python sample.py --model HF_DIR --tasks FILE.jsonl --show_mask 1         (loss mask of SFT rows)
 """
 
@@ -40,32 +40,32 @@ from nanocascade.toy.judge import rule_judge
 @dataclass
 class Config:
     model: str = ""  # directory of the checkpoint
-    prompt: str = ""  # one user message; without it and without files, a chat in the terminal
+    prompt: str = ""  # one user message (without it and --prompts, --tasks: a chat)
     system: str = ""  # system message of prompts and chats
     prompts: str = ""  # text file, one user message a line
     tasks: tuple[str, ...] = ()  # JSONL files of rows with verifiers, or toy:DOMAIN
     num_samples: Positive = 1  # responses to each prompt
-    limit: Count = 0  # only the first rows of the tasks (0 = all)
-    pass_rates: str = ""  # file for the rows of the tasks, each with how often it was solved
-    strategy: str = ""  # of the tasks: single, majority, best-of-n, refine or submit
-    rounds: Positive = 4  # of a strategy, num_samples new answers in each
-    checks: Positive = 4  # refine: how often the model checks each answer
-    keep: Positive = 2  # refine: best answers that the next round revises
-    shown: Positive = 2  # refine: lowest-scored checks of an answer whose texts a revision sees
-    gradings: Count = 0  # how often the model itself grades the last answers (0 = not at all)
-    tools: Literal["", "python"] = ""  # python: run the programs that the model calls for
-    show: Count = 2  # whole responses printed of each domain of the tasks
+    limit: Count = 0  # use only this many rows of the tasks (0 = all)
+    pass_rates: str = ""  # output file: the rows of the tasks with their pass rates
+    strategy: str = ""  # answer the tasks by single, majority, best-of-n, refine or submit
+    rounds: Positive = 4  # rounds of --strategy, with num_samples new answers each
+    checks: Positive = 4  # refine: checks of each answer by the model
+    keep: Positive = 2  # refine: number of best answers that the next round revises
+    shown: Positive = 2  # refine: number of checks in a revision's prompt, worst first
+    gradings: Count = 0  # grades of the last answers by the model itself (0 = none)
+    tools: Literal["", "python"] = ""  # python: give the model the Python tool
+    show: Count = 2  # responses printed in full, for each domain of the tasks
     show_mask: Count = 0  # print this many SFT conversations of the tasks, loss in green, and exit
     thinking: bool = True  # open the answer with a thought
     temperature: NonNegative = 1.0  # 0 = greedy
-    top_p: Annotated[float, 1e-3, 1] = 0.95  # nucleus; evaluations of the toy's report use 1
+    top_p: Annotated[float, 1e-3, 1] = 0.95  # nucleus of sampling (the toy's report uses 1)
     top_k: Count = 0  # 0 = off
-    max_new_tokens: Positive = 256  # of a response
-    max_turns: Positive = 8  # assistant turns of an episode with tools
-    seed: int = 0  # of sampling
+    max_new_tokens: Positive = 256  # maximum tokens of a response
+    max_turns: Positive = 8  # maximum assistant turns of an episode with tools
+    seed: int = 0  # seed of sampling
     max_rows: Positive = 256  # rows decoded at once
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters
-    device: str = ""  # cuda, mps or cpu; found if empty
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the parameters
+    device: str = ""  # cuda, mps or cpu (default: the best one found)
 
 
 def main():
@@ -101,13 +101,13 @@ def messages_for(cfg: Config, text: str) -> list[dict]:
 
 
 def with_tools(cfg: Config, row: dict) -> dict:
-    """The row with --tools, unless it brings an environment or tools of its own."""
+    """The row with the tools of --tools, unless it has an environment or tools already."""
     own = "environment" in row or row["responses_create_params"].get("tools")
     return equip(row | {"environment": {"name": cfg.tools}}) if cfg.tools and not own else row
 
 
 def sample_rows(cfg: Config, model, tokenizer, rows: list[dict], scorer=None):
-    """num_samples episodes of each row."""
+    """Sample num_samples episodes of each row."""
     sampling = Sampling(
         cfg.max_new_tokens,
         cfg.temperature,
@@ -124,23 +124,23 @@ def sample_rows(cfg: Config, model, tokenizer, rows: list[dict], scorer=None):
 
 
 def answer_prompts(cfg: Config, model, tokenizer, prompts: list[str]) -> None:
-    """Every prompt and its responses."""
+    """Print every prompt and its responses."""
     rows = [{"responses_create_params": {"input": messages_for(cfg, x)}} for x in prompts]
     groups = sample_rows(cfg, model, tokenizer, rows)
     for text, group in zip(prompts, groups, strict=True):
         for x in group:
-            said = tokenizer.decode(x.tokens[x.prompt_length :])
-            print(f"> {text}\n{tokenizer.opening(cfg.thinking)}{said}\n")
+            sampled = tokenizer.decode(x.tokens[x.prompt_length :])
+            print(f"> {text}\n{tokenizer.opening(cfg.thinking)}{sampled}\n")
 
 
 def chat(cfg: Config, model, tokenizer) -> None:
-    """Turns in the terminal, streamed; an empty line or the end of input ends it."""
+    """Chat in the terminal, streamed. An empty line or the end of input ends it."""
     history = messages_for(cfg, "")[:-1]
     row, calls = with_tools(cfg, {"responses_create_params": {"input": []}}), []
     tools, played, asked = conversation(row)[1], None, 0
     for turn in range(1 << 30):
         results = []
-        # The last turn of an episode calls in vain, as in a rollout.
+        # Calls of an episode's last turn get no answer, as in a rollout.
         for call in calls if cfg.tools and turn < asked + cfg.max_turns else ():
             played, result = answer(row, played, call["function"])
             results.append({"role": "tool", "content": result})
@@ -157,13 +157,13 @@ def chat(cfg: Config, model, tokenizer) -> None:
         history += results
         ids, _ = tokenizer.render(history, tools, cfg.thinking, add_generation_prompt=True)
         print(tokenizer.opening(cfg.thinking), end="", flush=True)
-        said: list[int] = []
+        sampled: list[int] = []
 
-        def stream(token: int, said=said) -> None:
-            # Decoding the whole and printing what is new: a character may span tokens.
-            before = tokenizer.decode(said)
-            said.append(token)
-            after = tokenizer.decode(said)
+        def stream(token: int, sampled=sampled) -> None:
+            # Decode all tokens and print the new text: a character may span tokens.
+            before = tokenizer.decode(sampled)
+            sampled.append(token)
+            after = tokenizer.decode(sampled)
             if not after.endswith("\ufffd"):
                 print(after[len(before.rstrip("\ufffd")) :], end="", flush=True)
 
@@ -179,7 +179,7 @@ def chat(cfg: Config, model, tokenizer) -> None:
             on_token=stream,
         )
         print()
-        history.append(parse_response(tokenizer.response_text(said, cfg.thinking), tools))
+        history.append(parse_response(tokenizer.response_text(sampled, cfg.thinking), tools))
         calls = history[-1]["tool_calls"]
 
 
@@ -200,7 +200,7 @@ def task_rows(cfg: Config, sft: bool) -> list[dict]:
 
 
 def evaluate_tasks(cfg: Config, model, tokenizer) -> None:
-    """avg@k and pass@k of each domain with 95 % intervals over prompts, and some responses."""
+    """Print avg@k and pass@k of each domain with 95 % intervals over prompts, and responses."""
     rows = task_rows(cfg, sft=False)
     if any(compares_groups(row) and "reference" not in row for row in rows):
         raise ValueError("preference rows are graded against an answer: each needs a reference")
@@ -236,7 +236,7 @@ def play(cfg: Config, model, tokenizer, rows: list[dict]):
         calls, spent = calls + 1, spent + n * len(rows)
         drawn = replace(cfg, num_samples=n, seed=step_seed(cfg.seed, calls))
         groups = sample_rows(drawn, model, tokenizer, rows)
-        # The answer alone goes on; a response that was cut off has none.
+        # Only the answer is used further; a response that was cut off has none.
         return [
             [
                 "" if x.truncated else parse_response(x.turns[-1]["content"])["content"]
@@ -277,7 +277,7 @@ def interval(values: list[float]) -> str:
 
 
 def show_mask(cfg: Config, tokenizer) -> None:
-    """SFT conversations as the loss sees them."""
+    """Print SFT conversations with the loss mask in green."""
     for row in task_rows(cfg, sft=True)[: cfg.show_mask]:
         thinking, tools = cfg.thinking and tokenizer.thinks, conversation(row)[1]
         ids, mask = tokenizer.render(sft_conversation(row, thinking), tools, thinking)

@@ -6,11 +6,11 @@
         --teachers math=DIR,preference=DIR,multi_domain=DIR --out OUT
 
 A step: draw prompts, sample responses from the student, let the teacher of each prompt's domain
-score the very tokens that were sampled, take one gradient step on the log-ratio. Rewards play no
-part in the loss; they are logged where a row has a verifier, or needs a judge and --judge_url names
-one. A teacher may be several directories joined by "+": the one whose manifest shows the best
-scores in the teacher's domains is taken. default=DIR teaches the domains that have no other
-teacher; with the directory of --init it holds them where they were (self-anchor).
+score the sampled tokens, take one gradient step on the log-ratio. The loss has no rewards; they are
+logged if a row has a verifier, or needs a judge and --judge_url names one. A teacher may be several
+directories joined by "+": the one with the best scores in the teacher's domains, by their
+manifests, is used. default=DIR teaches the domains without a teacher of their own; with the
+directory of --init it keeps these domains from drifting (self-anchor).
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ from nanocascade.teachers import Teachers, token_shares
 
 # ---- Config --------------------------------------------------------------------------------------
 
-# The numbers are stages.MOPD_STAGE, their meanings the fields of stages.MOPD.
+# stages.MOPD_STAGE has the numbers, stages.MOPD the meaning of each setting.
 
 
 def train(
@@ -86,7 +86,7 @@ def train(
     )
 
     # ---- Resume ----------------------------------------------------------------------------------
-    # Files hold their own proportions; generated prompts come in those of the released file.
+    # Rows of files keep their proportions; generated prompts have those of the released file.
     shares = stages.MOPD_SHARES if settings.data == (TOY,) and not recipe.balance else {}
     weights = {d: shares.get(d, 1) for d in teachers.domains} if recipe.balance or shares else None
     stream, first = run.resume(model, optimizer, rows, evaluation, weights)
@@ -105,7 +105,7 @@ def train(
         rollouts = [x for _, part in taught for x in part]
 
         # One gradient step. The denominators are counted before the first backward.
-        counts = [x.num_loss_tokens for x in rollouts] + [0]  # an empty last part points at the 0
+        counts = [x.num_loss_tokens for x in rollouts] + [0]  # an empty last part indexes the 0
         num_tokens, num_responses = denominators(
             torch.tensor(counts, device=dist.device),  # (o,)
             dist.sum(sum(counts)),
@@ -113,7 +113,7 @@ def train(
             recipe.denominator,
         )
         update, start = Update(model, optimizer, recipe, step, dist), 0
-        for name, part in taught:  # one teacher resident at a time
+        for name, part in taught:  # one teacher on the device at a time
             teacher = teachers.models[name]
             for batch in step_batches(
                 model,

@@ -6,8 +6,8 @@
         --data ROWS.jsonl --out OUT
 
 A step: draw prompts, sample a group of responses to each from the current policy, score them,
-standardise rewards within groups, take ONE gradient step. What differs between the stages is a row
-of nanocascade/stages.py.
+standardise rewards within groups, take ONE gradient step. The stages differ only in their settings,
+the rows of nanocascade/stages.py.
 """
 
 from functools import partial
@@ -41,7 +41,7 @@ from nanocascade.sampler import step_seed
 
 # ---- Config --------------------------------------------------------------------------------------
 
-# The numbers are a row of stages.RL_STAGES, their meanings the fields of stages.RL.
+# stages.RL_STAGES has the numbers of each stage, stages.RL the meaning of each setting.
 
 
 def train(

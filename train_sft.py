@@ -1,4 +1,4 @@
-"""SFT: the first stage of the cascade, packed rows, loss on what the assistant wrote.
+"""SFT: the first stage of the cascade. Rows are packed, the loss is on assistant tokens.
 
     python train_sft.py --config toy --out runs/out/sft
     python train_sft.py --config small --init HF_DIR --data ROWS.jsonl --out OUT
@@ -6,7 +6,7 @@
 
 A step: draw conversations until they hold batch_tokens tokens, pack them into micro-batches of
 micro_tokens (attention, convolution and SSM state start anew at each document), take one gradient
-step. The tokens that carry loss are counted before ranks share them.
+step. The loss tokens of all ranks are counted before the first backward.
 """
 
 import random
@@ -35,7 +35,7 @@ from nanocascade.toy import tasks
 
 # ---- Config --------------------------------------------------------------------------------------
 
-# The numbers are stages.SFT_STAGE, their meanings the fields of stages.SFT.
+# stages.SFT_STAGE has the numbers, stages.SFT the meaning of each setting.
 
 
 def train(
@@ -82,7 +82,7 @@ def train(
         while size < recipe.batch_tokens:
             position, row = stream.take(1)[0]
             stripped = random.Random(f"{settings.seed} {position}").random() < recipe.strip_thinking
-            # A template without thoughts is taught the worked answers instead.
+            # If the template cannot show thoughts, train on answers with the work.
             thinking = tokenizer.thinks and not stripped
             documents.append(sft_document(row, tokenizer, thinking, recipe.row_tokens))
             size += len(documents[-1].tokens)

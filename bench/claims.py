@@ -1,8 +1,8 @@
-"""What a cascade of the toy is meant to show, and whether it does; MOPD against RL step by step.
+"""Check the claims on a cascade of the toy; compare MOPD with RL step by step.
 
     python -m bench.claims runs/out          prints it and writes claims.md
 
-Seven claims on the tables of runs/report.py, held against numbers that we ask of our own recipe.
+Seven claims on the tables of runs/report.py, each with the number that we demand of our recipe.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the two models, the peer on the same weights, fair alternation, peaks.
+"""Shared by the benchmarks: two models, the peer on the same weights, alternation, peaks.
 
 Every comparison runs both sides in one process, in turns, and reports the median of the paired
 ratios: on a shared machine a minute's absolute numbers mean little. GOMP_SPINCOUNT=1000 must stand
@@ -76,7 +76,7 @@ FAMILIES = {
         "hidden_act": "silu",
     },
 }
-PAIR = list(FAMILIES)  # what the comparisons run by default
+PAIR = list(FAMILIES)  # default families of the comparisons
 DENSE = {
     "num_hidden_layers": 6,
     "hidden_size": 256,
@@ -101,7 +101,7 @@ def options(**flags) -> argparse.Namespace:
         "--seconds",
         type=float,
         default=75.0,
-        help="a comparison ends after so long, with 3 pairs or more",
+        help="seconds after which a comparison ends, with at least 3 pairs",
     )
     parser.add_argument("--families", nargs="*", default=PAIR, choices=PAIR)
     for name, (default, text) in flags.items():
@@ -164,7 +164,7 @@ def device_of(model) -> torch.device:
 
 
 def check_same_model(ours, theirs) -> None:
-    """Same directory, same logits: what is compared is speed alone."""
+    """Assert equal logits of both sides, so that only their speed differs."""
     ids = torch.tensor(random_prompts(1, 40, 40), device=device_of(ours))
     with torch.no_grad():
         gap = (ours.logits(ours(ids)) - theirs(ids).logits.float()).abs().max().item()
@@ -223,7 +223,7 @@ def row(*cells: str) -> None:
 
 
 class Peak:
-    """What a large matmul and a large copy reach on this machine at this moment."""
+    """Measured speed of a large matmul and a large copy on this machine at this moment."""
 
     def __init__(self, dtype=torch.float32):
         self.a, self.b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)

@@ -1,4 +1,4 @@
-"""What nightly.sh found: the claims over seeds, ablations, the long run, strategies, experts.
+"""Results of nightly.sh: claims over seeds, ablations, the long run, strategies, experts.
 
     python -m bench.evidence runs/out-evidence assets      writes evidence.md, its CSVs and pictures
 
@@ -163,7 +163,7 @@ def after(run: dict, domains) -> float:
 
 
 def arm_values(stage: str, run: dict) -> dict[str, float]:
-    """What an arm is judged by: its own domains, all others, and the state of its training."""
+    """Measures of an arm: scores of its own domains and all others, state of its training."""
     domains = run["manifest"]["evaluation"]
     scored = [d for d in domains if domains[d].get("after")]
     last = run["metrics"][-5:]
@@ -205,13 +205,13 @@ def ablation_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
             shared = [s for s in arms[arm] if s in base]
             cells = []
             for key in next(iter(base.values())):
-                mine = [arms[arm][s][key] for s in shared]
+                values = [arms[arm][s][key] for s in shared]
                 if key in ("mismatch", "reverse KL"):
-                    cells.append(f"{sum(mine) / max(len(mine), 1):.1e}")
+                    cells.append(f"{sum(values) / max(len(values), 1):.1e}")
                 elif arm == "recipe":
-                    cells.append(over(mine))
+                    cells.append(over(values))
                 else:  # against the recipe of the same seed
-                    gap = over(x - base[s][key] for x, s in zip(mine, shared, strict=True))
+                    gap = over(x - base[s][key] for x, s in zip(values, shared, strict=True))
                     cells.append(gap if gap.startswith("-") else "+" + gap)
             rows.append([arm, str(len(shared)), *cells])
         head = ["arm", "seeds", *next(iter(base.values()))]

@@ -1,4 +1,4 @@
-"""One script that shows on a GPU what the program computes, how fast, and whether the plan is true.
+"""Check on a GPU that the program is right, how fast it is, and whether the plan holds.
 
     python -m bench.gpu                          every section, at most 8 minutes on one GPU
     python -m bench.gpu --only models decode     some of them

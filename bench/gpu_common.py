@@ -1,4 +1,4 @@
-"""What the sections of bench.gpu share: rows of the report, clocks, the card's measured peaks."""
+"""Shared by the sections of bench.gpu: rows of the report, clocks, measured peaks of the GPU."""
 
 import statistics
 import time

@@ -233,11 +233,11 @@ def rollouts_as_in_rl(setup: Setup) -> Iterator[Finding]:
 
 
 def turns_of_rollouts(setup: Setup, ours, theirs, prompts, r, lengths, batches) -> str:
-    """Theirs at the best of some batch sizes."""
-    mine = timed(lambda: our_rollouts(ours, prompts, r, lengths, max_rows=256))
+    """Our rollouts against transformers at the best of several batch sizes."""
+    our_seconds = timed(lambda: our_rollouts(ours, prompts, r, lengths, max_rows=256))
     others = {b: timed(lambda b=b: their_rollouts(theirs, prompts, r, lengths, b)) for b in batches}
     best = min(others, key=others.get)
-    text = against(mine, others[best], "tokens/s", sum(lengths))
+    text = against(our_seconds, others[best], "tokens/s", sum(lengths))
     return f"{text} (theirs by {best} rows)"
 
 
@@ -274,8 +274,8 @@ def training_in_turns(setup: Setup, folder: str, rollouts, rows: int) -> tuple[f
 
     with distributed.start(setup.device, layout_of(setup)) as dist:
         ours = load(folder, dist)
-        mine = make_optimizer(ours, 1e-5, (0.9, 0.95), 0.0)
-        work = (lambda: our_step(ours, mine, rollouts, dist), their_turn)
+        our_optimizer = make_optimizer(ours, 1e-5, (0.9, 0.95), 0.0)
+        work = (lambda: our_step(ours, our_optimizer, rollouts, dist), their_turn)
         in_turns(setup, *work)  # warms up
         return in_turns(setup, *work)
 

@@ -48,8 +48,8 @@ def our_rollouts(model, prompts, rollouts, lengths, **options):
         samples = sampler.generate(
             model, prompts, num_samples=rollouts, max_new_tokens=max(lengths), **options
         )
-    said = [len(x.tokens) for group in samples for x in group]
-    assert said == list(lengths), "forced lengths were not kept"
+    num_tokens = [len(x.tokens) for group in samples for x in group]
+    assert num_tokens == list(lengths), "forced lengths were not kept"
     return samples
 
 
@@ -116,9 +116,9 @@ def compare(name, ours, theirs, prompts, rollouts, lengths, batch, cfg):
     def run_theirs():
         their_rollouts(theirs, prompts, rollouts, lengths, batch)
 
-    mine, other, cpu = alternate(run_ours, run_theirs, cfg, peak.measure)
-    tokens, gain = sum(lengths), ratios(mine, other)
-    seconds = statistics.median(mine)
+    our_times, other, cpu = alternate(run_ours, run_theirs, cfg, peak.measure)
+    tokens, gain = sum(lengths), ratios(our_times, other)
+    seconds = statistics.median(our_times)
     context = sum(map(len, prompts)) / len(prompts) + tokens / len(lengths) / 2
     gflops = tokens / seconds * token_flops(ours.config, context) / 1e9
     padding = row_steps(prompts, rollouts, lengths, batch) / tokens

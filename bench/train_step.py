@@ -79,9 +79,12 @@ def padded_share(sizes: list[int], rows: int) -> float:
 
 def compare(name, ours, theirs, sizes, cfg):
     rollouts, peak = documents(sizes), Peak()
-    mine = make_optimizer(ours, 1e-5, (0.9, 0.95), 0.0)
+    our_optimizer = make_optimizer(ours, 1e-5, (0.9, 0.95), 0.0)
     other = torch.optim.AdamW(theirs.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    losses = our_step(ours, mine, rollouts), their_step(theirs, other, rollouts, len(sizes))
+    losses = (
+        our_step(ours, our_optimizer, rollouts),
+        their_step(theirs, other, rollouts, len(sizes)),
+    )
     assert abs(losses[0] - losses[1]) < 2e-2, losses  # nemotron_h: padding moves its last states
     choices = {
         b: timed(lambda b=b: their_step(theirs, other, rollouts, b))
@@ -89,7 +92,7 @@ def compare(name, ours, theirs, sizes, cfg):
     }
     rows = min(choices, key=choices.get)
     *times, cpu = alternate(
-        lambda: our_step(ours, mine, rollouts),
+        lambda: our_step(ours, our_optimizer, rollouts),
         lambda: their_step(theirs, other, rollouts, rows),
         cfg,
         peak.measure,

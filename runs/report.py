@@ -16,9 +16,9 @@ from nanocascade.cli import run_main
 from nanocascade.files import read_json, read_text
 from nanocascade.stages import RL_STAGES, TEACHER_OF
 
-GAP_ERRORS = 5  # a gap between teacher and start is one from this many standard errors on
+GAP_ERRORS = 5  # smallest gap between teacher and start that counts, in standard errors
 
-NOTES = {  # how to read a section, where the table alone does not say
+NOTES = {  # text above the table of a section
     "What was forgotten": "The largest fall of each domain below its best score so far.\n\n",
     "What MOPD brought back": "recovery = (MOPD - start) / (teacher - start), where teacher - start"
     f" is at least {GAP_ERRORS} standard errors; start is the run that MOPD started from.\n\n",
@@ -35,7 +35,7 @@ def read_run(path: Path) -> dict | None:
 
 
 def read_runs(argv: list[str]) -> tuple[Path, dict]:
-    """The directory on the command line and the finished runs in it, by name, starts first."""
+    """The directory of the command line and its finished runs by name, parents first."""
     if len(argv) != 2:
         raise ValueError(f"usage: python {argv[0]} DIRECTORY")
     out = Path(argv[1])
@@ -46,13 +46,13 @@ def read_runs(argv: list[str]) -> tuple[Path, dict]:
 
 
 def start_of(runs: dict, name: str) -> str | None:
-    """The run that this one started from, if it is one of them."""
+    """The run that this one started from; None if it is not among these."""
     parent = runs[name]["manifest"]["parent"] or {"path": ""}
     return Path(parent["path"]).name if Path(parent["path"]).name in runs else None
 
 
 def line_to(runs: dict, name: str) -> list[str]:
-    """The runs that lead to this one, each the start of the next, and itself."""
+    """The chain of parents of a run, and the run itself."""
     start = start_of(runs, name)
     return [*line_to(runs, start), name] if start else [name]
 
@@ -68,7 +68,7 @@ def score(runs: dict, name: str, domain: str) -> dict | None:
 
 
 def difference(a: dict, b: dict) -> tuple[float, float]:
-    """Score b - score a, and its interval."""
+    """(score b - score a, its interval)."""
     return b["mean"] - a["mean"], math.hypot(a["interval"], b["interval"])
 
 
@@ -82,7 +82,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def own_domains(runs: dict, name: str) -> list[str]:
-    """The domains that a run trained by reward, or that a teacher of the report taught it."""
+    """The domains that a run trained by reward or, in MOPD, by a teacher of the report."""
     manifest = runs[name]["manifest"]
     if manifest["stage"] in RL_STAGES:
         chosen = manifest["config"].get("domains") or RL_STAGES[manifest["stage"]]["domains"]
@@ -152,7 +152,7 @@ def forgetting_table(runs: dict) -> str:
 
 
 def recoveries(runs: dict):
-    """(domain, teacher, start, goal, end, recovery, its interval) of MOPD; None where no gap.
+    """(domain, teacher, start, goal, end, recovery, its interval) of MOPD; None without a gap.
 
     recovery = (MOPD - start) / (teacher - start), where the gap is GAP_ERRORS errors or more.
     """
@@ -221,7 +221,7 @@ def stage_table(runs: dict) -> str:
 
 
 def write_scores(runs: dict, path: Path) -> None:
-    """The numbers behind the tables."""
+    """Write the numbers of the tables as CSV."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "domain", "mean", "interval", "n"])
