@@ -33,10 +33,10 @@ REFUSED = re.compile(  # "not B", "B is wrong", "unlike (C)"
 )
 OPENING = re.compile(r"^(?:(?:the|my|final|correct|best|answer|option|choice|letter|is)\b[\s:]*)+")
 LABEL = re.compile(  # "b", "(b)", "b: text", "b because"; "a lot of" is no label
-    r"\(?([a-z])(?:\s?[).:](?!\w)|\)|\s*$|\s*[,;]|\s+-|\s+(?=(?:because|since|as|is|due|or|and)\b))"
+    r"\(?([a-z])(?:\s?[).:](?!\w)|\)|\s*$|\s*[,;]|\s+-|\s+(?=\(|(?:because|since|as|is|due|or|and)\b))"
 )
 CLOSING = re.compile(
-    r"\b(?:is|be|choose|pick|select|option|answer|choice|letter|so|thus)\W*\(?([a-z])\)?$"
+    r"\b(?:is|be|choose|pick|select|option|answer|choice|letter|think|so|thus)\W*\(?([a-z])\)?$"
 )
 FILLERS = set("it is the answer option choice so thus therefore be would must a an i think".split())
 
@@ -65,7 +65,7 @@ def named_options(text, options):
     label = None if REFUSED.match(bare) else LABEL.match(bare)
     if label and label[1] in options:  # what an option's own text says names no other
         rest, own = bare[label.end(1) :].lstrip("). :"), options[label[1]]
-        same = own and "".join(rest.split()) == "".join(own.split())  # but for spaces
+        same = own and re.sub(r"[\s().]", "", rest) == re.sub(r"[\s().]", "", own)
         rest = "" if same else REFUSED.sub(" ", rest.replace(own or "\0", " "))
         named = {label[1], *(x for pair in OTHERS.findall(rest) for x in pair if x in options)}
         while joined := JOINED.match(rest):
@@ -76,7 +76,7 @@ def named_options(text, options):
         return {closing[1]} & set(options)
     named = named_texts(bare, options)
     for letter in named:
-        bare = bare.replace(options[letter], " ")
+        bare = bare.replace(options[letter], " ").replace(f"({letter})", " ")
     return named if {*re.findall(r"\S+", bare)} <= FILLERS | {"and", "or", ","} else set()
 
 
