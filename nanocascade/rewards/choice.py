@@ -32,9 +32,8 @@ REFUSED = re.compile(  # "not B", "B is wrong", "unlike (C)"
     r"(?P<one>\(?[a-z]\b\)?))|(?P<two>\(?\b[a-z]\b\)?)\s+(?:is|was)\s+(?:not|wrong|incorrect|false)"
 )
 OPENING = re.compile(r"^(?:(?:the|my|final|correct|best|answer|option|choice|letter|is)\b[\s:]*)+")
-LABEL = re.compile(  # "b", "(b)", "b: text", "b because"; "a lot of" is no label
-    r"\(?([a-z])(?:\s?[).:](?!\w)|\)|\s*$|\s*[,;]|\s+-|\s+(?=\(|(?:because|since|as|is|due|or|and)\b))"
-)
+AFTER_LABEL = r"\s?[).:](?!\w)|\)|\s*$|\s*[,;]|\s+-|\s+\(|\s+(?:because|since|as|is|due|or|and)\b"
+LABEL = re.compile(rf"\(?([a-z])(?={AFTER_LABEL})")  # "b", "(b)", "b: text"; not "a lot of"
 CLOSING = re.compile(
     r"\b(?:is|be|choose|pick|select|option|answer|choice|letter|think|so|thus)\W*\(?([a-z])\)?$"
 )

@@ -30,7 +30,7 @@ def verify_retrieval(row, message):
     answer, wanted = line.strip().rstrip("."), nodes_of(row)
     if wanted is None:
         wanted, given = (
-            " ".join(str(x).casefold().split()).strip("\"'`").rstrip(".")
+            " ".join(str(x).casefold().split()).strip("\"'`\u201c\u201d").rstrip(".")
             for x in (row["expected_answer"], answer)
         )
     elif answer.startswith("[") and answer.endswith("]"):
