@@ -82,7 +82,7 @@ STRUCTURE_OF = {
     "qwen3_moe": {"decoder_sparse_step", "mlp_only_layers"},
 }
 SILU = ("silu", "swish")
-# What the model computes. A config.json that says otherwise describes another model.
+# Values that the model computes with. Another value in config.json is another model.
 FIXED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),

@@ -54,7 +54,7 @@ def check_out_dir(out, resume: bool, identity: dict) -> bool:
 
 
 def save_state(out, *, model: nn.Module, optimizer, extra: dict) -> None:
-    """What a run needs to go on: weights, moments and `extra` (JSON), in a new numbered directory.
+    """Save weights, optimizer state and `extra` (JSON) of a run in a new numbered directory.
 
     All ranks call it, each writes its shards. The directory gets its number when it is complete, by
     one rename, and only then its predecessor goes: killed at any instant, the highest number is a

@@ -1,4 +1,4 @@
-"""What a forward pass computes once for all its blocks: positions, masks and indices.
+"""The context of a forward pass, computed once for all blocks: positions, masks, indices.
 
 There are two kinds of passes. Training and scoring read packed documents (documents.py); sampling
 reads rows of tokens that continue a cache (cache.py).
@@ -18,7 +18,7 @@ from nanocascade.model.moe import Routing
 
 @dataclass
 class Context:
-    """What every block of one forward pass needs to know about its tokens, made once.
+    """Facts about the tokens of one forward pass that every block needs, computed once.
 
     Of packed documents: how they attend, and the plans of their scan (documents.py). Of rows that
     continue a cache: valid (b, t), False on padding, or None; rows (b, 1) and slots (b, t), where

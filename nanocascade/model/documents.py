@@ -123,7 +123,7 @@ def share_calls(shapes: list[tuple[int, int]]) -> list[list[int]]:
 
 
 def call_mask(inherited: Tensor, own: int, dtype, device):
-    """What is added to the scores of a call: 0 on the keys that a query sees, -inf on the others.
+    """Mask added to the scores of a call: 0 on keys that a query sees, -inf on the others.
 
     inherited (m,): real tokens of each document's parent. None: plain causal attention.
     """

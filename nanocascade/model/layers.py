@@ -1,4 +1,4 @@
-"""What all mixers share: RMSNorm, the MLP, and the parts that stay in at least fp32."""
+"""Layers that all mixers share: RMSNorm, the MLP, and the parts kept in at least fp32."""
 
 import torch
 import torch.nn.functional as F

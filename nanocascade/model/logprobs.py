@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without ever holding (b, t, v): chunks of tokens, recomputed.
+"""Log-probs of given tokens in chunks that backward recomputes: no (b, t, v) tensor is held.
 
 At 131,072 words a 49K-token response would need 26 GB of logits, and as much again for their
 gradient. Here a chunk's logits live only while its tokens are scored, once forward and once
@@ -8,8 +8,8 @@ backward.
 import torch
 from torch import Tensor
 
-# Of fp32 logits at once; the backward holds about three such blocks. A large head gets chunks half
-# its own size: with small ones reading it anew for each would cost more than the products.
+# Bytes of a chunk's fp32 logits; backward holds about three such chunks. A large head gets chunks
+# of half its own size: with smaller ones, reading it for each costs more than the products.
 CHUNK_BYTES = 32 << 20
 
 
@@ -24,8 +24,8 @@ class ChunkedLogprobs(torch.autograd.Function):
             log_p = log_softmax(hidden[part], weight, temperature)  # (q, v)
             logprobs[part] = log_p.gather(1, targets[part, None])[:, 0]
             entropy[part] = -(log_p.exp() * log_p).sum(1)
-        few = len(hidden) * len(weight) * 4 <= CHUNK_BYTES  # a toy's are kept, not recomputed
-        ctx.save_for_backward(hidden, weight, targets, log_p if few else None)
+        small = len(hidden) * len(weight) * 4 <= CHUNK_BYTES  # keep the toy's, do not recompute
+        ctx.save_for_backward(hidden, weight, targets, log_p if small else None)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy

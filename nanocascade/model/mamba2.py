@@ -102,7 +102,7 @@ def scan_step(x, dt, A, B, C, state):
     # Heads of a group share B and C: their channels are the rows of one matrix.
     xdt = (x * dt[..., None]).view(b, g, -1, 1)  # (b, g, h/g*c, 1)
     y = torch.empty_like(xdt)  # (b, g, h/g*c, 1)
-    # On a CPU a few rows at a time, so that what was written is read again from the core's cache.
+    # On a CPU some rows at a time, so that the new state is still in the core's cache when read.
     rows = max(STEP_BYTES // (state[0].numel() * state.element_size()), 1)
     for i in range(0, b, rows if x.device.type == "cpu" else b):
         part = slice(i, i + rows if x.device.type == "cpu" else b)

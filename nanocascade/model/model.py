@@ -1,4 +1,4 @@
-"""One Model for all families: a pattern string picks one mixer a block, a few fields do the rest.
+"""One Model for all families: a pattern string names the mixer of each block.
 
 Every block is x + mixer(rmsnorm(x)), with mixer M = Mamba-2, E = mixture of experts, * = attention,
 - = dense MLP. nemotron_h is written in this alphabet; a Qwen3 or Llama layer is two blocks, `*-` or
@@ -31,7 +31,7 @@ from nanocascade.model.moe import Experts, MoE, Router, Routing
 
 @dataclass
 class ModelConfig:
-    """What the families differ in. checkpoint.py fills it from config.json.
+    """The differences between the families. checkpoint/hf_config.py fills it from config.json.
 
     pattern: one character a block. rope_theta None: no position signal (nemotron_h).
     norm_weight_in_fp32: multiply by the norm weight before the cast (nemotron_h), or after it.
@@ -294,7 +294,7 @@ class Model(nn.Module):
         return self.norm(x)  # (b, t, d)
 
     def context(self, ids, cache, segments, parents, mask, routing) -> Context:
-        """What a forward pass computes once for all blocks."""
+        """The Context of a forward pass, computed once for all blocks."""
         config, dtype = self.config, self.embed.weight.dtype
         if cache is not None:
             ctx, positions = cached_context(ids, cache, mask, dtype)

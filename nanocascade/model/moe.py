@@ -1,4 +1,4 @@
-"""Mixture of experts: two routers, one expert computation in two exact forms, the balancing bias.
+"""Mixture of experts: two routers, two equal forms of the experts, the balancing bias.
 
 nemotron_h: sigmoid scores, a correction bias that enters the CHOICE of experts only, one shared
 expert. qwen3_moe: softmax over all experts, none shared.

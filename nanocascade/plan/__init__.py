@@ -1,1 +1,1 @@
-"""What a run will hold and take: memory and time, before it starts."""
+"""The plan of a run: its memory and time, computed before it starts."""

@@ -1,4 +1,4 @@
-"""What a block's code does with memory and time, metered on fake tensors: seconds, no memory.
+"""Meter the memory and time of a block by running its code on fake tensors, without memory.
 
 Fake tensors have shapes and no data, and the other ranks are a process group that does not exist,
 so a block of the 30B model runs here as the engine lays it out. plan.py adds up blocks to a run.

@@ -1,4 +1,4 @@
-"""What a run holds in memory: bytes of a rank by phase and kind.
+"""Memory of a run: bytes of a rank by phase and kind.
 
 Weights, gradients and moments are counted from shapes; what blocks need on top is metered by
 meter.py and added up here. tests/test_plan.py holds the sums against real steps, and against a step
@@ -36,7 +36,7 @@ TRACED = 2 * SPAN, 3 * SPAN  # a trace of more tokens is the line through the tr
 
 @dataclass
 class Work:
-    """What a rank does in a step, and in evaluations."""
+    """The work of a rank in a step and in evaluations."""
 
     sequence: int  # tokens of the longest document
     width: int  # tokens of a packed row
@@ -315,9 +315,9 @@ class Plan:
     def most_rows(self, memory: float) -> int:
         """The most rows that can be decoded at once, in rollouts and in evaluations."""
         most = []
-        few, many = (self.bytes(replace(self.work, rows=n, eval_rows=n)) for n in (1, 65))
-        for phase in {"rollout", "evaluation"} & {*few}:
-            one = sum(few[phase].values())
-            per_row = (sum(many[phase].values()) - one) / 64  # activations aside this is exact
+        one_row, many_rows = (self.bytes(replace(self.work, rows=n, eval_rows=n)) for n in (1, 65))
+        for phase in {"rollout", "evaluation"} & {*one_row}:
+            one = sum(one_row[phase].values())
+            per_row = (sum(many_rows[phase].values()) - one) / 64  # activations aside this is exact
             most.append(max(int((usable(memory) - one) / per_row) + 1, 0))
         return min(most, default=0)

@@ -1,10 +1,9 @@
-"""Rewards: one folder, one signature. `score(row, response) -> Reward(value, reason)`.
+"""Rewards: verifiers with one signature, `score(row, response) -> Reward(value, reason)`.
 
-A row's verifier is chosen by what the row carries (NeMo Gym form). Three rules
-hold for all of them:
-1. The thought is never graded: only what stands outside <think> ... </think> can earn anything.
-2. A response may be anything, so it gets a Reward and never an exception; a 0 has a reason. A row
-   comes from somebody's file, so a malformed one is a ValueError that names it.
+The keys of a row (NeMo Gym form) choose its verifier. Three rules hold for all verifiers:
+1. The thought is never graded, only the text outside of <think> ... </think>.
+2. Every response gets a Reward and never raises; a 0 has a reason. A malformed row raises a
+   ValueError that names the row.
 3. No model, no device, no config, and no evaluation of model output in this process.
 """
 
@@ -22,9 +21,9 @@ __all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "needs_judge", "score"
 
 
 class Verifier(NamedTuple):
-    """keys: what a row of this kind carries. check(row) raises for what cannot be graded here.
-    verify(row, message) -> Reward, of one answer; None where a group is compared (score_group).
-    agents: where a row names the server it was made for, a pattern that the name has to match."""
+    """keys: the keys of a row of this kind. check(row) raises if it cannot be graded here.
+    verify(row, message) -> Reward of one answer; None if groups are compared (score_group).
+    agents: pattern that the name of the row's server must match, if the row has one."""
 
     keys: set
     check: Callable
@@ -32,7 +31,7 @@ class Verifier(NamedTuple):
     agents: str = ""
 
 
-# Of several kinds that fit, the first.
+# The first kind that fits is taken.
 VERIFIERS = {
     "if": Verifier({"instruction_id_list"}, instruct.check_row, instruct.verify_instructions),
     "mcqa": Verifier({"options"}, choice.check_choice_row, choice.verify_choice),
@@ -55,7 +54,7 @@ VERIFIERS = {
     "math": Verifier({"expected_answer"}, math.check_math_row, math.verify_math, "math|gsm8k"),
     "preference": Verifier({"genrm"}, lambda row: None, None),
 }
-# What some files keep in verifier_metadata and others in the row itself.
+# Keys that some files have in verifier_metadata and others in the row itself.
 LIFTED = (
     "instruction_id_list",
     "kwargs",
@@ -66,13 +65,13 @@ LIFTED = (
 )
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, re.error)
 MAX_RESPONSE = 2_000_000  # characters of all turns; the report's longest are 256K tokens
-MAX_ROWS = 20_000  # rows whose reading is remembered
+MAX_ROWS = 20_000  # parsed rows in the cache
 
 lock, known_rows = Lock(), OrderedDict()  # id of a row -> (row, kind, the row as it is graded)
 
 
 def name_of(row):
-    """What an error calls a row: its id where it has one, else its beginning."""
+    """Name of a row in an error: its id if it has one, else its beginning."""
     ids = [row[key] for key in ("id", "uuid", "hash_id", "source_record_id") if key in row]
     return f"row {ids[0]!r}" if ids else f"row without id {str(row)[:80]}..."
 
@@ -102,7 +101,7 @@ def find_kind(row):
 
 
 def canonical(row):
-    """The row without null keys, and with what its metadata has of what others have in the row."""
+    """The row without null keys, and with the LIFTED keys of its metadata."""
     clean = without_nulls(row)
     metadata = clean.get("verifier_metadata")
     lifted = LIFTED if isinstance(metadata, dict) else ()
@@ -136,7 +135,7 @@ def check_row(row):
 
 
 def kind_of(row):
-    """Which verifier a row asks for, whether or not this machine can grade it.
+    """The kind of verifier of a row, even if this machine cannot grade it.
 
     {"options": [...], "expected_answer": "B"} -> "mcqa"; {"expected_answer": "32"} -> "math".
     """
@@ -151,7 +150,7 @@ def compares_groups(row):
 
 
 def needs_judge(row):
-    """Whether no program can tell: pairs of a group, and answers beside a reference."""
+    """Whether a row needs a judge: for pairs of a group, or for an answer beside a reference."""
     return compares_groups(row) or reference_of(row) is not None
 
 

@@ -1,4 +1,4 @@
-"""What verifiers share: the type they return, and the turns of a response as they read them."""
+"""Shared by the verifiers: the type of a reward, and the parsed turns of a response."""
 
 import re
 from typing import NamedTuple
@@ -7,14 +7,14 @@ from nanocascade.tokenizer.chat import THINK, THINK_END, parse_response
 
 
 class Reward(NamedTuple):
-    """What a response earned and, in one short line for rollouts.jsonl, why."""
+    """The reward of a response and its reason, one short line for rollouts.jsonl."""
 
     value: float  # 1.0 or 0.0 for binary verifiers; preference scores may take any value
     reason: str
 
 
 def read_turn(text, tools=None):
-    """What parse_response returns of a turn, without thoughts that come late, again or nested.
+    """parse_response of a turn, without thoughts that come late, are repeated or nested.
 
     "So. <think>\\boxed{4}</think> It is 5." -> "So.  It is 5."; what stands before a </think> that
     closes nothing was a thought too.

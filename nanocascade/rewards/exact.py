@@ -36,7 +36,7 @@ GREEK = re.compile(
 
 
 class Unknown(Exception):
-    """This term is not ours to decide."""
+    """The term cannot be evaluated exactly here."""
 
 
 class Value:

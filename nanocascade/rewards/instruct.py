@@ -32,7 +32,7 @@ MAX_CHARS = 300_000  # the longest rollout, 49K tokens of prose, is about 220,00
 
 
 def at_least(find):
-    """A check of how many a function or pattern finds: at least n where nothing else is said."""
+    """A check of the number of matches of a function or pattern: by default at least n."""
     find = find if callable(find) else re.compile(find).findall
 
     def check(text, n, relation="at least"):

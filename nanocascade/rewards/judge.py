@@ -32,7 +32,7 @@ TRIES = 3  # for a verdict in an answer, before it is neutral
 
 
 class NoVerdict(ValueError):
-    """The judge answered, without the numbers asked for."""
+    """The judge's answer lacks the numbers asked for."""
 
 
 class Refused(Exception):
@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 class Unreachable(Exception):
-    """No answer, which may pass."""
+    """No answer from the endpoint; asking again may help."""
 
 
 def parse_verdict(text: str, bounds=COMPARED, quoted=()) -> dict:

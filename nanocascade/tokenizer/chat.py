@@ -1,4 +1,4 @@
-"""What a model answers, read: its thought, its text and its tool calls."""
+"""Parse a model's response: its thought, its text and its tool calls."""
 
 import json
 import re

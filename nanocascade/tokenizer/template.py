@@ -84,7 +84,7 @@ def compile_template(text: str):
 
 
 def render_template(text: str, messages, tools, **variables) -> str:
-    """What the template `text` writes for messages and tools. Raises ValueError, one line."""
+    """Render messages and tools by the template `text`. Raises ValueError of one line."""
     messages = [  # some templates read a thought under the other name
         {"thinking": x["reasoning_content"]} | x if "reasoning_content" in x else x
         for x in messages

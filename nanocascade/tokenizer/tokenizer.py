@@ -116,7 +116,7 @@ class Tokenizer:
         return parse_response(text.rpartition(header)[2] if header else text, tools)
 
     def opening(self, thinking=True):
-        """What the generation prompt writes of the answer: "<think>\\n" for Nemotron 3."""
+        """The first text of an answer, written by the prompt: "<think>\\n" for Nemotron 3."""
         return self.chat_template.turn(thinking)[1]
 
     def response_text(self, ids, thinking=True):
