@@ -6,6 +6,7 @@ data; the released example rows are graded too where they are at hand.
 
 import json
 import random
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -591,3 +592,11 @@ def test_large_and_strange_answers_are_quick(kind):
         start = time.process_time()
         assert value(ROWS[kind], text) == 0
         assert time.process_time() - start < second, text[:10]
+
+
+def test_rewards_need_no_torch():
+    """The helper process imports the verifiers under a limit of address space that the libraries of
+    a CUDA build alone exceed, so nothing that they import may import torch."""
+    code = "import sys, nanocascade.rewards; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    assert done.returncode == 0

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from nanocascade.checkpoint.stops import read_stop_ids
 from nanocascade.files import read_json
 from nanocascade.model.model import ModelConfig
+from nanocascade.tokenizer.stops import read_stop_ids
 
 CLASSES = {
     "nemotron_h": "NemotronH",

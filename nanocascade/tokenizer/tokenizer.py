@@ -15,11 +15,11 @@ import json
 from functools import cache, lru_cache
 from pathlib import Path
 
-from nanocascade.checkpoint.stops import read_stop_ids
 from nanocascade.files import read_json, read_text
 from nanocascade.tokenizer.chat import parse_response
 from nanocascade.tokenizer.conversation import THOUGHTFUL, ChatTemplate
 from nanocascade.tokenizer.read import NAMES, check_config, read_spec, read_templates
+from nanocascade.tokenizer.stops import read_stop_ids
 from nanocascade.tokenizer.template import merge
 
 FILES = (
