@@ -56,9 +56,14 @@ def package(tmp_path, monkeypatch):
     """package(sections...): a copy of the program with their diffs and files, in the place of the
     imported package until the test ends. It is also the current directory."""
 
+    def loaded():
+        return {x: m for x, m in sys.modules.items() if x.split(".")[0] == "nanocascade"}
+
     def forget():
-        for name in [x for x in sys.modules if x.split(".")[0] == "nanocascade"]:
-            monkeypatch.delitem(sys.modules, name)
+        for name in loaded():
+            del sys.modules[name]
+
+    originals = loaded()
 
     def make(*sections):
         copy = tmp_path / "copy"
@@ -77,8 +82,8 @@ def package(tmp_path, monkeypatch):
         return copy
 
     yield make
-    for name in [x for x in sys.modules if x.split(".")[0] == "nanocascade"]:
-        del sys.modules[name]  # the copy's; monkeypatch then puts the others back
+    forget()  # the copy's modules
+    sys.modules.update(originals)
 
 
 def commands(section):
