@@ -6,6 +6,7 @@
 #   bash runs/small.sh MODEL_DIR DATA_DIR        with your own: train.jsonl, test.jsonl (held out)
 #                                                and sft.jsonl (answers to imitate; may be missing)
 #   bash runs/small.sh MODEL_DIR --short         every stage for two steps, to see that it all works
+#   bash runs/small.sh MODEL_DIR --cpu           short answers and few steps: a 135M model, two cores
 #   bash runs/small.sh MODEL_DIR --lora_rank 16  adapters on frozen weights; any flag that all three
 #                                                train scripts know may follow, as --dtype bfloat16
 #   --out DIR                                    where the runs go (default: runs/out-small)
@@ -16,7 +17,7 @@
 # docs/one-gpu.md for memory, minutes and what to change first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] && [ -f "$1/config.json" ] || { sed -n '5,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] && [ -f "$1/config.json" ] || { sed -n '5,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 MODEL=$1; shift
 source runs/setup.sh
 
@@ -34,6 +35,13 @@ while [ $# -gt 0 ]; do
       SFT=(--steps 2 --batch_tokens 512)
       RL=(--steps 2 --prompts 4 --rollouts 2 --max_new_tokens 8)
       MOPD=(--steps 2 --prompts 4 --rollouts 1 --max_new_tokens 8)
+      shift ;;
+    --cpu)
+      EVAL=(--eval_samples 100 --own_eval_samples 200 --eval_max_new_tokens 48)
+      FLAGS+=(--micro_tokens 2048 --max_rows 96)
+      SFT=(--steps 16 --batch_tokens 2048 --row_tokens 256 --warmup 3 --schedule_steps 16)
+      RL=(--steps 45 --prompts 12 --rollouts 8 --max_new_tokens 48 --lr 1.5e-5)
+      MOPD=(--steps 20 --prompts 32 --rollouts 1 --max_new_tokens 48 --lr 1e-5 --warmup 2)
       shift ;;
     *) FLAGS+=("$1"); shift ;;
   esac
