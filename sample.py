@@ -24,7 +24,7 @@ from nanocascade.engine.device import find_device
 from nanocascade.engine.distributed import DTYPES
 from nanocascade.environments.loop import answer, end_episode, equip
 from nanocascade.files import read_text
-from nanocascade.rewards import compares_groups, kind_of, name_of, needs_judge, score
+from nanocascade.rewards import compares_groups, name_of, needs_judge, verdict
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.rollouts.strategies import STRATEGIES, final_grades
@@ -102,7 +102,7 @@ def messages_for(cfg: Config, text: str) -> list[dict]:
 
 def with_tools(cfg: Config, row: dict) -> dict:
     """The row with the tools of --tools, unless it has an environment or tools already."""
-    own = "environment" in row or row["responses_create_params"].get("tools")
+    own = "environment" in row or conversation(row)[1]
     return equip(row | {"environment": {"name": cfg.tools}}) if cfg.tools and not own else row
 
 
@@ -195,7 +195,7 @@ def task_rows(cfg: Config, sft: bool) -> list[dict]:
             rows += list(read_rows(source, sft=sft))[: cfg.limit or None]
     for row in () if sft else rows:
         if needs_judge(row) and not compares_groups(row):
-            raise ValueError(f"{name_of(row)}: a {kind_of(row)} row like this needs a judge")
+            raise ValueError(f"{name_of(row)}: a {row['kind']} row like this needs a judge")
     return rows
 
 
@@ -246,7 +246,7 @@ def play(cfg: Config, model, tokenizer, rows: list[dict]):
         ]
 
     def grade(rows: list[dict], answers: list[str]) -> list[float]:
-        return [reward.value for reward in scorer.programs.map(score, rows, answers)]
+        return [reward.value for reward in scorer.programs.map(verdict, rows, answers)]
 
     strategy, options = STRATEGIES[cfg.strategy], ("checks", "keep", "shown")
     options = {name: getattr(cfg, name) for name in options}

@@ -11,7 +11,7 @@ import pytest
 
 from nanocascade.data.episode import Rollout
 from nanocascade.engine.distributed import Dist
-from nanocascade.rewards import check_row, kind_of, preference, score
+from nanocascade.rewards import check_row, checked_row, kind_of, preference, score
 from nanocascade.rewards.judge import EndpointJudge, parse_verdict
 from nanocascade.rewards.preference import score_group, win_rate
 from nanocascade.rollouts.scoring import Scorer
@@ -287,7 +287,7 @@ def test_answers_are_graded_beside_a_reference(server):
         assert score(row, answer, judge=judge).value == 0
     assert asked == len(server.bodies) == 6 + 10
     assert score(QUESTION, "5", finished=False, judge=judge).reason == "cut off"
-    rollout = Rollout(QUESTION, [], 0, turns=[{"role": "assistant", "content": "5"}])
+    rollout = Rollout(checked_row(QUESTION), [], 0, turns=[{"role": "assistant", "content": "5"}])
     rollout.stop_reason = "stop"
     assert Scorer(judge).submit(rollout).result().value == 1
 

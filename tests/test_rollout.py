@@ -35,7 +35,7 @@ from nanocascade.toy.start import build_toy_tokenizer
 ALONE = Dist(0, 1, "cpu")
 ROWS = (tasks.tools(random.Random(i)) for i in range(40))  # (row, good, slip)
 ROW, GOOD, _ = next(x for x in ROWS if len(x[0]["ground_truth"]) == 2)  # look, order
-ROW["domain"] = "tools"
+ROW |= {"domain": "tools", "kind": "tools"}
 SPOKEN = [x for x in GOOD if x["role"] == "assistant"]
 RIGHT, WRONG, MIXED = (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)
 
@@ -117,7 +117,13 @@ def test_episodes_in_a_repository(tokenizer, monkeypatch):
     """The toy's good episode of repair earns 1 and its slip 0, side by side: the edit of one is not
     there for the other to read; tool results carry no loss; and one in Python reads its output."""
     row, good, slip = tasks.agentic(random.Random(3))
-    talk = partial(play, tokenizer, monkeypatch, 400, row=row | {"domain": "swe_agentic"})
+    talk = partial(
+        play,
+        tokenizer,
+        monkeypatch,
+        400,
+        row=row | {"domain": "swe_agentic", "kind": "swe_agentic"},
+    )
     parts = [[x for x in part if x["role"] == "assistant"] for part in (good, slip)]
     again = [[*part[:2], part[0], part[2]] for part in parts]  # reads the file once more
     right, wrong = talk(*again)
@@ -128,7 +134,8 @@ def test_episodes_in_a_repository(tokenizer, monkeypatch):
     for told, fix in zip((fixed, broken), fixes, strict=True):
         assert told[1:] == ["edited f.py", f"def f(x):\n    return {fix}\n"]
     assert right.response_length == len(written(tokenizer, *again[0]))
-    row = tasks.math(random.Random(0))[0] | {"environment": {"name": "python"}, "domain": "math"}
+    row = tasks.math(random.Random(0))[0] | {"environment": {"name": "python"}}
+    row |= {"domain": "math", "kind": "math"}
     program = f"print('{row['expected_answer']}')"
     program = tasks.assistant("run", "", [tasks.tool_call("python", code=program)])
     box = tasks.assistant("so", "\\boxed{%s}" % row["expected_answer"])
@@ -153,7 +160,8 @@ def group(row, *outcomes):
 
 
 def rows_of(*outcomes):
-    return [{"id": i, "domain": "math", "outcomes": x} for i, x in enumerate(outcomes)]
+    prompt = {"responses_create_params": {"input": []}}
+    return [{"id": i, "domain": "math", "outcomes": x, **prompt} for i, x in enumerate(outcomes)]
 
 
 class Calls(list):
@@ -186,6 +194,7 @@ def test_pairs_are_asked_early(pairing):
     own, and the outcome is that against the stored answer."""
     row = tasks.preference(random.Random(0))[0] | {
         "domain": "preference",
+        "kind": "preference",
         "reference": "</think>no",
     }
     texts = ["<think>\na\n</think>\nThe cat is old.", "<think>\nb\n</think>\n", "<think>\nc"]
@@ -226,7 +235,7 @@ def test_pairs_are_asked_early(pairing):
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_judge_concurrency(concurrency):
     """As many questions as --judge_concurrency are with the judge at once, and no more."""
-    row = tasks.preference(random.Random(0))[0] | {"domain": "preference"}
+    (row,) = tasks.make_rows("preference", 1)
     turn = {"role": "assistant", "content": "</think>The cat is old."}
     group = [Rollout(row, [1], 1, turns=[turn], stop_reason="stop") for _ in range(4)]
     full, open_, most = threading.Event(), [], []

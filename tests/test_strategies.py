@@ -6,6 +6,7 @@ import pytest
 from fixtures import toy_runs
 from fixtures.toy_runs import run_here
 
+from nanocascade.data.rows import question_of
 from nanocascade.rollouts.strategies import (
     STRATEGIES,
     attempt,
@@ -13,7 +14,6 @@ from nanocascade.rollouts.strategies import (
     most_frequent,
     refinement_prompt,
     submission_prompt,
-    text_of,
 )
 from nanocascade.toy.tasks import user_row
 
@@ -28,7 +28,7 @@ def play(name, replies, truth="7", rounds=2, samples=3, rows=None, **options):
     asked, graded, replies = [], [], iter(replies)
 
     def ask(rows, n):
-        asked.extend((text_of(row), n) for row in rows)
+        asked.extend((question_of(row), n) for row in rows)
         return [[BOX % next(replies) for _ in range(n)] for _ in rows]
 
     def grade(rows, answers):
@@ -75,7 +75,7 @@ def test_numbers_checks(checks, mean, grade):
     numbers = [float(x[7:-1]) for x in found.analyses]
     assert numbers == sorted(numbers) and len(numbers) <= len(texts)
     asked = []
-    ask = lambda rows, n: asked.append((text_of(rows[0]), n)) or [texts]  # noqa: E731
+    ask = lambda rows, n: asked.append((question_of(rows[0]), n)) or [texts]  # noqa: E731
     assert final_grades([user_row("q")], ask, ["a"], 5) == [grade]
     assert asked[0][0].startswith("q\nTried: a\nIs it right?") and asked[0][1] == 5
 

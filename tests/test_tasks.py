@@ -7,7 +7,7 @@ import re
 import pytest
 from fixtures.machine import confinement
 
-from nanocascade.data.rows import conversation, normalize
+from nanocascade.data.rows import conversation, normalize, question_of
 from nanocascade.data.stream import PromptStream
 from nanocascade.rewards import check_row, kind_of, score
 from nanocascade.sandbox.sandbox import shared_sandbox
@@ -36,7 +36,7 @@ def turns(tokenizer, row, messages) -> list[dict]:
 
 def tried_right(row) -> bool:
     """Whether a revision's prompt ends with an attempt that is already right."""
-    tried = tasks.text_of(row).partition("\nTried: ")[2].rpartition("\nTried: ")[2]
+    tried = question_of(row).partition("\nTried: ")[2].rpartition("\nTried: ")[2]
     return bool(tried) and score(row, re.split("\nCheck: |\nScore: ", tried)[0]).value == 1
 
 
@@ -63,7 +63,7 @@ def test_rows_of_a_domain(domain):
     rows = tasks.make_rows(domain, 300, "train", 5)
     assert json.loads(json.dumps(rows)) == rows == tasks.make_rows(domain, 300, "train", 5)
     assert all(normalize(x, "x")["domain"] == domain for x in rows)
-    assert {kind_of(x) for x in rows} == KINDS[domain]
+    assert {kind_of(x) for x in rows} == KINDS[domain] == {x["kind"] for x in rows}
     asked = {conversation(x)[0][-1]["content"] for x in rows}
     test = {conversation(x)[0][-1]["content"] for x in tasks.make_rows(domain, 300, "test", 5)}
     assert asked.isdisjoint(test) != (domain == "preference")

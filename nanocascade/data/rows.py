@@ -17,7 +17,7 @@ from pathlib import Path
 from nanocascade.data.forms import gym_form
 from nanocascade.environments.loop import equip
 from nanocascade.files import read_text
-from nanocascade.rewards import check_row, kind_of, without_nulls
+from nanocascade.rewards import checked_row, kind_of, without_nulls
 from nanocascade.tokenizer.chat import split_thought
 from nanocascade.tokenizer.messages import chat_form
 
@@ -56,8 +56,8 @@ def _read(line: bytes, name: str, sft: bool | None):
         json.dumps(row, ensure_ascii=False).encode()  # fails on a lone surrogate
         row = normalize(row, name)
         if not sft and (sft is False or row["domain"] != "sft"):
-            check_row(row)
-        elif "solutions" not in row:
+            return checked_row(row), ""
+        if "solutions" not in row:
             raise ValueError("no solution to imitate")
         return row, ""
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -79,12 +79,14 @@ def normalize(row: dict, name: str) -> dict:
             if imitated or "expected_answer" not in row and chat
             else gym_form(row)
         )
-    messages = conversation(row)[0]
+    params = row["responses_create_params"]
+    messages = chat_form(params["input"])
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise ValueError("the prompt must end with a user turn or a tool's result")
     if not 0 <= row.get("pass_rate", 0) <= 1:
         raise ValueError(f"pass_rate {row['pass_rate']} is not within 0 and 1")
-    row = {"id": row.get("uuid") or row.get("hash_id") or name} | equip(row)
+    row = {"id": row.get("uuid") or row.get("hash_id") or name} | row
+    row = equip(row | {"responses_create_params": params | {"input": messages}})
     return row if "domain" in row else row | {"domain": kind_of(row)}
 
 
@@ -141,9 +143,14 @@ def read_references(path: str) -> dict[str, list[str]]:
 
 
 def conversation(row: dict) -> tuple[list[dict], list[dict] | None]:
-    """(messages, tools) of the prompt, in chat form."""
+    """(messages, tools) of the prompt."""
     params = row["responses_create_params"]
-    return chat_form(params["input"]), params.get("tools") or None
+    return params["input"], params.get("tools") or None
+
+
+def question_of(row: dict) -> str:
+    """The text of the prompt's last message."""
+    return conversation(row)[0][-1]["content"]
 
 
 def sft_conversation(row: dict, thinking: bool) -> list[dict]:

@@ -8,9 +8,7 @@ The keys of a row (NeMo Gym form) choose its verifier. Three rules hold for all 
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable
-from threading import Lock
 from typing import NamedTuple
 
 from nanocascade.rewards import choice, code, instruct, math, proof, retrieval, structured, tools
@@ -65,9 +63,6 @@ LIFTED = (
 )
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, re.error)
 MAX_RESPONSE = 2_000_000  # characters of all turns; the report's longest are 256K tokens
-MAX_ROWS = 20_000  # parsed rows in the cache
-
-lock, known_rows = Lock(), OrderedDict()  # id of a row -> (row, kind, the row as it is graded)
 
 
 def name_of(row):
@@ -108,11 +103,12 @@ def canonical(row):
     return {key: metadata[key] for key in lifted if key in metadata} | clean
 
 
-def understand(row):
-    """(kind, the row as its verifier reads it), checked once; ValueError for a malformed row."""
-    with lock:
-        if known := known_rows.get(id(row)):
-            return known[1:]
+def checked_row(row):
+    """The row as `verdict` takes it, with its "kind"; ValueError if it cannot be graded here.
+
+    Run when data is read: a missing extra (math-verify, jsonschema, PyYAML) shows before the first
+    step of a run.
+    """
     clean, kind = canonical(row), ""
     try:
         kind = find_kind(clean)
@@ -121,17 +117,12 @@ def understand(row):
         if not kind and isinstance(error, ValueError):
             raise
         raise ValueError(f"{name_of(row)} ({kind}): {type(error).__name__}: {error}") from error
-    with lock:
-        known_rows[id(row)] = row, kind, clean  # the row itself too, or its id would be another's
-        if len(known_rows) > MAX_ROWS:
-            known_rows.popitem(last=False)
-    return kind, clean
+    return clean | {"kind": kind}
 
 
 def check_row(row):
-    """The row's kind; ValueError if it cannot be graded here. Run when data is read: a missing
-    extra (math-verify, jsonschema, PyYAML) shows before the first step of a run."""
-    return understand(row)[0]
+    """The row's kind; ValueError if it cannot be graded here."""
+    return checked_row(row)["kind"]
 
 
 def kind_of(row):
@@ -139,31 +130,34 @@ def kind_of(row):
 
     {"options": [...], "expected_answer": "B"} -> "mcqa"; {"expected_answer": "32"} -> "math".
     """
-    with lock:
-        known = known_rows.get(id(row))
-    return known[1] if known else find_kind(canonical(row))
+    return find_kind(canonical(row))
 
 
 def compares_groups(row):
-    """Whether the row's verifier compares the responses of a group (score_group)."""
-    return VERIFIERS[kind_of(row)].verify is None
+    """Whether the verifier of a checked row compares the responses of a group (score_group)."""
+    return VERIFIERS[row["kind"]].verify is None
 
 
 def needs_judge(row):
-    """Whether a row needs a judge: for pairs of a group, or for an answer beside a reference."""
+    """Whether a checked row needs a judge: for pairs of a group, or an answer and a reference."""
     return compares_groups(row) or reference_of(row) is not None
 
 
 def score(row, response, *, finished=True, judge=None):
-    r"""Grade one response: the text after "<|im_start|>assistant\n", or the list of turns.
+    """`verdict` on a row as it stands in its file."""
+    return verdict(checked_row(row), response, finished=finished, judge=judge)
+
+
+def verdict(row, response, *, finished=True, judge=None):
+    r"""Grade one response to a checked row: the text after "<|im_start|>assistant\n", or the list
+    of turns.
 
     finished=False: generation stopped at the length limit. It is a 0 here; whether it then stays in
     the loss is the stage's choice (overlong penalty or filtering). Of several assistant turns the
     last is the answer; tool calls count from all of them, in order. judge: for rows that have a
     reference and no program to compare with it (judge.EndpointJudge).
     """
-    kind, row = understand(row)
-    judged = reference_of(row) is not None
+    kind, judged = row["kind"], reference_of(row) is not None
     if judged and not hasattr(judge, "grade"):
         raise ValueError(f"{name_of(row)}: a {kind} row like this needs a judge")
     verify = VERIFIERS[kind].verify

@@ -7,6 +7,7 @@ from operator import itemgetter
 import torch
 
 from nanocascade.data.episode import Rollout
+from nanocascade.data.rows import conversation
 from nanocascade.rollouts.scoring import NOT_SCORED
 from nanocascade.sampler import step_seed
 
@@ -30,7 +31,7 @@ def collect_groups(play, stream, prompts, num_samples, seed, dist, dynamic=False
         tried += len(drawn)
         # Balance ranks by prompt length: long prompts prefill slower and usually get longer
         # answers.
-        local = dist.shard(drawn, size=lambda x: len(str(x[1].get("responses_create_params"))))
+        local = dist.shard(drawn, size=lambda x: len(str(conversation(x[1]))))
         rows, positions = [row for _, row in local], [position for position, _ in local]
         groups, spent = play(rows, num_samples, seed=seed, row_ids=positions)
         timing = {name: timing[name] + spent[name] for name in timing}

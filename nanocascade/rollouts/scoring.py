@@ -4,10 +4,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from nanocascade.data.episode import Rollout
-from nanocascade.rewards import compares_groups, needs_judge, score, score_group
+from nanocascade.data.rows import conversation
+from nanocascade.rewards import compares_groups, needs_judge, score_group, verdict
 from nanocascade.rewards.base import read_turn
 from nanocascade.rewards.judge import EndpointJudge
-from nanocascade.rewards.preference import conversation_of, make_pairs, win_rate
+from nanocascade.rewards.preference import make_pairs, win_rate
 from nanocascade.sandbox.sandbox import share_of_cores
 
 NOT_SCORED = "not scored: no judge"
@@ -33,7 +34,7 @@ class Scorer:
             return self.questions.submit(self.against_reference, rollout)
         threads = self.questions if needs_judge(rollout.row) else self.programs
         options = {"finished": rollout.stop_reason == "stop", "judge": self.judge}
-        return threads.submit(score, rollout.row, rollout.turns, **options)
+        return threads.submit(verdict, rollout.row, rollout.turns, **options)
 
     def judge_metrics(self, dist) -> dict[str, float]:
         """Shares of this step's questions to the endpoint that got no verdict."""
@@ -56,7 +57,7 @@ class Scorer:
             places = sorted(answers)
             pairs = make_pairs(len(places), self.pairing) if complete else []
             pairs = [(places[i], places[j]) for i, j in pairs]
-        ask = partial(self.questions.submit, self.judge, conversation_of(row))
+        ask = partial(self.questions.submit, self.judge, conversation(row)[0])
         return {(i, j): ask(answers[i], answers[j]) for i, j in pairs}
 
     def book(self, group: list[Rollout], verdicts: list[Future | None], matches, encode) -> None:

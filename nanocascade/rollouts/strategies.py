@@ -10,6 +10,7 @@ Source: Nemotron-Cascade 2, IMO (refine) and IOI / ICPC (submit).
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
+from nanocascade.data.rows import question_of
 from nanocascade.rewards.math import last_boxed
 
 TRIED, SCORE, ANALYSIS, ACCEPTED = "\nTried: ", "\nScore: ", "\nCheck: ", "\nAccepted: "
@@ -18,14 +19,11 @@ SHOWN = 2  # submissions, or accepted programs, in a prompt, as in the toy's SFT
 CERTAIN = 0.99999  # an answer with this mean score is not refined any more
 
 
-def text_of(row: dict) -> str:
-    return row["responses_create_params"]["input"][-1]["content"]
-
-
 def asking(row: dict, prompt: str) -> dict:
     """The row with another last message: its system message, tools and verifier stay."""
     params = row["responses_create_params"]
-    messages = [*params["input"][:-1], params["input"][-1] | {"content": prompt}]
+    *before, last = params["input"]
+    messages = [*before, last | {"content": prompt}]
     return row | {"responses_create_params": params | {"input": messages}}
 
 
@@ -122,7 +120,7 @@ def final_grades(rows, ask, answers, gradings: int) -> list[float]:
 
 def verifications(rows, answers) -> list[dict]:
     return [
-        asking(row, verification_prompt(text_of(row), x))
+        asking(row, verification_prompt(question_of(row), x))
         for row, x in zip(rows, answers, strict=True)
     ]
 
@@ -141,12 +139,12 @@ def refine(rows, ask, grade, rounds, samples, checks, keep, shown, **_):
         for i, row in enumerate(rows):
             best = sorted(pools[i], key=lambda x: -x.score)[:keep]
             if turn == 0:
-                texts = [text_of(row)]
+                texts = [question_of(row)]
             elif best[0].score >= CERTAIN:
                 texts = []
             else:
                 texts = [
-                    refinement_prompt(text_of(row), x.answer, x.analyses[:shown]) for x in best
+                    refinement_prompt(question_of(row), x.answer, x.analyses[:shown]) for x in best
                 ]
             owners += [i] * len(texts)
             prompts += [asking(row, text) for text in texts]
@@ -177,7 +175,7 @@ def submit(rows, ask, grade, rounds, samples, **_):
         prompts = []
         for i in open_:
             others = [x for j, x in accepted[rows[i].get("subtask_of")] if j != i]
-            text = submission_prompt(text_of(rows[i]), sent[i][-SHOWN:], others[-SHOWN:])
+            text = submission_prompt(question_of(rows[i]), sent[i][-SHOWN:], others[-SHOWN:])
             prompts.append(asking(rows[i], text))
         chosen = []
         for i, answers in zip(open_, ask(prompts, samples), strict=True):

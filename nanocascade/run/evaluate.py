@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from nanocascade.data.episode import Sampling
+from nanocascade.data.rows import question_of
 from nanocascade.engine.distributed import Dist
 from nanocascade.files import write_text_atomic
 from nanocascade.rewards import compares_groups, needs_judge
 from nanocascade.rewards.judge import EndpointJudge
 from nanocascade.rollouts.groups import mean
 from nanocascade.rollouts.rollout import roll_out
-from nanocascade.run.rows import References, check_prompts, question_of, read_eval_rows
+from nanocascade.run.rows import References, check_prompts, read_eval_rows
 from nanocascade.run.settings import TOY, EvalSettings, RunSettings
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks

@@ -1,9 +1,15 @@
 """The rows of a run, read or generated, and their checks before training starts."""
 
 from nanocascade.data.episode import Document, Sampling
-from nanocascade.data.rows import conversation, read_references, read_rows, sft_conversation
+from nanocascade.data.rows import (
+    conversation,
+    question_of,
+    read_references,
+    read_rows,
+    sft_conversation,
+)
 from nanocascade.engine.distributed import Dist
-from nanocascade.rewards import compares_groups, kind_of
+from nanocascade.rewards import compares_groups
 from nanocascade.run.settings import TOY, EvalSettings, RunSettings
 from nanocascade.sandbox.sandbox import shared_sandbox
 from nanocascade.tokenizer.tokenizer import Tokenizer
@@ -108,7 +114,7 @@ def check_sandbox(rows: list[dict], settings: RunSettings, eval_data, dist: Dist
     """If the rows run programs, print how these are confined, or raise OSError before training
     starts. The toy's arithmetic functions run on every system (see Sandbox)."""
     run_programs = {"code", "swe", "swe_agentic"}
-    rows = [x for x in rows if kind_of(x) in run_programs or "python" in str(x.get("environment"))]
+    rows = [x for x in rows if x["kind"] in run_programs or "python" in str(x.get("environment"))]
     if rows:
         toy = settings.data == (TOY,) and eval_data in ((), (TOY,))
         plain = toy and not any("environment" in x for x in rows)
@@ -152,7 +158,3 @@ class References:
             row | {"reference": answers[i % len(answers)]} if answers else row
             for i, (row, answers) in enumerate(zip(rows, found, strict=True))
         ]
-
-
-def question_of(row: dict) -> str:
-    return conversation(row)[0][-1]["content"]

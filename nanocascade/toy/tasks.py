@@ -17,9 +17,10 @@ import re
 from itertools import zip_longest
 from pathlib import Path
 
+from nanocascade.data.rows import question_of
 from nanocascade.environments.base import make_tool
+from nanocascade.rewards import find_kind
 from nanocascade.rollouts import strategies
-from nanocascade.rollouts.strategies import text_of
 from nanocascade.tokenizer.chat import MARKUP, TEMPLATE
 from nanocascade.tokenizer.messages import tools_form
 from nanocascade.tokenizer.template import markup_pattern, render_template, split_markup
@@ -249,7 +250,10 @@ def attempted(rng):
         domain, task = "code", code
         problem = (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
     (row, good, slip), (_, _, other) = task(rng, problem), task(rng, problem)
-    row["problem"] = domain, text_of(row)  # the split depends on the problem that the attempt shows
+    row["problem"] = (
+        domain,
+        question_of(row),
+    )  # the split depends on the problem that the attempt shows
     return row, good[0], slip[0], other[0]
 
 
@@ -275,7 +279,7 @@ def verify(rng):
     """Judge an attempt: the thought solves the problem again, the answer compares the results."""
     row, good, slip, _ = attempted(rng)
     tried = good if rng.random() < 0.5 else slip
-    prompt = strategies.verification_prompt(text_of(row), tried["content"])
+    prompt = strategies.verification_prompt(question_of(row), tried["content"])
     check = user_row(prompt, question=prompt, expected_answer=str(int(tried is good)))
     answers = [
         [assistant(good["reasoning_content"], analysis(good, tried, x))] for x in (False, True)
@@ -291,12 +295,12 @@ def revise(rng):
     if rng.random() < 0.6:
         checkers = [other if rng.random() < 0.2 else good for _ in range(rng.randint(1, 2))]
         texts = sorted((analysis(x, tried) for x in checkers), key=lambda x: x[-2])
-        prompt = strategies.refinement_prompt(text_of(row), tried["content"], texts)
+        prompt = strategies.refinement_prompt(question_of(row), tried["content"], texts)
     else:
         past = [(other, 0), (slip, 0)] if rng.random() < 0.5 else [(tried, int(tried is good))]
         tried = past[-1][0]
         prompt = strategies.submission_prompt(
-            text_of(row), [(x["content"], score) for x, score in past]
+            question_of(row), [(x["content"], score) for x, score in past]
         )
     row["responses_create_params"] = user_row(prompt)["responses_create_params"]
     return row, [good], [tried]
@@ -331,13 +335,17 @@ def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0
     while len(rows) < count:
         row, good, slip = GENERATORS[domain](rng)
         chosen = slip if rng.random() < SLIPS[domain] else good
-        problem = " ".join(row.pop("problem", (domain, text_of(row))))
+        problem = " ".join(row.pop("problem", (domain, question_of(row))))
         digest = hashlib.sha256(problem.encode()).digest()[0]
         # Preference has a small set of questions and no right answers, so training and test share
         # them. Every other domain is split by problem.
         if domain != "preference" and (digest % 8 == 0) != (split == "test"):
             continue
-        row |= {"id": f"{domain}-{split}-{seed}-{len(rows)}", "domain": domain}
+        row |= {
+            "id": f"{domain}-{split}-{seed}-{len(rows)}",
+            "domain": domain,
+            "kind": find_kind(row),
+        }
         without = [
             m | {"reasoning_content": None} if m["role"] == "assistant" else m for m in chosen
         ]
