@@ -3,7 +3,7 @@
 import bisect
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -59,28 +59,16 @@ class Batch:
         return self.copies > 0  # (1, t)
 
     def to(self, device) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{k: x.to(device) for k, x in values.items() if isinstance(x, Tensor)}
-        )
+        tensors = {k: x.to(device) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 class Group(NamedTuple):
-    """Indices of a step's documents that share a prompt, and its length (0: no shared prompt)."""
+    """Documents of a step that share a prompt."""
 
-    prompt: int
-    members: list[int]
-    size: int  # tokens of the prompt, once, and of what follows it
-
-
-class Piece(NamedTuple):
-    """Tokens start .. end of a document, as one document of the micro-batch."""
-
-    document: Document
-    start: int
-    end: int
-    parent: int
-    copies: int
+    prompt: int  # its length (0: no shared prompt)
+    members: list[int]  # indices in the step's list
+    size: int  # tokens of the prompt, once, and of all that follows it
 
 
 def step_batches(
@@ -140,53 +128,51 @@ def make_groups(documents: Sequence[Document], budget: int, share: bool) -> list
 
 
 def fill(documents: Sequence[Document], groups: list[Group], replay: bool) -> Batch:
-    """The micro-batch of some groups."""
-    pieces, sources, response_ids, size = [], [], [], 0
+    """The micro-batch of some groups, token by token and target by target."""
+    ids, segments, copies, parents, experts = [], [], [], [], []
+    sources, targets, response_ids, mask, logprobs, advantages = [], [], [], [], [], []
+
+    def add_tokens(x: Document, start: int, end: int, parent: int, num_copies: int) -> None:
+        """Append tokens start .. end of x, as one document of the micro-batch."""
+        length = end - start
+        ids.extend(x.tokens[start:end])
+        segments.extend([len(parents)] * length)
+        copies.extend([num_copies] * length)
+        parents.append(parent)
+        if replay:
+            experts.append(x.experts[start:end].cpu())
+
     for prompt, members, _ in groups:
-        parent = -1
+        parent = len(parents) if prompt else -1
         if prompt:
-            parent = len(pieces)
-            pieces.append(Piece(documents[members[0]], 0, prompt, -1, len(members)))
-            size += prompt
-        prompt_end = size - 1
+            add_tokens(documents[members[0]], 0, prompt, -1, len(members))
+        prompt_end = len(ids) - 1
         for i in members:
-            first, last = first_target(documents[i]), len(documents[i].tokens) - 1
-            places = torch.arange(first - 1, last) + size - prompt  # (n,)
+            x = documents[i]
+            offset = len(ids) - prompt  # from a token's place in x to its place in the micro-batch
+            last = len(x.tokens) - 1
+            if prompt < last:  # a response of one token is predicted by its prompt alone
+                add_tokens(x, prompt, last, parent, 1)
+            first = max(x.prompt_length, 1)  # nothing predicts token 0
+            places = list(range(offset + first - 1, offset + last))
             if prompt:
                 places[0] = prompt_end
-            if prompt < last:  # a response of one token is predicted by its prompt alone
-                pieces.append(Piece(documents[i], prompt, last, parent, 1))
-                size += last - prompt
-            sources.append(places)
-            response_ids.append(torch.full_like(places, i))
-    lengths = torch.tensor([x.end - x.start for x in pieces])  # (o,)
-    copies = torch.tensor([x.copies for x in pieces])  # (o,)
-    ids = [token for x in pieces for token in x.document.tokens[x.start : x.end]]
-    experts = [x.document.experts[x.start : x.end].cpu() for x in pieces] if replay else []
-    chosen = [documents[i] for group in groups for i in group.members]
-    targets = [token for x in chosen for token in x.tokens[first_target(x) :]]
-    mask = [flag and x.loss for x in chosen for flag in x.mask[first_target(x) :]]
-    counts = torch.tensor([len(x) for x in sources])  # (r,) targets of each response
-    advantages = torch.tensor([x.advantage for x in chosen])  # (r,)
-    logprobs = [  # an SFT document has none
-        value
-        for x, places in zip(chosen, sources, strict=True)
-        for value in x.sampler_logprobs[first_target(x) :] or [0.0] * len(places)
-    ]
+            sources.extend(places)
+            targets.extend(x.tokens[first:])
+            response_ids.extend([i] * len(places))
+            mask.extend(flag and x.loss for flag in x.mask[first:])
+            logprobs.extend(x.sampler_logprobs[first:] or [0.0] * len(places))  # SFT has none
+            advantages.extend([x.advantage] * len(places))
     return Batch(
-        ids=torch.tensor(ids)[None],
-        segments=torch.repeat_interleave(lengths)[None],
-        parents=[x.parent for x in pieces],
-        copies=copies.repeat_interleave(lengths)[None],
-        sources=torch.cat(sources)[None],
+        ids=torch.tensor([ids]),
+        segments=torch.tensor([segments]),
+        parents=parents,
+        copies=torch.tensor([copies]),
+        sources=torch.tensor([sources]),
         targets=torch.tensor([targets]),
-        response_ids=torch.cat(response_ids)[None],
+        response_ids=torch.tensor([response_ids]),
         mask=torch.tensor([mask]),
         sampler_logprobs=torch.tensor([logprobs]),
-        advantages=advantages.repeat_interleave(counts)[None],
+        advantages=torch.tensor([advantages]),
         experts=torch.cat(experts)[None] if replay else None,
     )
-
-
-def first_target(document: Document) -> int:
-    return max(document.prompt_length, 1)  # nothing predicts token 0

@@ -89,7 +89,7 @@ def sft_document(row: dict, tokenizer: Tokenizer, thinking: bool, row_tokens: in
     ids, mask = tokenizer.render(sft_conversation(row, thinking), conversation(row)[1], thinking)
     size = max((i for i, has_loss in enumerate(mask) if has_loss), default=-1) + 1
     check_size(row, size, 0, row_tokens, "--row_tokens")
-    return Document(row, ids[:size], mask=mask[:size])
+    return Document(row, ids[:size], mask=[bool(x) for x in mask[:size]])
 
 
 def rendered_text(row: dict, tokenizer: Tokenizer, *conversation) -> str:
