@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
       EVAL=(--eval_samples 100 --own_eval_samples 200 --eval_max_new_tokens 48)
       FLAGS+=(--micro_tokens 2048 --max_rows 96)
       SFT=(--steps 16 --batch_tokens 2048 --row_tokens 256 --warmup 3 --schedule_steps 16)
-      RL=(--steps 45 --prompts 12 --rollouts 8 --max_new_tokens 48 --lr 1.5e-5)
+      RL=(--steps 45 --prompts 8 --rollouts 8 --max_new_tokens 48 --lr 2e-5 --dynamic_filtering true)
       MOPD=(--steps 20 --prompts 32 --rollouts 1 --max_new_tokens 48 --lr 1e-5 --warmup 2)
       shift ;;
     *) FLAGS+=("$1"); shift ;;
@@ -67,7 +67,7 @@ if [ -f "$DATA/sft.jsonl" ]; then
     ${SFT[@]+"${SFT[@]}"}
   START=$OUT/sft
 fi
-rl if_rl "$START" --stage if_rl --dynamic_filtering false
+rl if_rl "$START" --stage if_rl
 rl choice_rl "$OUT/if_rl" --stage multi_domain_rl --domains math,mcqa
 # Each domain's teacher is the checkpoint of the cascade that is best at it.
 run train_mopd.py mopd --init "$OUT/choice_rl" --data "$DATA/train.jsonl" --thinking "$THINKING" \
