@@ -4,101 +4,83 @@ r"""Read a short mathematical answer into a Node, which compare.py compares with
     r'90 "km"/"h"'        Node("num", 90, unit=(5/18, {m: 1, s: -1}))
     "3; 8"                Node("list", (3, 8))
     r"(-\infty,5]"        Node("tuple", ("(", (-inf, 5), "]"))
-    r"x<0; x\ge 2"        Node("ranges", ((None, False, 0, False), (2, True, None, False)))
+    r"x<0; x\ge 2"        Node("union", ((-inf, 0), [2, inf)))
 
 The text is in the spelling of latex.py. Values side by side are a list, whatever separates them.
 """
 
 import re
-from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from operator import itemgetter
+from itertools import pairwise
 from typing import NamedTuple
 
-from nanocascade.rewards.exact import Reader, Unknown, approximate, constant
+from nanocascade.rewards.exact import HIGH, Unknown, close, evaluate
 from nanocascade.rewards.latex import squeeze
 from nanocascade.rewards.units import unit_of
 
 
 class Node(NamedTuple):
-    """kind -> body: num a Value, inf whether negative, word and letters a text, list and set their
-    Nodes, tuple (bracket, Nodes, bracket), ranges sorted intervals, cycles of a permutation, code
-    numbers that are no arithmetic (a date, a time, a ratio), based an integer, equation its right
-    side, other what was not read ("relation" and "contradiction" say why)."""
+    """kind -> body: num a value, list and set their Nodes, tuple (bracket, Nodes, bracket), also of
+    a pair that is an interval, union such tuples in order, word and letters a text, code what is
+    compared as a whole (a date, a time, a ratio, a numeral of some base, a permutation); equation
+    has none, other is not read ("relation" and "contradiction" say why)."""
 
     kind: str
     body: object = None
     text: str = ""  # the whole text, for comparison as text
     name: str = ""  # what it is the value of: the x of x = 5
     unit: tuple | None = None  # (scale, {base: power}); None if there is none or it is unknown
+    letters: frozenset = frozenset()  # in a num
 
 
 EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset"}
 EMPTY |= {"\\emptyset", "\\{\\}", "thereisnosolution", "therearenosolutions"}
 THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
-ARROWS = (
-    r"\\(?:mid|to|Rightarrow|iff|Leftrightarrow|mapsto|propto|cap|setminus|subset|subseteq|dots)"
-)
 RELATION = (
-    r"=|<|>|\\(?:le|ge|ne|in|approx|sim|simeq|equiv|cong|notin)(?![a-zA-Z])|:(?!\d)|(?<!\d):|"
-    + ARROWS
-    + "(?![a-zA-Z])"
+    r"=|<|>|\\(?:le|ge|ne|in|approx|sim|simeq|equiv|cong|notin|mid|to|Rightarrow|iff|Leftrightarrow"
+    r"|mapsto|propto|cap|setminus|subset|subseteq|dots)(?![a-zA-Z])|:(?!\d)|(?<!\d):"
 )
 NEGATED = re.compile(r"(?i)not(?![a-z])|never|except|neither|unless|without|wrong|\bno(?![a-z])")
-KNOWN = (  # commands that a number may be written with
-    "log|ln|lg|exp|sqrt|frac|binom|sum|prod|lim|int|pi|e|max|min|gcd|lcm|[lr](?:floor|ceil|vert)|"
-    "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|cdot|times|div|infty|in|le|ge|to"
-)
-KNOWN = re.compile(rf"(?:[^\\]|\\(?:{KNOWN})(?![a-z]))*")
-NUMERALS = re.compile(r"\d+(?:\.\d+)?")
-MARKS = re.compile(
-    r"'|\^\{?(?:T|\\top|\\intercal|\\dagger|c|\*)\}?(?![a-zA-Z])"
-    r"|\\(?:bar|overline|d?dot)\s*\{?[A-Za-z]"
-)
 UNIT = re.compile(
     r'(.*?[\d)}!%\w])\s*("[^"]+"(?:\^?\{?-?\d\}?)?(?:\s*/\s*"[^"]+"(?:\^?\{?\d\}?)?)?'
     r'|[kM]?\\Omega|\\mu\s*"?m"?)',
     re.DOTALL,
 )
-LOOSE_UNIT = re.compile(
-    r"(.*[\d.}])\s*([A-Za-z]{1,3}(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,2}(?:\^\{?\d\}?)?)?)"
+TIME = re.compile(r'(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:"([apAP])\.?[mM]\.?")?')
+CONDITION = re.compile(  # of a set: {x in R | x < 2}
+    r"[a-zA-Z]\s*(?:\\in\s*\{?(?:\\mathbb\s*)?\{?R\}?\}?\s*)?(?:\\mid|\||:)(.*)", re.DOTALL
 )
-INTERVAL = re.compile(r"([(\[\]])([^()\[\]]+)([)\]\[])")
-OPENING, CLOSING = ("(", "[", "{", "\\{", "\\begin"), (")", "]", "}", "\\}", "\\end")
+VARIABLE = re.compile(r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?)?")
+BRACKET = r"\\[{}]|[()\[\]{}]"
+OPENING = ("(", "[", "{", "\\{", "\\begin")
 
 
-def pieces(text, pattern, grouped=True):
-    """Split at a pattern outside brackets: "(1,2), 3" -> (["(1,2)", "3"], [","]). With `grouped`
-    the comma of 1,234 does not split."""
-    numbers = THOUSANDS if grouped else r"(?!)"
-    signs = rf'"[^"]*"|\\[{{}}]|\\begin|\\end|[()\[\]{{}}]|(?P<cut>{pattern})|{numbers}'
-    if grouped:
-        signs = f"{numbers}|{signs}"
+def pieces(text, pattern):
+    """Split at a pattern outside brackets, numbers such as 1,234 and quoted words:
+    "(1,2), 3" -> (["(1,2)", "3"], [","])."""
+    signs = rf'{THOUSANDS}|"[^"]*"|(?P<bracket>{BRACKET}|\\begin|\\end)|(?P<cut>{pattern})'
     depth, start, parts, cuts = 0, 0, [], []
     for match in re.finditer(signs, text):
-        sign = match[0]
-        if sign in OPENING:
-            depth += 1
-        elif sign in CLOSING:
-            depth -= 1
+        if match["bracket"]:
+            depth += 1 if match[0] in OPENING else -1
         elif match["cut"] and depth == 0:
             parts.append(text[start : match.start()].strip())
-            cuts.append(sign)
+            cuts.append(match[0])
             start = match.end()
     return [*parts, text[start:].strip()], cuts
 
 
-def enclosed(text, opening, closing):
-    """Whether the first bracket of a text is closed by its last character."""
-    if not (text.startswith(opening) and text.endswith(closing)) or len(text) < 2:
-        return False
+def enclosed(text):
+    """(bracket, inside, bracket) of a text whose first bracket its last character closes."""
+    first = re.match(BRACKET, text)
     depth = 0
-    for match in re.finditer(r"\\[{}]|[()\[\]{}]", text):
-        depth += (match[0] in OPENING) - (match[0] in CLOSING)
+    for match in re.finditer(BRACKET, text) if first else ():
+        depth += 1 if match[0] in OPENING else -1
         if depth == 0:
-            return match.end() == len(text)
-    return False
+            inside = text[first.end() : match.start()].strip()
+            return (first[0], inside, match[0]) if match.end() == len(text) else None
+    return None
 
 
 @lru_cache(2048)
@@ -108,8 +90,8 @@ def read(text, depth=0):
         r'^(?:\\(?:approx|sim)(?![a-zA-Z])|"(?:about|approximately|approx|roughly)")\s*', "", text
     )
     text = re.sub(r"\s*\(?\\[pb]?mod\s*\{?\w+\}?\)?$", "", text).rstrip(" .,;:").lstrip(" ,;:")
-    for _ in range(4):
-        text = text[1:-1].strip() if enclosed(text, "{", "}") else text
+    while (outer := enclosed(text)) and outer[0] == "{":
+        text = outer[1]
     node = interpret(text, depth) if text and depth < 8 else Node("other")
     return node._replace(text=squeeze(text))
 
@@ -120,16 +102,18 @@ def interpret(text, depth):
         return Node("set", ())
     parts, cuts = pieces(text, "[;,]")
     parts = [x for x in parts if x.strip(" .")]
-    items = [read(x, depth + 1) for x in parts if len(parts) > 1]
-    if items and not INTERVAL.fullmatch(text):
-        either = {*cuts} == {";"} and all(x.kind == "ranges" for x in items)
-        return union(items) if either else Node("list", tuple(items))
+    if len(parts) > 1:
+        items = tuple(read(x, depth + 1) for x in parts)
+        ranges = {*cuts} == {";"} and all(x.kind == "union" for x in items)
+        return union(items) if ranges else Node("list", items)
     if len(re.findall(r"\\(?:pm|mp)", text)) == 1:
         both = [re.sub(r"\\(?:pm|mp)", sign, text) for sign in "+-"]
         return Node("list", tuple(read(x, depth + 1) for x in both))
     parts, cuts = pieces(text, RELATION)
     if cuts and not re.fullmatch(r"\s*\d+(\s*:\s*\d+)+\s*", text):
-        return relation(parts, cuts, depth)
+        nodes = [read(x, depth + 1) for x in parts]
+        equal = {*cuts} <= {"=", ":", "\\in", "\\equiv", "\\approx"}
+        return (equation if equal else inequality)(parts, cuts, nodes)
     parts, cuts = pieces(text, r"\\cup(?![a-zA-Z])")
     if cuts:
         return union([read(x, depth + 1) for x in parts])
@@ -156,35 +140,21 @@ def brackets(text, depth):
     if re.fullmatch(r"(?:\([\d\s]+\)\s*)+", text) and re.search(r"\d\s+\d", text):  # permutations
         cycles = [x.split() for x in re.findall(r"\(([\d\s]+)\)", text)]
         turned = [x[x.index(min(x)) :] + x[: x.index(min(x))] for x in cycles if x]
-        return Node("cycles", frozenset(map(tuple, turned)))
-    if enclosed(text, "\\{", "\\}"):
-        inside = text[2:-2].strip()
-        condition = re.fullmatch(
-            r"[a-zA-Z]\s*(?:\\in\s*\{?(?:\\mathbb\s*)?\{?R\}?\}?\s*)?(?:\\mid|\||:)(.*)",
-            inside,
-            re.DOTALL,
-        )
-        if condition:
-            return read(condition[1].strip(), depth + 1)
-        return Node("set", items_of(inside, depth))
-    if match := INTERVAL.fullmatch(text):
-        items = items_of(match[2], depth)
-        if len(items) > 1:
-            return Node("tuple", (match[1], items, match[3]))
-    for opening, closing in ("()", "[]", "(]", "[)"):
-        if enclosed(text, opening, closing):
-            items = items_of(text[1:-1], depth)
-            if len(items) > 1:
-                return Node("tuple", (opening, items, closing))
-            return read(text[1:-1].strip(), depth + 1)
-    return None
-
-
-def items_of(text, depth):
-    parts = pieces(text, "[;,]")[0]
-    if len(parts) == 1:
-        parts = pieces(text, "[;,]", grouped=False)[0]
-    return tuple(read(x, depth + 1) for x in parts if x)
+        return Node("code", frozenset(map(tuple, turned)))
+    if re.fullmatch(r"[(\[\]][^()\[\]]+,[^()\[\]]+[)\]\[]", text):  # ]0,1[ is (0,1)
+        text = text[0].replace("]", "(") + text[1:-1] + text[-1].replace("[", ")")
+    opening, inside, closing = enclosed(text) or ("", "", "")
+    if not opening:
+        return None
+    if opening == "\\{" and (condition := CONDITION.fullmatch(inside)):
+        return read(condition[1].strip(), depth + 1)
+    parts, cuts = pieces(inside, "[;,]")
+    if not cuts:  # (1,234) is a pair
+        parts, cuts = pieces(inside.replace(",", ", "), "[;,]")
+    items = tuple(read(x, depth + 1) for x in parts if x)
+    if opening == "\\{":
+        return Node("set", items)
+    return Node("tuple", (opening, items, closing)) if len(items) > 1 else read(inside, depth + 1)
 
 
 def codes(text, depth):
@@ -192,48 +162,42 @@ def codes(text, depth):
     plain = re.sub(r"\s*:\s*", ":", text)
     if re.fullmatch(r"\d+-\d+(-\d+)?|\d+/\d+/\d+", plain):
         return Node("code", tuple(map(int, re.findall(r"\d+", plain))))
-    if match := re.fullmatch(
-        r'(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:"([apAP])\.?[mM]\.?")?', plain
-    ):
-        if int(match[1]) < 25:
-            return Node(
-                "code",
-                tuple(int(x) for x in match.groups()[:3] if x),
-                name=(match[4] or "").lower(),
-            )
+    if (match := TIME.fullmatch(plain)) and int(match[1]) < 25:
+        digits = tuple(int(x) for x in match.groups()[:3] if x)
+        return Node("code", digits, name=(match[4] or "").lower())
     if re.fullmatch(r"\d+(?::\d+)+", plain):
         parts = [Fraction(x) for x in plain.split(":")]
         if len(parts) == 2 and parts[1]:
-            return Node("num", constant(parts[0] / parts[1]))
+            return Node("num", parts[0] / parts[1])
         total = sum(parts)
         return Node("code", tuple(x / total for x in parts)) if total else None
-    if match := re.fullmatch(r"([0-9A-F]+)_\{?(\d+)\}?", plain):
+    if match := re.fullmatch(r"([0-9A-F]+)_\{?([1-9]\d*)\}?", plain):
         try:
-            return Node("based", int(match[1], int(match[2])) if 2 <= int(match[2]) <= 36 else None)
+            return Node("code", int(match[1], int(match[2])))
         except ValueError:
-            return Node("based")
+            return None
     return None
 
 
 def number(text, depth):
     """A number or term with its unit, infinity, or a list of numbers with spaces; or None."""
     if re.fullmatch(r"[+-]?\s*\\infty", text.strip()):
-        return Node("inf", "-" in text)
+        return Node("num", HIGH.ninf if "-" in text else HIGH.inf)
     unit = None
     if match := UNIT.fullmatch(text):
         unit, text = unit_of(match[2].replace('"', " ")), match[1]
         if NEGATED.search(match[2]):
             return None
     try:
-        value = Reader(text).value()
+        value, letters = evaluate(text)
     except Unknown:
         parts = text.split()
         if len(parts) > 1 and all(re.fullmatch(r"[+-]?[\d.,/]+%?", x) for x in parts):
             return Node("list", tuple(read(x, depth + 1) for x in parts))  # "41 42"
         return None
     if unit and not unit[1]:  # a percentage, a million
-        value, unit = value * constant(unit[0]), None
-    return Node("num", value, unit=unit)
+        value, unit = value * unit[0], None
+    return Node("num", value, unit=unit, letters=letters)
 
 
 def is_name(text):
@@ -243,73 +207,54 @@ def is_name(text):
     )
 
 
-def relation(parts, cuts, depth):
-    """The Node of parts joined by relation signs: a named value, an equation, or an inequality."""
-    nodes = [read(x, depth + 1) for x in parts]
-    last = nodes[-1]
-    if {*cuts} <= {"=", ":", "\\in", "\\equiv", "\\approx"}:
-        values = [x for x in nodes if x.kind == "num" and not x.body.letters]
-        plain = all(is_name(x) or re.fullmatch(r"[+-]?[\d.,]+", x) for x in parts)
-        if (
-            plain
-            and not is_name(parts[0])
-            and any(a.body != b.body for a, b in zip(values, values[1:], strict=False))
-        ):
-            return Node("other", "contradiction")  # 41 = 42
-        if "\\approx" in cuts[is_name(parts[0]) :]:  # what is exact counts
-            last = nodes[cuts.index("\\approx", is_name(parts[0]))]
-        if is_name(parts[0]) and last.kind != "word":
-            return last._replace(name=squeeze(parts[0]))
-        return last if len(values) == len(nodes) or len(cuts) > 1 else Node("equation", last)
-    signs = {"<": -1, "\\le": -1, ">": 1, "\\ge": 1}
-    if not {*cuts} <= {*signs, "\\ne"} or len(cuts) > 2:
+def equation(parts, cuts, nodes):
+    """The Node of parts joined by equality signs: a named value, or an equation."""
+    values = [x.body for x in nodes if x.kind == "num" and not x.letters]
+    plain = all(is_name(x) or re.fullmatch(r"[+-]?[\d.,]+", x) for x in parts)
+    named = is_name(parts[0])
+    if plain and not named and not all(close(x, y) for x, y in pairwise(values)):
+        return Node("other", "contradiction")  # 41 = 42
+    value = nodes[-1]
+    if "\\approx" in cuts[named:]:  # what is exact counts
+        value = nodes[cuts.index("\\approx", named)]
+    if named and value.kind != "word":
+        return value._replace(name=squeeze(parts[0]))
+    return value if len(values) == len(nodes) or len(cuts) > 1 else Node("equation")
+
+
+def inequality(parts, cuts, nodes):
+    """The interval in which a variable lies: x < 5, 2 < x \\le 5, x \\ne 3."""
+    place = [i for i, x in enumerate(parts) if VARIABLE.fullmatch(x)]
+    if not {*cuts} <= {"<", ">", "\\le", "\\ge", "\\ne"} or len(place) != 1 or len(cuts) > 2:
         return Node("other", "relation")
-    place = [i for i, x in enumerate(parts) if re.fullmatch(r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?)?", x)]
-    if len(place) != 1 or len(cuts) == 2 and (place != [1] or "\\ne" in cuts):
+    if len(cuts) == 2 and (place != [1] or "\\ne" in cuts):
         return Node("other", "relation")
-    bounds = [None, False, None, False]
+    low, high = Node("num", HIGH.ninf), Node("num", HIGH.inf)
+    opening, closing = "(", ")"
     for i, node in enumerate(nodes):
         if i == place[0]:
             continue
-        if node.kind not in ("num", "inf"):
+        if node.kind != "num":
             return Node("other", "relation")
         cut = cuts[min(i, place[0])]
         if cut == "\\ne":
-            return ranges([(None, False, node, False), (node, False, None, False)])
-        upper = (signs[cut] < 0) == (i > place[0])
-        bounds[2 * upper : 2 * upper + 2] = node, cut in ("\\le", "\\ge")
-    return ranges([tuple(bounds)])
-
-
-def ranges(intervals):
-    """Sort intervals (low, closed, high, closed); a bound that is infinite becomes None."""
-    rows = []
-    for low, low_closed, high, high_closed in intervals:
-        low, high = (x if x and x.kind == "num" else None for x in (low, high))
-        places = [approximate(x.body) for x in (low, high) if x]
-        if None in places:  # a bound with letters has no place
-            return Node("other", "relation")
-        first = places[0] if low else Decimal("-Infinity")
-        rows.append((first, (low, low_closed, high, high_closed)))
-    return Node("ranges", tuple(row for _, row in sorted(rows, key=itemgetter(0))))
-
-
-def as_ranges(node):
-    """A pair in brackets as an interval, if its ends are numbers or infinite."""
-    if node.kind == "ranges":
-        return node
-    if node.kind == "tuple" and len(node.body[1]) == 2:
-        opening, (low, high), closing = node.body
-        if {low.kind, high.kind} <= {"num", "inf"}:
-            return ranges([(low, opening == "[", high, closing == "]")])
-    return Node("other")
+            return union([Node("tuple", ("(", x, ")")) for x in ((low, node), (node, high))])
+        if (cut in ("<", "\\le")) == (i > place[0]):
+            high, closing = node, "]" if cut in ("\\le", "\\ge") else ")"
+        else:
+            low, opening = node, "[" if cut in ("\\le", "\\ge") else "("
+    return Node("union", (Node("tuple", (opening, (low, high), closing)),))
 
 
 def union(nodes):
     """The Node of sets or intervals joined by a union sign or by "or"."""
     if all(x.kind == "set" for x in nodes):
         return Node("set", tuple(item for x in nodes for item in x.body))
-    intervals = [as_ranges(x) for x in nodes]
-    if any(x.kind != "ranges" for x in intervals):
-        return Node("other", "relation")
-    return ranges([item for x in intervals for item in x.body])
+    intervals = [y for x in nodes for y in (x.body if x.kind == "union" else [x])]
+    for node in intervals:
+        ends = node.body[1] if node.kind == "tuple" else ()
+        if len(ends) != 2 or any(x.kind != "num" or x.letters or x.body.imag for x in ends):
+            return Node("other", "relation")
+    low = [HIGH.convert(node.body[1][0].body) for node in intervals]
+    order = sorted(range(len(low)), key=low.__getitem__)
+    return Node("union", tuple(intervals[i] for i in order))

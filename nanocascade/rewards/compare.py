@@ -5,24 +5,25 @@ cannot be the expected answer, such as a relation or a negation where a number i
 """
 
 import re
-from decimal import Decimal
 from fractions import Fraction
 
-from nanocascade.rewards.answers import (
-    KNOWN,
-    LOOSE_UNIT,
-    MARKS,
-    NEGATED,
-    NUMERALS,
-    THOUSANDS,
-    Node,
-    as_ranges,
-    read,
-)
-from nanocascade.rewards.exact import Reader, Unknown, approximate, constant
+from nanocascade.rewards.answers import NEGATED, THOUSANDS, Node, read
+from nanocascade.rewards.exact import HIGH, Unknown, close, evaluate
 from nanocascade.rewards.latex import clean
 from nanocascade.rewards.units import unit_of
 
+KNOWN = (  # commands that a number may be written with
+    "log|ln|lg|exp|sqrt|frac|binom|sum|prod|lim|int|pi|e|max|min|gcd|lcm|[lr](?:floor|ceil|vert)|"
+    "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|cdot|times|div|infty|in|le|ge|to"
+)
+KNOWN = re.compile(rf"(?:[^\\]|\\(?:{KNOWN})(?![a-z]))*")
+MARKS = re.compile(
+    r"'|\^\{?(?:T|\\top|\\intercal|\\dagger|c|\*)\}?(?![a-zA-Z])"
+    r"|\\(?:bar|overline|d?dot)\s*\{?[A-Za-z]"
+)
+LOOSE_UNIT = re.compile(
+    r"(.*[\d.}])\s*([A-Za-z]{1,3}(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,2}(?:\^\{?\d\}?)?)?)"
+)
 MAX_ITEMS = 50  # longer lists are not compared: each item is compared with every other
 MIN_FIGURES = 6  # significant figures of a decimal that may stand for a third, a root or pi
 
@@ -76,14 +77,10 @@ def same(a, b):
     if sorted(MARKS.findall(a.text)) != sorted(MARKS.findall(b.text)):
         return False  # f' is not f, a transpose is not the matrix
     kinds = {a.kind, b.kind}
-    if kinds <= {"ranges", "tuple"} and ("ranges" in kinds or "[" in a.body + b.body):
-        one, two = as_ranges(a), as_ranges(b)
-        if one.kind == two.kind == "ranges":
-            return same_intervals(one.body, two.body)
-        if "ranges" in kinds:
-            return None
     if kinds == {"tuple"}:
-        return pairwise_same(a.body[1], b.body[1])
+        return same_tuple(a.body, b.body)
+    if kinds == {"union"} or kinds == {"union", "tuple"}:
+        return pairwise_same(*(x.body if x.kind == "union" else [x] for x in (a, b)))
     if kinds & {"list", "set"}:
         if "tuple" in kinds:
             return False if "set" in kinds else None
@@ -92,18 +89,25 @@ def same(a, b):
         return same_number(a, b)
     if kinds == {"code"}:
         return a.body == b.body and (a.name == b.name or not (a.name and b.name))
-    if len(kinds) == 1 and kinds <= {"word", "letters", "inf", "cycles", "based"}:
-        return a.body == b.body and a.body is not None
-    if kinds in ({"word", "num"}, {"word", "letters"}):
+    if kinds == {"code", "num"}:  # a base that only one side names
+        return a.text.partition("_")[0] == b.text.partition("_")[0]
+    if kinds == {"word"} or kinds == {"letters"}:
+        return a.body == b.body
+    if kinds == {"word", "num"} or kinds == {"word", "letters"}:
         return a.text.strip("()").casefold() == b.text.strip("()").casefold()
     if kinds == {"letters", "num"}:
-        letters, value = (a, b) if a.kind == "letters" else (b, a)
-        return Reader(" ".join(letters.body)).value() == value.body
-    if kinds == {"based", "num"}:
-        return a.text.partition("_")[0] == b.text.partition("_")[0]
+        letters, number = (a, b) if a.kind == "letters" else (b, a)
+        return close(evaluate(" ".join(letters.body))[0], number.body)
     if b.kind == "equation":
         return None
     return unread(a, b) if "other" in kinds or a.kind == "equation" else False
+
+
+def same_tuple(one, two):
+    """Compare two bodies (bracket, Nodes, bracket). Of a pair, an interval, the brackets count."""
+    if len(one[1]) == 2 and (one[0], one[2]) != (two[0], two[2]):
+        return False
+    return pairwise_same(one[1], two[1])
 
 
 def unread(a, b):
@@ -112,12 +116,12 @@ def unread(a, b):
         return False
     if a.kind == "equation" and b.kind == "num" and not b.name:
         return False
-    if a.kind not in ("num", "inf", "word", "code", "based") or a.kind == "num" and a.body.letters:
+    if a.kind not in ("num", "word", "code") or a.letters:
         return None
     if b.body == "relation" or "|" in b.text.strip("|") or not KNOWN.fullmatch(b.text):
         return False
     worded = re.search(r"(?<![\\a-z])[a-z]{3}", b.text)
-    several = worded and len(NUMERALS.findall(b.text)) > 1  # "between 16 and 18"
+    several = worded and len(re.findall(r"\d+(?:\.\d+)?", b.text)) > 1  # "between 16 and 18"
     return False if NEGATED.search(b.text) or several else None
 
 
@@ -127,22 +131,22 @@ def unread(a, b):
 def same_number(a, b):
     """Compare two values with their units. A missing unit is forgiven."""
     one, two = (re.fullmatch(r"[A-Za-z]\(([A-Za-z])\)", x.name) for x in (a, b))
-    if one and two and one[1] != two[1] and one[1] not in b.body.letters:  # f(x) = ..., g(t) = ...
+    if one and two and one[1] != two[1] and one[1] not in b.letters:  # f(x) = ..., g(t) = ...
         return same(a, read(re.sub(rf"(?<![A-Za-z\\]){two[1]}(?![A-Za-z])", one[1], b.text)))
     x, y = a.body, b.body
     if a.unit and b.unit:
         if a.unit[1] != b.unit[1]:
             return False
-        x, y = x * constant(a.unit[0]), y * constant(b.unit[0])
-    if x == y or is_rounded(a, b) or is_rounded(b, a):
+        x, y = x * a.unit[0], y * b.unit[0]
+    if close(x, y) or is_rounded(a, b) or is_rounded(b, a):
         return True
-    if a.text.endswith("%") and x == y * constant(Fraction(1, 100)):
+    if a.text.endswith("%") and close(x, y / 100):
         return "%" not in b.text and not b.unit  # percent are expected, and the sign is missing
-    if bool(x.letters) != bool(y.letters):
-        lettered, other = (a, b) if x.letters else (b, a)
+    if bool(a.letters) != bool(b.letters):
+        lettered, other = (a, b) if a.letters else (b, a)
         unit = loose_unit(lettered)
-        return same_number(unit, other) if unit else None if x.letters else False
-    return None if a.name != b.name and x.letters else False
+        return same_number(unit, other) if unit else None if a.letters else False
+    return None if a.name != b.name and a.letters else False
 
 
 def is_rounded(decimal, other):
@@ -150,8 +154,10 @@ def is_rounded(decimal, other):
     match = re.fullmatch(r"[+-]?(\d*)\.(\d+)", decimal.text.replace(",", ""))
     if not match or len((match[1] + match[2]).lstrip("0")) < MIN_FIGURES or "." in other.text:
         return False
-    written, exact = approximate(decimal.body), approximate(other.body)
-    return exact is not None and abs(written - exact) < Decimal(1).scaleb(-len(match[2]))
+    if other.letters - {"e"}:
+        return False
+    difference = HIGH.convert(abs(decimal.body + -other.body))
+    return difference < HIGH.convert(Fraction(1, 10 ** len(match[2])))
 
 
 def loose_unit(node):
@@ -159,19 +165,11 @@ def loose_unit(node):
     match = LOOSE_UNIT.fullmatch(node.text)
     if not match or not (unit := unit_of(match[2])):
         return None
-    return Node("num", Reader(match[1]).value(), match[1], node.name, unit)
+    value, letters = evaluate(match[1])
+    return Node("num", value, match[1], node.name, unit, letters)
 
 
-# ---- Lists, sets and intervals -------------------------------------------------------------------
-
-
-def same_intervals(one, two):
-    """Compare sorted lists of (low, closed, high, closed); None stands for no bound."""
-    if len(one) != len(two):
-        return False
-    ends = [pair for x, y in zip(one, two, strict=True) for pair in zip(x, y, strict=True)]
-    nodes = [isinstance(x, Node) and isinstance(y, Node) for x, y in ends]
-    return all_of(same(*p) if both else p[0] == p[1] for p, both in zip(ends, nodes, strict=True))
+# ---- Lists and sets ------------------------------------------------------------------------------
 
 
 def same_items(a, b):

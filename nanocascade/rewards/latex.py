@@ -59,6 +59,7 @@ GROUPS = re.compile(  # 12,34,567 and 1.234.567: nothing else is written so
 )
 REPLACED = [
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"<=|\\leqq|\\leqslant|\\leq(?![a-zA-Z])", r"\\le "),
     (r">=|\\geqq|\\geqslant|\\geq(?![a-zA-Z])", r"\\ge "),
     (r"\\neq(?![a-zA-Z])|(?<![\d)\s])!=|(?<=\s)!=", r"\\ne "),
