@@ -1,4 +1,4 @@
-"""Atomic writes: a file or directory is complete or absent. Also JSON and hashes."""
+"""Atomic writes: a file or directory is complete or absent. Also hashes, and JSON with its keys."""
 
 import contextlib
 import hashlib
@@ -62,3 +62,20 @@ def read_json(path) -> dict:
     if not isinstance(obj, dict):
         raise ValueError(f"{path} holds a {type(obj).__name__}, expected an object")
     return obj
+
+
+def present(obj: dict) -> dict:
+    """The object without null and empty values: these count as absent keys."""
+    return {key: x for key, x in obj.items() if x not in (None, "", [], {})}
+
+
+def check_keys(what: str, given: dict, used, without_effect, fixed: dict) -> None:
+    """Raise ValueError for a key that is neither used nor known to have no effect, and for a value
+    that is none of the `fixed` ones of its key. So nothing that a file says is lost silently."""
+    for key, values in fixed.items():
+        if given.get(key, values[0]) not in values:
+            raise ValueError(f"{what}: {key} {given[key]!r} is not supported, only {values[0]!r}")
+    for key in sorted(set(given) - set(used) - set(without_effect) - set(fixed)):
+        raise ValueError(
+            f"{what}: {key} {given[key]!r:.99} is not supported; delete it if nothing depends on it"
+        )

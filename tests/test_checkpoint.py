@@ -266,8 +266,8 @@ UNSUPPORTED = [
     ("llama-base", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("llama-base", {"attention_dropout": 0.1}, "attention_dropout 0.1"),
     ("llama-base", {"quantization_config": {"bits": 4}}, "quantization_config"),
-    ("llama-base", {"final_logit_softcapping": 30.0}, "unknown key final_logit_softcapping"),
-    ("llama-base", {"norm_topk_prob": True}, "unknown key norm_topk_prob for a llama"),
+    ("llama-base", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not"),
+    ("llama-base", {"norm_topk_prob": True}, "llama: norm_topk_prob True"),
     ("llama-base", {"eos_token_id": "2"}, r"eos_token_id is \['2'\]"),
 ]
 

@@ -1,8 +1,9 @@
 """Parse a model's response: its thought, its text and its tool calls."""
 
-import json
 import re
 from pathlib import Path
+
+from nanocascade.tokenizer.messages import parse_json
 
 MARKUP = (
     "<|im_start|>",
@@ -15,6 +16,14 @@ MARKUP = (
     "</tool_response>",
 )
 IM_START, IM_END, THINK, THINK_END, CALL, CALL_END, RESULT, RESULT_END = MARKUP
+JSON_TYPES = {
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
 # The chat format of Nemotron 3 Nano and of Nemotron-Cascade 2: the toy's template.
 TEMPLATE = (Path(__file__).with_name("templates") / "nemotron3.jinja").read_text("utf-8")
 
@@ -39,16 +48,14 @@ def parse_response(text, tools=None):
     thought, rest, unfinished = split_thought(text.removesuffix("\n").removesuffix(IM_END))
     (first, *blocks), calls = rest.split(CALL), []
     kept = [first]  # joined at the end: thousands of calls must not cost their square
-    for block in blocks:
-        body, closed, after = block.partition(CALL_END)
-        readable = closed and body.lstrip().startswith(("{", "<"))  # failing to parse takes longer
-        call = _parse_call(body.strip(), tools or []) if readable else None
-        if readable and not call and CALL_END in after:  # this tag may stand in a text of the call
-            longer, _, rest = block.rpartition(CALL_END)
-            call = _parse_call(longer.strip(), tools or [])
-            after = rest if call else after
-        calls += [{"type": "function", "function": call}] if call else []
-        kept.append(after.removeprefix("\n") if call else CALL + block)
+    for block in blocks:  # the closing tag may stand in a text of the call, too
+        for body, closed, after in (block.partition(CALL_END), block.rpartition(CALL_END)):
+            if call := closed and _parse_call(body.strip(), tools or []):
+                calls.append({"type": "function", "function": call})
+                kept.append(after.removeprefix("\n"))
+                break
+        else:
+            kept.append(CALL + block)
     content = "".join(kept)
     return {
         "role": "assistant",
@@ -61,16 +68,14 @@ def parse_response(text, tools=None):
 
 def _parse_call(body, tools):
     """{"name", "arguments"} of the inside of a call, in JSON or in Nemotron's XML, or None."""
-    call = _loads(body, object_pairs_hook=_distinct)
+    if not body.startswith(("{", "<")):  # failing to parse takes longer
+        return None
+    call = parse_json(body, object_pairs_hook=_distinct)
     if isinstance(call, dict) and isinstance(call.get("name"), str):
         if "arguments" not in call and "parameters" in call:  # Llama 3.1's word: not this form
             return None
-        given = call.get("arguments", {})
-        call = {
-            "name": call["name"],
-            "arguments": _loads(given) if isinstance(given, str) else given,
-        }
-        return call if isinstance(call["arguments"], dict) else None
+        arguments = parse_json(call.get("arguments", {}))
+        return {"name": call["name"], "arguments": arguments} if type(arguments) is dict else None
     match = re.fullmatch(r"<function=([^>\n]+)>(.*)</function>", body, re.DOTALL)
     if not match:
         return None
@@ -91,17 +96,10 @@ def _parse_call(body, tools):
 
 def _coerce(text, kinds):
     """'2' -> 2 where an integer is declared; a text that is no such value stays a string."""
-    python = {
-        "integer": [int],
-        "number": [int, float],
-        "boolean": [bool],
-        "array": [list],
-        "object": [dict],
-        "null": [type(None)],
-    }
-    value = _loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    value = parse_json({"True": "true", "False": "false", "None": "null"}.get(text, text))
     kinds = [kinds] if isinstance(kinds, str) else kinds or []
-    fits = any(type(value) in python.get(kind, []) for kind in kinds)
+    kind = JSON_TYPES.get(type(value))
+    fits = kind in kinds or kind == "integer" and "number" in kinds
     return value if fits and "string" not in kinds else text
 
 
@@ -109,10 +107,3 @@ def _distinct(pairs):
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key that comes twice")
     return dict(pairs)
-
-
-def _loads(text, **options):
-    try:
-        return json.loads(text, **options)
-    except (ValueError, RecursionError):  # no JSON, an integer too long, or brackets too deep
-        return text

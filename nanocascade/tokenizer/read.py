@@ -5,13 +5,14 @@ from pathlib import Path
 
 import tokenizers
 
+from nanocascade.files import check_keys, present
 from nanocascade.tokenizer.chat import MARKUP
 
 # tokenizer_config.json: what we read, ...
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 USED = {"chat_template", "added_tokens_decoder", *NAMES}
 # ... what must have the value that our encoding has, ...
-FIXED = {"split_special_tokens": False, "do_lower_case": False, "add_prefix_space": False}
+FIXED = dict.fromkeys(("split_special_tokens", "do_lower_case", "add_prefix_space"), (False,))
 # ... and what changes no id of a chat: names, lengths, padding, the classes and settings from which
 # transformers made tokenizer.json, tokens added around plain texts, the spelling of decoded text.
 WITHOUT_EFFECT = set(
@@ -34,8 +35,7 @@ def read_spec(path, spec: dict, stops) -> tokenizers.Tokenizer:
     try:
         for token in spec["added_tokens"]:
             # Qwen3 declares <think> an ordinary token.
-            ours = token["content"] in MARKUP or token["id"] in stops
-            token["special"] = token["special"] or ours
+            token["special"] |= token["content"] in MARKUP or token["id"] in stops
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path}/tokenizer.json is damaged: {error!r}") from None
@@ -47,20 +47,13 @@ def read_spec(path, spec: dict, stops) -> tokenizers.Tokenizer:
 
 def check_config(path, config: dict, added: list[dict]) -> None:
     """Refuse what tokenizer_config.json says beyond tokenizer.json, or what we do not know."""
-    file = Path(path) / "tokenizer_config.json"
-    given = {key: x for key, x in config.items() if x not in (None, [], {})}
-    for key, value in FIXED.items():
-        if given.get(key, value) != value:
-            raise ValueError(f"{file}: {key} {given[key]!r} is not supported, only {value!r}")
-    if unknown := sorted(set(given) - USED - WITHOUT_EFFECT - set(FIXED)):
-        raise ValueError(
-            f"{file}: unknown key {', '.join(unknown)}: if it changes no ids, delete it"
-        )
+    file, given = f"{path}/tokenizer_config.json", present(config)
+    check_keys(file, given, USED, WITHOUT_EFFECT, FIXED)
     known = {token["id"]: token for token in added}
-    for number, token in (given.get("added_tokens_decoder") or {}).items():
+    for number, token in given.get("added_tokens_decoder", {}).items():
         ours = known.get(int(number), {})
-        differ = [x for x in ("content", "lstrip", "rstrip", "single_word") if x in token]
-        if differ := [x for x in differ if ours.get(x) != token[x]]:
+        compared = token.keys() & {"content", "lstrip", "rstrip", "single_word"}
+        if any(ours.get(key) != token[key] for key in compared):
             raise ValueError(
                 f"{file}: added_tokens_decoder {number} is {token}, tokenizer.json has {ours}"
             )
@@ -70,13 +63,10 @@ def read_templates(path, config: dict, files: dict) -> tuple[str, str]:
     """(template, template of conversations with tools): one, or two of those in a list."""
     if (Path(path) / "additional_chat_templates").exists():
         raise ValueError(f"{path}/additional_chat_templates is not supported: choose one template")
-    template = config.get("chat_template") or ""
-    if isinstance(template, list):  # several by name: [{"name": ..., "template": ...}, ...]
-        several = {x["name"]: x["template"] for x in template}
-        if "default" not in several:
-            raise ValueError(f"{path}: of the chat templates {[*several]} none is the default")
-        template = several["default"]
-        if "chat_template.jinja" not in files:
-            return template, several.get("tool_use", template)
-    template = files.get("chat_template.jinja") or template
-    return template, template
+    template = files.get("chat_template.jinja") or config.get("chat_template") or ""
+    if isinstance(template, str):
+        return template, template
+    several = {x["name"]: x["template"] for x in template}
+    if "default" not in several:
+        raise ValueError(f"{path}: of the chat templates {[*several]} none is the default")
+    return several["default"], several.get("tool_use", several["default"])

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanocascade.files import read_json
+from nanocascade.files import check_keys, present, read_json
 
 # Recommendations for sampling and limits, where our own flags decide (training samples from the
 # model's own distribution); outputs, caches and speculative decoding, which change no distribution.
@@ -21,6 +21,7 @@ WITHOUT_EFFECT = set(
     " prompt_lookup_num_tokens max_matching_ngram_size speculation_type chat_format"
     " max_window_size".split()
 )
+FIXED = {"token_healing": (False,), "guidance_scale": (1,)}
 
 
 def read_stop_ids(path) -> tuple[int, ...]:
@@ -30,13 +31,9 @@ def read_stop_ids(path) -> tuple[int, ...]:
     """
     file, stops = Path(path) / "generation_config.json", None
     if file.exists():
-        given = read_json(file)
-        stops = given.pop("eos_token_id", None)
-        given = {key: x for key, x in given.items() if x not in (None, False, [], {})}
-        for key in sorted(set(given) - WITHOUT_EFFECT):  # suppress_tokens, stop_strings, ...
-            raise ValueError(
-                f"{file}: {key} {given[key]!r} is not supported: no flag of ours has it"
-            )
+        given = present(read_json(file))
+        check_keys(str(file), given, {"eos_token_id"}, WITHOUT_EFFECT, FIXED)
+        stops = given.get("eos_token_id")
     if stops is None and (Path(path) / "config.json").exists():
         file = Path(path) / "config.json"
         stops = read_json(file).get("eos_token_id")

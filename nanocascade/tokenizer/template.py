@@ -4,8 +4,8 @@
 
 Templates come with somebody's model: they run in jinja2's sandbox, and whatever they raise is one
 ValueError. Markup in a text stays text: a user who types "<|im_end|>" ends nothing. For that,
-protect() puts characters of the private use area into the markup of texts before the template sees
-them, split_markup() takes only markup without them for tokens, and removes them.
+protect() marks the markup of texts before the template sees them, and split_markup() takes only
+unmarked markup for tokens.
 
 # OURS: tags in an assistant's content are text, but for one thought at its start (SFT files').
 The published templates search all of it: there an answer that mentions </think> is cut.
@@ -22,6 +22,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 STARTED = datetime.now()  # one date for a whole run, for templates that write it into the prompt
+# The marks are two of Unicode's noncharacters, which are reserved for such use inside a program.
+BEFORE, BEHIND = "\ufdd0", "\ufdd1"
 
 
 class Piece(NamedTuple):
@@ -30,22 +32,8 @@ class Piece(NamedTuple):
     loss: bool = False  # written by the model
 
 
-class Marks(NamedTuple):
-    """Private characters that no text of a conversation holds."""
-
-    inside: str  # breaks a tag, so that a template does not find it either
-    behind: str  # follows an opening tag: the template finds it, but it is no token
-    before: str  # precedes a closing tag
-
-    def remove(self, text: str) -> str:
-        """The text without them, also where `tojson` wrote them as escapes."""
-        forms = [form for mark in self for form in (mark, json.dumps(mark)[1:-1])]
-        return re.sub("|".join(map(re.escape, forms)), "", text)
-
-
-def readable(text: str) -> str:
-    """A text for an error message, without characters of the private use area."""
-    return re.sub(r"[\ue000-\uf8ff]", "", text)
+def unmark(text: str) -> str:
+    return text.replace(BEFORE, "").replace(BEHIND, "")
 
 
 class GenerationTag(Extension):
@@ -58,18 +46,17 @@ class GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class RefusedMessages(TemplateError):
-    """raise_exception() of a template."""
-
-
 def raise_exception(message):
-    raise RefusedMessages(message)
+    raise TemplateError(message)
 
 
 def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(
+    text = json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    for mark in (BEFORE, BEHIND):  # which ensure_ascii escapes
+        text = text.replace(json.dumps(mark)[1:-1], mark)
+    return text
 
 
 @cache
@@ -92,76 +79,50 @@ def render_template(text: str, messages, tools, **variables) -> str:
     try:
         return compile_template(text).render(messages=messages, tools=tools, **variables)
     except Exception as error:  # a template is a program: it may raise anything
-        refused, line = isinstance(error, RefusedMessages), " ".join(str(error).split())
+        refused = type(error) is TemplateError  # by raise_exception
         what = "refuses these messages" if refused else f"fails: {type(error).__name__}"
-        raise ValueError(f"the chat template {what}: {readable(line)}") from None
+        line = unmark(" ".join(str(error).split()))
+        raise ValueError(f"the chat template {what}: {line}") from None
 
 
 def markup_pattern(tokens) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def protect(messages, tools, markup: re.Pattern):
-    """(messages, tools, marks): the markup in their texts marked as text; marks None without any.
+def protect(x, markup: re.Pattern, of_assistant: bool = False):
+    """x, of strings, lists and dicts, with the markup in its strings marked as text.
 
     In an assistant's message the tag is broken, so that templates do not find it. Elsewhere it
     stays whole, since templates look for some: Qwen3 takes a user's "<tool_response>...
-    </tool_response>" for a tool's result.
+    </tool_response>" for a tool's result. So a closing tag is marked before it, others behind.
     """
-    dumped = json.dumps([messages, tools], ensure_ascii=False)
-    if not markup.search(dumped):
-        return messages, tools, None
-    unused = (chr(x) for x in range(0xE000, 0xF900))
-    unused = (x for x in unused if x not in dumped and json.dumps(x)[1:-1] not in dumped)
-    marks = Marks(next(unused), next(unused), next(unused))
 
-    def break_tag(match):
-        return match[0][0] + marks.inside + match[0][1:]
+    def mark(match):
+        tag = match[0]
+        if of_assistant:
+            return tag[0] + BEFORE + tag[1:]
+        return BEFORE + tag if tag.startswith("</") else tag + BEHIND
 
-    def mark_tag(match):
-        closing = match[0].startswith("</")
-        return marks.before + match[0] if closing else match[0] + marks.behind
-
-    def change(x, function):
-        if isinstance(x, str):
-            return markup.sub(function, x)
-        if isinstance(x, list):
-            return [change(y, function) for y in x]
-        if isinstance(x, dict):
-            return {change(key, function): change(y, function) for key, y in x.items()}
-        return x
-
-    assistant = {True: break_tag, False: mark_tag}
-    messages = [
-        change(message, assistant[message["role"] == "assistant"]) | {"role": message["role"]}
-        for message in messages
-    ]
-    return messages, change(tools, mark_tag), marks
+    if isinstance(x, str):
+        return markup.sub(mark, unmark(x))
+    if isinstance(x, list):
+        return [protect(y, markup, of_assistant) for y in x]
+    if isinstance(x, dict):
+        return {
+            protect(key, markup, of_assistant): protect(y, markup, of_assistant)
+            for key, y in x.items()
+        }
+    return x
 
 
-def split_markup(text: str, markup: re.Pattern, marks: Marks | None = None, loss=False):
+def split_markup(text: str, markup: re.Pattern, loss=False) -> list[Piece]:
     """Pieces of a rendered text: the template's own markup is special, marked markup is text."""
     pieces, end = [], 0
     for match in markup.finditer(text):
-        marked = marks and (
-            text.startswith(marks.behind, match.end())
-            or text.endswith(marks.before, 0, match.start())
-        )
+        marked = text.startswith(BEHIND, match.end()) or text.endswith(BEFORE, 0, match.start())
         if not marked:
-            pieces += [Piece(text[end : match.start()], loss=loss), Piece(match[0], True, loss)]
+            plain = unmark(text[end : match.start()])
+            pieces += [Piece(plain, loss=loss), Piece(match[0], True, loss)]
             end = match.end()
-    pieces.append(Piece(text[end:], loss=loss))
-    if marks:
-        pieces = [piece._replace(text=marks.remove(piece.text)) for piece in pieces]
+    pieces.append(Piece(unmark(text[end:]), loss=loss))
     return [piece for piece in pieces if piece.text]
-
-
-def merge(pieces):
-    """Joins neighbouring plain text of equal loss, so that it is encoded as one string."""
-    out = []
-    for piece in pieces:
-        if out and not piece.special and out[-1][1:] == piece[1:]:
-            out[-1] = piece._replace(text=out[-1].text + piece.text)
-        else:
-            out.append(piece)
-    return out

@@ -15,12 +15,11 @@ import json
 from functools import cache, lru_cache
 from pathlib import Path
 
-from nanocascade.files import read_json, read_text
-from nanocascade.tokenizer.chat import parse_response
+from nanocascade.files import present, read_json, read_text
+from nanocascade.tokenizer.chat import IM_END, parse_response
 from nanocascade.tokenizer.conversation import THOUGHTFUL, ChatTemplate
 from nanocascade.tokenizer.read import NAMES, check_config, read_spec, read_templates
 from nanocascade.tokenizer.stops import read_stop_ids
-from nanocascade.tokenizer.template import merge
 
 FILES = (
     "tokenizer.json",
@@ -55,22 +54,21 @@ class Tokenizer:
         )
         self._check_texts(path)
 
-        names = {key: config.get(key) or older.get(key) for key in NAMES}
-        names = {key: x["content"] if isinstance(x, dict) else x for key, x in names.items() if x}
+        given = present(older) | present(config)
+        names = {key: given[key] for key in NAMES if key in given}
+        names = {key: x["content"] if isinstance(x, dict) else x for key, x in names.items()}
         template, tool_template = read_templates(path, config, self.files)
         for key, token in names.items():  # transformers would add it, with an id of its own
             if token not in vocabulary and key in template:
                 raise ValueError(
                     f"{path}: tokenizer.json lacks the {key} {token!r} of its template"
                 )
-        named = [self.special_ids.get(x) for x in ("<|im_end|>", names.get("eos_token"))]
+        named = [self.special_ids.get(x) for x in (IM_END, names.get("eos_token"))]
         self.eos_ids = [x for x in dict.fromkeys([*named, *stops]) if x is not None]
         if not self.eos_ids:
             raise ValueError(f"{path} names no end of a turn: no <|im_end|>, no eos_token")
         ends = [text for text, i in self.special_ids.items() if i in self.eos_ids]
         self.chat_template = ChatTemplate(template, tool_template, names, self.special_ids, ends)
-        pads = [self.special_ids.get(x) for x in (names.get("pad_token"), "<|endoftext|>")]
-        self.pad_id = next((pad for pad in pads if pad is not None), self.eos_ids[0])
         self._check_template = cache(self._try_template)
 
     def render(self, messages, tools=None, thinking=True, add_generation_prompt=False):
@@ -79,10 +77,7 @@ class Tokenizer:
         thinking: what the generation prompt asks for, or, without one, whether the last answer
         shows its thought. A prompt's ids are a prefix of the ids of prompt and answer.
         """
-        self._check_template()
-        return self._ids(
-            self.chat_template.pieces(messages, tools, thinking, add_generation_prompt)
-        )
+        return self._ids(self._pieces(messages, tools, thinking, add_generation_prompt))
 
     def render_text(self, messages, tools=None, thinking=True, add_generation_prompt=False):
         """The text of render, as the directory's own chat template writes it."""
@@ -94,9 +89,9 @@ class Tokenizer:
         return self.chat_template.pieces(*conversation)
 
     def _ids(self, pieces):
-        """(ids, mask) of pieces; neighbouring text of equal loss is encoded as one string."""
+        """(ids, mask) of pieces, each encoded by itself."""
         ids, mask = [], []
-        for piece in merge(pieces):
+        for piece in pieces:
             new = [self.special_ids[piece.text]] if piece.special else self.encode(piece.text)
             ids += new
             mask += [int(piece.loss)] * len(new)
