@@ -75,9 +75,9 @@ class Family:
     expert_fields: str = ""
     keys: dict = field(default_factory=dict)  # field of ModelConfig -> key of another name
     synonyms: dict = field(default_factory=dict)  # other spelling of a key -> the one we write
-    structure: str = ""
-    fixed: dict = field(default_factory=dict)
-    without_effect: str = ""
+    structure: str = ""  # added to STRUCTURE
+    fixed: dict = field(default_factory=dict)  # added to FIXED
+    without_effect: str = ""  # added to WITHOUT_EFFECT
     max_positions: int = 32768  # transformers' value where the file has none
 
     def __post_init__(self):
@@ -89,6 +89,10 @@ class Family:
             for block in ("", *self.blocks)
             for name in (FIELDS[block] + self.expert_fields * (block == "E")).split()
         }
+        self.used = STRUCTURE | {*self.structure.split()}
+        self.used |= {key for key, _ in self.fields.values()}
+        self.fixed = FIXED | self.fixed
+        self.ignored = WITHOUT_EFFECT | {*self.without_effect.split()}
 
 
 WINDOW = "sliding_window max_window_layers"  # without effect, as use_sliding_window is False
@@ -172,9 +176,7 @@ def parse_config(raw: dict) -> ModelConfig:
     family, nemotron = FAMILIES[model_type], model_type == "nemotron_h"
     given = present(raw)
     unify_spellings(family, given)
-    used = {key for key, _ in family.fields.values()} | STRUCTURE | {*family.structure.split()}
-    ignored = WITHOUT_EFFECT | {*family.without_effect.split()}
-    check_keys(model_type, given, used, ignored, FIXED | family.fixed)
+    check_keys(model_type, given, family.used, family.ignored, family.fixed)
     pattern = read_pattern(given) if nemotron else read_layers(given)
     theta, scaling = (None, None) if nemotron else read_rope(given)
     pad = given.get("pad_token_id", 0)
@@ -300,8 +302,8 @@ def read_time_step_limit(given: dict) -> tuple[float, float]:
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """config.json in published spelling; what has no effect survives from the file it came from."""
     family, pattern, stops = FAMILIES[config.model_type], config.pattern, config.eos_token_ids
-    surviving = {"pad_token_id", *FIXED, *family.fixed, *family.without_effect.split()}
-    surviving |= WITHOUT_EFFECT - {"dtype", "auto_map"}  # which names code that is not copied
+    surviving = {"pad_token_id", *family.fixed, *family.ignored}
+    surviving -= {"dtype", "auto_map"}  # auto_map names code that is not copied
     out = {key: x for key, x in config.source.items() if key in surviving}
     out |= {"architectures": [family.name + "ForCausalLM"], "model_type": config.model_type}
     out["torch_dtype"] = str(dtype).removeprefix("torch.")

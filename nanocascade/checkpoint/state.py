@@ -90,12 +90,10 @@ def save_state(out, *, model: nn.Module, optimizer, extra: dict) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers and trained parameters: a frozen one is as --init has it. A tied head is one tensor
-    under two names, stored under the first."""
-    state = model.state_dict(keep_vars=True)
-    trained = {k: x for k, x in state.items() if x.requires_grad or not isinstance(x, nn.Parameter)}
-    found = {id(x): (name, x) for name, x in reversed(trained.items())}
-    return {f"model.{name}": x.detach() for name, x in found.values()}
+    """Buffers and trained parameters: a frozen one is as --init has it. A tied head is stored under
+    the embedding's name alone, as named_parameters shows it."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {f"model.{name}": x for name, x in (trained | dict(model.named_buffers())).items()}
 
 
 def load_state(out, model: nn.Module, optimizer) -> dict | None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,48 +213,38 @@ def load_model(path, dtype=torch.float32, device="cpu", place=None) -> Model:
     """
     model, stored, files = open_model(path)
     check_tied_head(model, stored, files)
-    config, names = model.config, disk_names(model)
+    names = disk_names(model)
+    for name, x in model.state_dict(keep_vars=True).items():
+        x.data = x.data.to(kept_dtype(name, dtype))
     model = place(model) if place else model
-    layout, state = model.state_dict(), {}
+    model = model.to_empty(device=device)  # memory for this rank's shards
+    if model.config.tie_word_embeddings:
+        model.head.weight = model.embed.weight  # to_empty made two parameters of them
+    state = model.state_dict(keep_vars=True)
     for name, published in names.items():
-        parameter, is_expert = layout[name], ".experts." in name
-        local, start = empty_shard(name, parameter, kept_dtype(name, dtype), device)
+        local, start = local_part(name, state[name])
         # This rank's experts: its first row of the stacked parameter is its first expert.
-        first = start[0] * len(published) // len(parameter)
-        offset = (start[-1], start[1]) if is_expert else start  # on disk an expert is (f, d)
+        first = start[0] * len(published) // len(state[name])
+        offset = (start[-1], start[1]) if ".experts." in name else start  # on disk one is (f, d)
         for key, target in zip(published[first:], experts_of(name, local), strict=False):
             place_on_disk = stored[key]
             tensor = files[place_on_disk.file].get_slice(place_on_disk.name)
             target.copy_(tensor[place_on_disk.index(offset, target.shape)])  # casts
             check_finite(target, place_on_disk)
-        if isinstance(parameter, DTensor):
-            local = DTensor.from_local(
-                local,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-        state[name] = local
-    state.setdefault("head.weight", state["embed.weight"])  # tied
-    model.load_state_dict(state, assign=True)  # in place of the meta tensors
-    if config.tie_word_embeddings:
-        model.head.weight = model.embed.weight  # assigning made two parameters of them
     return model
 
 
-def empty_shard(name: str, parameter: Tensor, dtype, device) -> tuple[Tensor, tuple]:
-    """Memory for this rank's part of a parameter, and where in the whole that part begins."""
+def local_part(name: str, parameter: Tensor) -> tuple[Tensor, tuple]:
+    """This rank's part of a parameter, and where in the whole that part begins."""
     if isinstance(parameter, DTensor):
-        shape, start = compute_local_shape_and_global_offset(
+        _, start = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
-        return torch.empty(shape, dtype=dtype, device=device), start
-    local = torch.empty(parameter.shape, dtype=dtype, device=device)
-    if local.device.type == "cpu" and MATRIX.search(name):
-        local = torch.empty_like(local.T, memory_format=torch.contiguous_format).T
-    return local, (0,) * parameter.ndim
+        return parameter.detach().to_local(), start
+    if parameter.device.type == "cpu" and MATRIX.search(name):
+        by_columns = torch.empty_like(parameter.T, memory_format=torch.contiguous_format).T
+        parameter.data = by_columns
+    return parameter.detach(), (0,) * parameter.ndim
 
 
 def check_finite(x: Tensor, stored: Stored) -> None:
@@ -303,25 +293,33 @@ def whole_tensors(model: Model, dtype: torch.dtype) -> Iterator[tuple[str, Tenso
         yield from zip(published, experts_of(name, x), strict=True)
 
 
+def shards_of(tensors, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in groups of at most max_bytes, or of one that is larger."""
+    shard, num_bytes = {}, 0
+    for name, x in tensors:
+        if shard and num_bytes + x.nbytes > max_bytes:
+            yield shard
+            shard, num_bytes = {}, 0
+        shard[name] = x
+        num_bytes += x.nbytes
+    yield shard
+
+
 def write_weights(model: Model, path: Path, dtype: torch.dtype, max_bytes: int) -> set[str]:
     """model.safetensors, or shards of at most max_bytes and their index; the names of the files."""
-    state, shards, sizes = model.state_dict(), [[]], [0]  # shards: names on disk, in order
-    for name, published in disk_names(model).items():
-        size = state[name].numel() * kept_dtype(name, dtype).itemsize // len(published)
-        for key in published:
-            if shards[-1] and sizes[-1] + size > max_bytes:
-                shards.append([])
-                sizes.append(0)
-            shards[-1].append(key)
-            sizes[-1] += size
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    tensors = whole_tensors(model, dtype)
-    for file, shard in zip(names, shards, strict=True):
-        write_tensors(path / file, dict(islice(tensors, len(shard))))
-    if len(shards) > 1:
-        where = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+    contents, total_size = [], 0  # names of the tensors of each file
+    for shard in shards_of(whole_tensors(model, dtype), max_bytes):
+        write_tensors(path / str(len(contents)), shard)
+        contents.append(list(shard))
+        total_size += sum(x.nbytes for x in shard.values())
+    count = len(contents)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    names = names if count > 1 else ["model.safetensors"]
+    for i, name in enumerate(names):
+        os.rename(path / str(i), path / name)
+    if count > 1:
+        where = {key: name for name, keys in zip(names, contents, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total_size}, "weight_map": where}
+        write_json_atomic(path / "model.safetensors.index.json", index)
         names.append("model.safetensors.index.json")
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
-        write_json_atomic(path / names[-1], index)
     return set(names)
