@@ -18,20 +18,18 @@ from functools import partial
 import torch
 
 from nanocascade import stages
-from nanocascade.cli import merge, run_main
+from nanocascade.cli import run_main
 from nanocascade.data.batch import step_batches
 from nanocascade.data.episode import Sampling
-from nanocascade.engine import distributed
+from nanocascade.engine.distributed import Dist
 from nanocascade.engine.optim import freeze_routers, make_optimizer
 from nanocascade.engine.update import Update
 from nanocascade.mopd import compute_mopd_loss, denominators
-from nanocascade.plan.report import report
 from nanocascade.rollouts.groups import apply_overlong, collect_groups, rollout_metrics
 from nanocascade.rollouts.rollout import roll_out
-from nanocascade.rollouts.scoring import Scorer
-from nanocascade.run.evaluate import find_judge
+from nanocascade.run.evaluate import make_scorer
 from nanocascade.run.run import Run, launch
-from nanocascade.run.settings import TOY, EvalSettings, RunSettings
+from nanocascade.run.settings import TOY, Flags
 from nanocascade.sampler import step_seed
 from nanocascade.teachers import Teachers, token_shares
 
@@ -40,39 +38,23 @@ from nanocascade.teachers import Teachers, token_shares
 # stages.MOPD_STAGE has the numbers, stages.MOPD the meaning of each setting.
 
 
-def train(
-    recipe: stages.MOPD,
-    settings: RunSettings,
-    layout: distributed.Layout,
-    eval_settings: EvalSettings,
-    dist: distributed.Dist,
-):
+def train(flags: Flags, dist: Dist):
     # ---- Setup -----------------------------------------------------------------------------------
+    recipe, settings = flags.recipe, flags.run
     drawn = stages.MOPD_SHARES if settings.data == (TOY,) else stages.DOMAINS
     teachers = Teachers(recipe.teachers, recipe.domains, drawn, dist)
-    config = merge(recipe, settings, layout, eval_settings)
-    run = Run(recipe.stage, settings, config, dist, teachers.manifest)
+    run = Run(flags, dist, teachers.manifest)
     teachers.check_tokenizer(run.tokenizer, run.model_config.vocab_size)
-    sampling = Sampling(
-        recipe.max_new_tokens,
-        recipe.temperature,
-        recipe.top_p,
-        max_turns=recipe.max_turns,
-        max_rows=settings.max_rows,
-        return_experts=recipe.routing_replay,
-        thinking=recipe.thinking,
-    )
+    sampling = Sampling.of(recipe, settings.max_rows)
 
     # ---- Data ------------------------------------------------------------------------------------
-    rows, evaluation = run.read_prompts(teachers.domains, sampling, eval_settings)
-    judge = find_judge(settings, rows, evaluation, needed=False)
-    scorer = Scorer(judge, settings.score_workers, settings.judge_concurrency)
+    rows, evaluation = run.read_rows(teachers.domains, sampling)
+    scorer = make_scorer(settings, rows, evaluation, needed=False)
     if settings.dry_run:
-        longest = run.longest_prompt(rows)
-        return report(recipe, settings, layout, eval_settings, run.model_config, longest)
+        return run.report(rows)
 
     # ---- Model -----------------------------------------------------------------------------------
-    model = run.load_model(recipe.lora_rank)
+    model = run.load_model()
     if recipe.lora_rank:
         teachers.share_base(model, run.base, recipe.lora_rank)
     # pi_inf is the student itself, with a cache (sampler.py).
@@ -81,9 +63,8 @@ def train(
         freeze_routers(model)
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(
-        model, recipe.lr, recipe.betas, recipe.weight_decay, layout.offload_optimizer
-    )
+    in_host = flags.layout.offload_optimizer
+    optimizer = make_optimizer(model, recipe.lr, recipe.betas, recipe.weight_decay, in_host)
 
     # ---- Resume ----------------------------------------------------------------------------------
     # Rows of files keep their proportions; generated prompts have those of the released file.
@@ -149,7 +130,7 @@ def train(
         run.save(step + 1, model, optimizer, stream, evaluation)
 
     # ---- Finish ----------------------------------------------------------------------------------
-    run.finish(model, scorer, evaluation, recipe.lora_rank)
+    run.finish(model, scorer, evaluation)
 
 
 def command():

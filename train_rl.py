@@ -15,15 +15,14 @@ from functools import partial
 import torch
 
 from nanocascade import stages
-from nanocascade.cli import merge, run_main
+from nanocascade.cli import run_main
 from nanocascade.data.batch import step_batches
 from nanocascade.data.episode import Sampling
-from nanocascade.engine import distributed
+from nanocascade.engine.distributed import Dist
 from nanocascade.engine.frozen import FrozenModel
 from nanocascade.engine.optim import freeze_routers, make_optimizer
 from nanocascade.engine.update import Update
 from nanocascade.grpo import group_advantages, grpo_loss
-from nanocascade.plan.report import report
 from nanocascade.rollouts.groups import (
     apply_overlong,
     collect_groups,
@@ -32,11 +31,10 @@ from nanocascade.rollouts.groups import (
     rollout_metrics,
 )
 from nanocascade.rollouts.rollout import roll_out
-from nanocascade.rollouts.scoring import Scorer
-from nanocascade.run.evaluate import find_judge
-from nanocascade.run.rows import check_outcomes
+from nanocascade.run.evaluate import make_scorer
+from nanocascade.run.rows import check_stage
 from nanocascade.run.run import Run, launch
-from nanocascade.run.settings import EvalSettings, RunSettings
+from nanocascade.run.settings import Flags
 from nanocascade.sampler import step_seed
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -44,49 +42,21 @@ from nanocascade.sampler import step_seed
 # stages.RL_STAGES has the numbers of each stage, stages.RL the meaning of each setting.
 
 
-def train(
-    recipe: stages.RL,
-    settings: RunSettings,
-    layout: distributed.Layout,
-    eval_settings: EvalSettings,
-    dist: distributed.Dist,
-):
+def train(flags: Flags, dist: Dist):
     # ---- Setup -----------------------------------------------------------------------------------
-    run = Run(recipe.stage, settings, merge(recipe, settings, layout, eval_settings), dist)
+    recipe, settings, run = flags.recipe, flags.run, Run(flags, dist)
     shares = dict.fromkeys(recipe.domains, 1.0) or stages.RL_STAGES[recipe.stage]["domains"]
-    sampling = Sampling(
-        recipe.max_new_tokens,
-        recipe.temperature,
-        recipe.top_p,
-        max_turns=recipe.max_turns,
-        max_rows=settings.max_rows,
-        return_experts=recipe.routing_replay,
-        max_tokens=recipe.max_tokens,
-        thinking=recipe.thinking,
-    )
+    sampling = Sampling.of(recipe, settings.max_rows)
 
     # ---- Data ------------------------------------------------------------------------------------
-    rows, evaluation = run.read_prompts(shares, sampling, eval_settings)
-    judge = find_judge(settings, rows, evaluation)
-    scorer = Scorer(judge, settings.score_workers, settings.judge_concurrency, recipe.pairing)
-    tools = {x["environment"]["name"] for x in rows if "environment" in x}
-    if tools and recipe.max_turns < 2:
-        raise ValueError(
-            f"--max_turns {recipe.max_turns}: rows with tools ({tools}) need 2 or more"
-        )
-    check_outcomes(
-        rows,
-        dynamic_filtering=recipe.dynamic_filtering,
-        mask_unsolved=recipe.mask_unsolved >= 0,
-        max_pass_rate=recipe.max_pass_rate < 1,
-        keep_unsolved=recipe.keep_unsolved < 1,
-    )
+    rows, evaluation = run.read_rows(shares, sampling)
+    check_stage(rows, recipe)
+    scorer = make_scorer(settings, rows, evaluation, pairing=recipe.pairing)
     if settings.dry_run:
-        longest = run.longest_prompt(rows)
-        return report(recipe, settings, layout, eval_settings, run.model_config, longest)
+        return run.report(rows)
 
     # ---- Model -----------------------------------------------------------------------------------
-    model = run.load_model(recipe.lora_rank)
+    model = run.load_model()
     # pi_inf is the model itself, with a cache (sampler.py).
     play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
     reference = FrozenModel(settings.init, dist) if recipe.kl_coef else None
@@ -107,9 +77,8 @@ def train(
         )
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(
-        model, recipe.lr, recipe.betas, recipe.weight_decay, layout.offload_optimizer
-    )
+    in_host = flags.layout.offload_optimizer
+    optimizer = make_optimizer(model, recipe.lr, recipe.betas, recipe.weight_decay, in_host)
 
     # ---- Resume ----------------------------------------------------------------------------------
     stream, first = run.resume(model, optimizer, rows, evaluation, shares, kept)
@@ -169,7 +138,7 @@ def train(
         run.save(step + 1, model, optimizer, stream, evaluation)
 
     # ---- Finish ----------------------------------------------------------------------------------
-    run.finish(model, scorer, evaluation, recipe.lora_rank)
+    run.finish(model, scorer, evaluation)
 
 
 def command():

@@ -13,23 +13,16 @@ import random
 from functools import partial
 
 from nanocascade import stages
-from nanocascade.cli import merge, run_main
+from nanocascade.cli import run_main
 from nanocascade.data.batch import step_batches
 from nanocascade.data.episode import Sampling
-from nanocascade.engine import distributed
+from nanocascade.engine.distributed import Dist
 from nanocascade.engine.optim import make_optimizer
 from nanocascade.engine.update import Update
-from nanocascade.plan.report import report
-from nanocascade.rollouts.scoring import Scorer
-from nanocascade.run.evaluate import find_judge
-from nanocascade.run.rows import (
-    check_conversations,
-    check_sandbox,
-    read_training_rows,
-    sft_document,
-)
+from nanocascade.run.evaluate import make_scorer
+from nanocascade.run.rows import sft_document
 from nanocascade.run.run import Run, launch
-from nanocascade.run.settings import TOY, EvalSettings, RunSettings
+from nanocascade.run.settings import TOY, Flags
 from nanocascade.sft import sft_loss
 from nanocascade.toy import tasks
 
@@ -38,38 +31,24 @@ from nanocascade.toy import tasks
 # stages.SFT_STAGE has the numbers, stages.SFT the meaning of each setting.
 
 
-def train(
-    recipe: stages.SFT,
-    settings: RunSettings,
-    layout: distributed.Layout,
-    eval_settings: EvalSettings,
-    dist: distributed.Dist,
-):
+def train(flags: Flags, dist: Dist):
     # ---- Setup -----------------------------------------------------------------------------------
-    run = Run(recipe.stage, settings, merge(recipe, settings, layout, eval_settings), dist)
+    recipe, settings, run = flags.recipe, flags.run, Run(flags, dist)
     tokenizer = run.tokenizer
-    sampling = Sampling(eval_settings.eval_max_new_tokens, max_rows=settings.max_rows)
+    sampling = Sampling(flags.evaluation.eval_max_new_tokens, max_rows=settings.max_rows)
 
     # ---- Data ------------------------------------------------------------------------------------
-    domains = tuple(tasks.SFT_SHARES)
-    evaluation = run.read_evaluation(domains, sampling, eval_settings)
-    rows = read_training_rows(settings, recipe.stage, domains, dist)
-    if settings.data != (TOY,):
-        check_conversations(rows, tokenizer, recipe.row_tokens, recipe.strip_thinking)
-    check_sandbox(evaluation.all_rows(), settings, eval_settings.eval_data, dist)
-    judge = find_judge(settings, (), evaluation)
-    scorer = Scorer(judge, settings.score_workers, settings.judge_concurrency)
+    rows, evaluation = run.read_rows(tuple(tasks.SFT_SHARES), sampling)
+    scorer = make_scorer(settings, (), evaluation)
     if settings.dry_run:
-        longest = run.longest_prompt(rows)
-        return report(recipe, settings, layout, eval_settings, run.model_config, longest)
+        return run.report(rows)
 
     # ---- Model -----------------------------------------------------------------------------------
-    model = run.load_model(recipe.lora_rank)
+    model = run.load_model()
 
     # ---- Optimizer -------------------------------------------------------------------------------
-    optimizer = make_optimizer(
-        model, recipe.lr, recipe.betas, recipe.weight_decay, layout.offload_optimizer
-    )
+    in_host = flags.layout.offload_optimizer
+    optimizer = make_optimizer(model, recipe.lr, recipe.betas, recipe.weight_decay, in_host)
 
     # ---- Resume ----------------------------------------------------------------------------------
     shares = tasks.SFT_SHARES if settings.data == (TOY,) else None
@@ -103,7 +82,7 @@ def train(
     # ---- Finish ----------------------------------------------------------------------------------
     references = run.out / "references.jsonl"
     evaluation.store_references(model, scorer, dist, references, recipe.reference_samples)
-    run.finish(model, scorer, evaluation, recipe.lora_rank)
+    run.finish(model, scorer, evaluation)
 
 
 def command():

@@ -264,6 +264,7 @@ class OnPolicy(Stage):
     domains: tuple[str, ...] = ()  # domains to train on (default: the stage's, or all taught)
     thinking: bool = True  # open responses with a thought, in training and evaluation
     max_new_tokens: Positive  # maximum tokens of a response; with tools, of the whole episode
+    max_tokens: Count = 0  # maximum tokens of prompt plus response (0 = no limit)
     max_turns: Positive = 1  # maximum assistant turns of an episode with tools
     temperature: Annotated[float, 1e-3] = 1.0  # of sampling; log-probs are of logits / temperature
     top_p: Annotated[float, 1e-3, 1] = 1.0  # nucleus of sampling; the loss ignores the cut
@@ -286,7 +287,6 @@ class RL(OnPolicy):
 
     stage: Literal[tuple(RL_STAGES)] = "math_rl"  # the stage to train, a row of stages.py
     rollouts: Annotated[int, 2]  # responses a prompt; one alone has no advantage
-    max_tokens: Count = 0  # maximum tokens of prompt plus response (0 = no limit)
     overlong: Literal["penalty", "filter"] = "penalty"  # responses cut off: reward 0, or no loss
     dynamic_filtering: bool = False  # replace groups that are all right or all wrong
     mask_unsolved: float = -1.0  # mask prompts whose best outcome is at most this (-1 = off)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nanocascade.stages import OnPolicy
+
 
 @dataclass
 class Sampling:
@@ -19,6 +21,20 @@ class Sampling:
     thinking: bool = True
     return_experts: bool = False  # routing replay
     max_tokens: int = 0  # limit of prompt plus response (0 = no such limit)
+
+    @classmethod
+    def of(cls, recipe: OnPolicy, max_rows: int) -> "Sampling":
+        """How a stage samples."""
+        return cls(
+            recipe.max_new_tokens,
+            recipe.temperature,
+            recipe.top_p,
+            max_turns=recipe.max_turns,
+            max_rows=max_rows,
+            thinking=recipe.thinking,
+            return_experts=recipe.routing_replay,
+            max_tokens=recipe.max_tokens,
+        )
 
     def room(self, prompt: int) -> int:
         """Maximum tokens of a response to a prompt of `prompt` tokens."""

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from nanocascade.data.forms import gym_form
 from nanocascade.environments.loop import equip
-from nanocascade.files import read_text
 from nanocascade.rewards import checked_row, kind_of, without_nulls
 from nanocascade.tokenizer.messages import chat_form
 
@@ -105,16 +104,3 @@ def sft_conversation(row: dict, thinking: bool) -> list[dict]:
     solutions = row["solutions"]
     with_thought = thinking and "on" in solutions
     return conversation(row)[0] + solutions["on" if with_thought else "off"]
-
-
-def read_references(path: str) -> dict[str, list[str]]:
-    """{question: stored answers of the SFT run}; preference answers are compared with these."""
-    answers: dict[str, list[str]] = {}
-    lines = read_text(path).rstrip("\n").split("\n") if path else []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            answers.setdefault(record["question"], []).append(record["answer"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}:{number}: no question and answer: {error!r}") from None
-    return answers

@@ -13,6 +13,7 @@ from nanocascade.rewards import compares_groups, needs_judge
 from nanocascade.rewards.judge import EndpointJudge
 from nanocascade.rollouts.groups import mean
 from nanocascade.rollouts.rollout import roll_out
+from nanocascade.rollouts.scoring import Scorer
 from nanocascade.run.rows import References, check_prompts, read_eval_rows
 from nanocascade.run.settings import TOY, EvalSettings, RunSettings
 from nanocascade.tokenizer.tokenizer import Tokenizer
@@ -66,21 +67,10 @@ class Evaluation:
         self.settings, self.domains, self.sampling = settings, domains, sampling
         self.tokenizer, self.references = tokenizer, references
         self.results: dict[str, dict] = {}
-        self.rows = read_eval_rows(settings, domains)
+        rows = read_eval_rows(settings, domains)
+        self.rows = {domain: references.add_to(x) for domain, x in rows.items()}
         for domain, rows in self.rows.items():
             check_prompts(rows, tokenizer, self.sampling_of(domain), context)
-        self.scored_rows()  # fails here, before the run, if references cannot be read
-
-    def scored_rows(self) -> dict[str, list[dict]]:
-        """The rows that can be scored. A preference row needs a stored answer to compare
-        with, which SFT writes only at its end."""
-        found = {}
-        for domain, rows in self.rows.items():
-            rows = self.references.add_to(rows)
-            rows = [x for x in rows if not compares_groups(x) or "reference" in x]
-            if rows:
-                found[domain] = rows
-        return found
 
     def sampling_of(self, domain: str) -> Sampling:
         """Sampling of a domain's held-out rows: temperature 1, top-p 1."""
@@ -97,12 +87,17 @@ class Evaluation:
         return [row for rows in self.rows.values() for row in rows]
 
     def measure(self, model, scorer, dist: Dist) -> dict[str, dict]:
-        """{domain: {mean, n, interval, and the limits that the score depends on}}."""
+        """{domain: {mean, n, interval, and the limits that the score depends on}}.
+
+        A preference row needs a stored answer to compare with, which SFT writes only at its end.
+        """
         scores = {}
-        for domain, rows in self.scored_rows().items():
-            sampling = self.sampling_of(domain)
-            found, _ = evaluate(model, self.tokenizer, rows, 1, sampling, 1, scorer, dist)
-            scores[domain] = found[domain] | sampling.limits
+        for domain, rows in self.rows.items():
+            rows = [x for x in rows if not compares_groups(x) or "reference" in x]
+            if rows:
+                sampling = self.sampling_of(domain)
+                found, _ = evaluate(model, self.tokenizer, rows, 1, sampling, 1, scorer, dist)
+                scores[domain] = found[domain] | sampling.limits
         return scores
 
     def before(self, model, scorer, dist: Dist, parent: dict) -> None:
@@ -140,30 +135,32 @@ class Evaluation:
             rows = tasks.make_rows("preference", num_rows, "test", 0)
         sampling = self.sampling_of("preference")
         _, groups = evaluate(model, self.tokenizer, rows, 1, sampling, 2, scorer, dist)
-        records = [
-            {"question": question_of(g[0].row), "answer": g[0].turns[-1]["content"]} for g in groups
-        ]
-        records = [x for part in dist.gather(records) for x in part]
-        records.sort(
-            key=lambda x: (x["question"], x["answer"])
-        )  # the same order for any number of ranks
+        answers = [(question_of(g[0].row), g[0].turns[-1]["content"]) for g in groups]
+        answers = sorted(x for part in dist.gather(answers) for x in part)  # for any ranks the same
         if dist.is_main:
-            write_text_atomic(path, "".join(json.dumps(x) + "\n" for x in records))
+            lines = [json.dumps({"question": x, "answer": y}) + "\n" for x, y in answers]
+            write_text_atomic(path, "".join(lines))
         dist.barrier()
         self.references = References(str(path))
+        self.rows["preference"] = self.references.add_to(self.rows["preference"])
 
 
-def find_judge(settings: RunSettings, rows: list[dict], evaluation: Evaluation, needed=True):
-    """The judge of preference rows: the endpoint of --judge_url, or the toy's rule for its rows.
+def make_scorer(
+    settings: RunSettings, rows, evaluation: Evaluation, needed=True, pairing="all"
+) -> Scorer:
+    """The scorer of a run. Its judge is the endpoint of --judge_url, or the toy's rule for the
+    toy's rows.
 
-    None if only rows of --data need a judge and the run can do without (`needed` is false: MOPD
-    has no rewards in its loss).
+    There is none if only rows of --data need a judge and the run can do without (`needed` is false:
+    MOPD has no rewards in its loss).
     """
     if settings.judge_url:
-        return EndpointJudge(settings.judge_url, settings.judge_model, workers=1)
-    trained = settings.data != (TOY,) and any(map(needs_judge, rows))
-    evaluated = any(map(needs_judge, evaluation.all_rows()))
-    toy_eval = evaluation.settings.eval_data == (TOY,)
-    if trained and (needed or evaluated) or evaluated and not toy_eval:
-        raise ValueError("preference rows need --judge_url and --judge_model, so do judged")
-    return None if trained else rule_judge
+        judge = EndpointJudge(settings.judge_url, settings.judge_model, workers=1)
+    else:
+        trained = settings.data != (TOY,) and any(map(needs_judge, rows))
+        evaluated = any(map(needs_judge, evaluation.all_rows()))
+        toy_eval = evaluation.settings.eval_data == (TOY,)
+        if trained and (needed or evaluated) or evaluated and not toy_eval:
+            raise ValueError("preference rows need --judge_url and --judge_model, so do judged")
+        judge = None if trained else rule_judge
+    return Scorer(judge, settings.score_workers, settings.judge_concurrency, pairing)

@@ -17,6 +17,7 @@ from nanocascade.data.episode import Rollout
 from nanocascade.engine.distributed import Dist
 from nanocascade.files import write_text_atomic
 from nanocascade.run.records import rollout_record
+from nanocascade.run.settings import RunSettings
 from nanocascade.run.track import Trackers
 
 
@@ -24,9 +25,9 @@ class Log:
     """The log of a run: metrics.jsonl (a line a step), rollouts.jsonl (a line a rollout), progress
     bar, clock. All ranks call it, the main rank writes."""
 
-    def __init__(self, out: str, tokenizer, dist: Dist, log_groups: int, show_every: int):
-        self.out, self.tokenizer, self.dist = out, tokenizer, dist
-        self.log_groups, self.show_every = log_groups, show_every
+    def __init__(self, settings: RunSettings, tokenizer, dist: Dist):
+        self.out, self.tokenizer, self.dist = settings.out, tokenizer, dist
+        self.log_groups, self.show_every = settings.log_groups, settings.show_every
         self.earlier, self.started = 0.0, time.perf_counter()
         self.chosen: dict[str, list[list[Rollout]]] = {}  # groups of the step by domain
 

@@ -14,6 +14,8 @@ import torch
 from nanocascade.checkpoint.hf_config import load_config
 from nanocascade.checkpoint.state import check_out_dir, load_state, remove_state, save_state
 from nanocascade.checkpoint.weights import save_model
+from nanocascade.cli import merge
+from nanocascade.data.episode import Sampling
 from nanocascade.data.rows import conversation
 from nanocascade.data.stream import PromptStream
 from nanocascade.engine import distributed
@@ -27,17 +29,12 @@ from nanocascade.run.evaluate import Evaluation
 from nanocascade.run.log import Log, commit, evaluation_table, peak_gib
 from nanocascade.run.rows import (
     References,
+    check_conversations,
     check_prompts,
     check_sandbox,
     read_training_rows,
 )
-from nanocascade.run.settings import (
-    EvalSettings,
-    RunSettings,
-    read_settings,
-    require_flags,
-    starts_from_nothing,
-)
+from nanocascade.run.settings import TOY, Flags, read_settings, require_flags
 from nanocascade.run.track import Trackers
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
@@ -52,46 +49,39 @@ MAY_CHANGE |= {"micro_tokens", "max_rows", "memory_gb"}  # change memory and spe
 
 
 def launch(recipe_class, train) -> None:
-    """Read the flags and call train(recipe, settings, layout, eval_settings, dist), in each process
-    of the run. A dry run without data needs the plan alone."""
-    doc = sys.modules[train.__module__].__doc__
-    recipe, settings, layout, eval_settings = read_settings(recipe_class, doc)
-    fit_memory(recipe, settings, layout, eval_settings)
-    if settings.dry_run and not settings.data:
-        return report(recipe, settings, layout, eval_settings)
-    require_flags(settings, recipe.stage)
-    frozen = recipe.lora_rank > 0
-    with distributed.start(settings.device, layout, settings.dry_run, frozen) as dist:
-        train(recipe, settings, layout, eval_settings, dist)
+    """Read the flags and call train(flags, dist) in each process of the run. A dry run without data
+    needs the plan alone."""
+    flags = read_settings(recipe_class, sys.modules[train.__module__].__doc__)
+    fit_memory(*flags)
+    if flags.run.dry_run and not flags.run.data:
+        return report(*flags)
+    require_flags(flags)
+    frozen = flags.recipe.lora_rank > 0
+    with distributed.start(flags.run.device, flags.layout, flags.run.dry_run, frozen) as dist:
+        train(flags, dist)
 
 
 class Run:
-    """A run directory: initial model, checkpoints, log, manifest.
+    """A run directory: initial model, rows, checkpoints, log, manifest.
 
-    config: all flags as one dict. teachers: {domain: {"path", "sha256"}} of MOPD. Raises ValueError
-    for a directory that holds another run and for a missing or damaged --init.
+    teachers: {domain: {"path", "sha256"}} of MOPD. Raises ValueError for a directory that holds
+    another run and for a missing or damaged --init.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        settings: RunSettings,
-        config: dict,
-        dist: Dist,
-        teachers: dict | None = None,
-    ):
-        self.stage, self.settings, self.config = stage, settings, config
-        self.dist, self.teachers = dist, teachers or {}
-        self.out, self.init = Path(settings.out), settings.init
-        identity = {k: v for k, v in config.items() if k not in MAY_CHANGE}
-        identity |= {"stage": stage, "teachers": self.teachers}
-        self.resumes = not settings.dry_run and check_out_dir(self.out, settings.resume, identity)
-        self.toy_start = starts_from_nothing(settings, stage)
+    def __init__(self, flags: Flags, dist: Dist, teachers: dict | None = None):
+        self.flags, self.dist, self.teachers = flags, dist, teachers or {}
+        self.recipe, self.settings = flags.recipe, flags.run
+        self.stage, self.init = self.recipe.stage, self.settings.init
+        self.out, self.config = Path(self.settings.out), merge(*flags)
+        identity = {k: v for k, v in self.config.items() if k not in MAY_CHANGE}
+        identity |= {"stage": self.stage, "teachers": self.teachers}
+        dry_run = self.settings.dry_run
+        self.resumes = not dry_run and check_out_dir(self.out, self.settings.resume, identity)
         self.parent: dict = {}  # the manifest of --init
-        if self.toy_start:
+        if flags.toy_start:
             with tempfile.TemporaryDirectory() as scratch:  # a dry run writes nothing to --out
-                path = scratch if settings.dry_run else self.out
-                if dist.is_main or settings.dry_run:
+                path = scratch if dry_run else self.out
+                if dist.is_main or dry_run:
                     build_toy_tokenizer(path, tasks.vocabulary())
                 dist.barrier()
                 self.tokenizer = Tokenizer(path)
@@ -102,21 +92,22 @@ class Run:
             self.tokenizer.check_model(self.model_config.vocab_size, self.init)
             if (Path(self.init) / "manifest.json").exists():
                 self.parent = read_json(Path(self.init) / "manifest.json")
-        self.context = self.model_config.max_position_embeddings
-        self.log = Log(settings.out, self.tokenizer, dist, settings.log_groups, settings.show_every)
+        self.log = Log(self.settings, self.tokenizer, dist)
 
-    def read_evaluation(self, domains, sampling, settings: EvalSettings) -> Evaluation:
-        references = References(self.references_path())
-        return Evaluation(settings, domains, sampling, self.tokenizer, references, self.context)
-
-    def read_prompts(self, domains, sampling, settings: EvalSettings):
+    def read_rows(self, domains, sampling: Sampling):
         """(rows to train on, evaluation), checked so that a bad row cannot stop the run later."""
-        evaluation = self.read_evaluation(domains, sampling, settings)
+        settings, references = self.flags.evaluation, References(self.references_path())
+        context = self.model_config.max_position_embeddings
+        evaluation = Evaluation(settings, domains, sampling, self.tokenizer, references, context)
         rows = read_training_rows(self.settings, self.stage, domains, self.dist)
-        check_prompts(rows, self.tokenizer, sampling, self.context)
-        graded = evaluation.all_rows() + rows
+        graded = evaluation.all_rows()
+        if self.stage != "sft":
+            check_prompts(rows, self.tokenizer, sampling, context)
+            graded, rows = graded + rows, references.add_to(rows)
+        elif self.settings.data != (TOY,):
+            check_conversations(rows, self.tokenizer, self.recipe)
         check_sandbox(graded, self.settings, settings.eval_data, self.dist)
-        return evaluation.references.add_to(rows), evaluation
+        return rows, evaluation
 
     def references_path(self) -> str:
         """--references, or the parent's, found in --init even if that was moved. Never those that
@@ -126,22 +117,24 @@ class Run:
             return self.settings.references or str(stored)
         return self.settings.references or self.parent.get("references", "")
 
-    def longest_prompt(self, rows: list[dict]) -> int:
-        """Tokens of the longest of a few hundred prompts, for the plan of a dry run."""
+    def report(self, rows: list[dict]) -> None:
+        """Print the plan of a dry run, with the longest of a few hundred prompts."""
         some = rows[:: max(len(rows) // 256, 1)]
-        return max(len(self.tokenizer.render(*conversation(x), True, True)[0]) for x in some)
+        prompts = [self.tokenizer.render(*conversation(x), True, True)[0] for x in some]
+        report(*self.flags, self.model_config, max(map(len, prompts)))
 
     # ---- Model and checkpoints ----
 
-    def load_model(self, lora_rank: int = 0) -> Model:
+    def load_model(self) -> Model:
         """The model to start from (a resumed run overwrites its weights)."""
-        if lora_rank and self.toy_start:
-            raise ValueError(f"--lora_rank {lora_rank}: needs --init, a model to adapt")
-        if lora_rank:
-            self.base = base_of(self.init, lora_rank)
-            return load_adapted(self.init, self.base, lora_rank, self.settings.seed, self.dist)
-        if self.toy_start:
-            model = Model(self.model_config).reset_parameters(self.settings.seed)
+        rank, seed = self.recipe.lora_rank, self.settings.seed
+        if rank and self.flags.toy_start:
+            raise ValueError(f"--lora_rank {rank}: needs --init, a model to adapt")
+        if rank:
+            self.base = base_of(self.init, rank)
+            return load_adapted(self.init, self.base, rank, seed, self.dist)
+        if self.flags.toy_start:
+            model = Model(self.model_config).reset_parameters(seed)
             return parallelize(model.to(self.dist.device), self.dist)
         return load(self.init, self.dist)
 
@@ -180,12 +173,12 @@ class Run:
             }
             save_state(self.out, model=model, optimizer=optimizer, extra=extra)
 
-    def finish(self, model, scorer, evaluation: Evaluation, lora_rank: int = 0) -> None:
+    def finish(self, model, scorer, evaluation: Evaluation) -> None:
         """Write the model, evaluate it, write the manifest, remove the training state."""
-        seconds = self.log.elapsed
-        if lora_rank:
+        seconds, rank = self.log.elapsed, self.recipe.lora_rank
+        if rank:
             if self.dist.is_main:
-                save_adapters(model, self.out, self.base, lora_rank)
+                save_adapters(model, self.out, self.base, rank)
             merge_adapters(model)
         dtype = DTYPES.get(self.settings.save_dtype)  # None: as in memory
         # Called on all ranks, before anything that may still fail.

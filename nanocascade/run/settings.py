@@ -1,7 +1,7 @@
 """Flags that all train scripts have. The flags of a stage's recipe are in stages.py."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nanocascade import stages
 from nanocascade.cli import Count, NonNegative, Positive, parse_args
@@ -55,24 +55,34 @@ class EvalSettings:
     eval_max_new_tokens: Positive = 72  # maximum tokens of a response in evaluations
 
 
-def read_settings(recipe_class, doc=None, argv=None) -> list:
-    """[recipe, RunSettings, Layout, EvalSettings] of the command line."""
+class Flags(NamedTuple):
+    """The flags of a train script, in groups."""
+
+    recipe: stages.SFT | stages.RL | stages.MOPD
+    run: RunSettings
+    layout: Layout
+    evaluation: EvalSettings
+
+    @property
+    def toy_start(self) -> bool:
+        """Whether the run starts from random weights: the toy's SFT, unless --init is given."""
+        return not self.run.init and self.run.config == TOY and self.recipe.stage == "sft"
+
+
+def read_settings(recipe_class, doc=None, argv=None) -> Flags:
+    """The flags of the command line."""
 
     def preset(values: dict) -> dict:
         return stages.preset(values.get("stage", recipe_class.stage), values["config"])
 
     groups = recipe_class, RunSettings, Layout, EvalSettings
-    return parse_args(*groups, preset=preset, doc=doc, argv=argv)
+    return Flags(*parse_args(*groups, preset=preset, doc=doc, argv=argv))
 
 
-def starts_from_nothing(run: RunSettings, stage: str) -> bool:
-    """Whether the run starts from random weights: the toy's SFT, unless --init names a model."""
-    return not run.init and run.config == TOY and stage == "sft"
-
-
-def require_flags(run: RunSettings, stage: str) -> None:
+def require_flags(flags: Flags) -> None:
     """Raise ValueError for a required flag that is missing, before any process is started."""
-    needed = [] if starts_from_nothing(run, stage) else ["init"]
+    run = flags.run
+    needed = [] if flags.toy_start else ["init"]
     needed += ["data"] if run.dry_run else ["out", "data"]
     check_trackers(run.track)
     if missing := [f"--{name}" for name in needed if not getattr(run, name)]:
