@@ -6,17 +6,14 @@ between 0 and 1. Wrong input prints one line and exits with code 2 (with
 NANOCASCADE_DEBUG=1 in the environment: a traceback).
 """
 
-import ast
 import difflib
 import inspect
-import io
 import math
 import os
 import re
 import sys
-import textwrap
-import tokenize
 from dataclasses import MISSING, asdict, fields
+from itertools import takewhile
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 Positive = Annotated[int, 1]
@@ -43,15 +40,18 @@ def run_main(main) -> None:
         raise SystemExit(2) from None
 
 
-def parse_args(*groups, preset=None, doc=None, argv=None) -> list:
+def parse_args(*groups, preset=None, doc=None, argv=None, positional="") -> list:
     """One instance of each dataclass of `groups`, from argv: ["--lr", "3e-6", "--data=a,b"].
 
     doc: first text of --help (default: the docstring of the first group's module).
     preset(values): the fields that --config and --stage set; a flag overrides a preset, a preset a
     default. A bool's flag without a value means true. The last of a repeated flag counts, so that
-    a shell script can end in "$@".
+    a shell script can end in "$@". positional: the field that the words before the first flag set.
     """
     argv = sys.argv[1:] if argv is None else argv
+    words = [*takewhile(lambda x: positional and not x.startswith("--"), argv)]
+    if words:
+        argv = [f"--{positional}", ",".join(words), *argv[len(words) :]]
     hints = {name: x for group in groups for name, x in _hints(group).items()}
     flags = _read_flags([word for word in argv if word != "--help"], hints)
     known = [field for group in groups for field in fields(group)]
@@ -152,14 +152,10 @@ def _comments(group) -> dict[str, tuple[str, str]]:
     """{"lr": (heading, "peak learning rate")}: the comment after each field, base classes first."""
     found = {}
     for base in reversed(group.__mro__[:-1]):
-        source = textwrap.dedent(inspect.getsource(base))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {x.start[0]: x.string for x in tokens if x.type == tokenize.COMMENT}
-        headings = {n: x[1] for n in comments if (x := re.match("# -+ (.*?) -+$", comments[n]))}
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign):
-                above = [n for n in headings if n < node.lineno]
-                heading = headings[max(above)] if above else inspect.cleandoc(group.__doc__)
-                comment = comments.get(node.end_lineno, "").lstrip("# ")
-                found[node.target.id] = (heading.split("\n")[0].rstrip(".:"), comment)
+        heading = inspect.cleandoc(group.__doc__).split("\n")[0].rstrip(".:")
+        for line in inspect.getsource(base).splitlines():
+            if ruler := re.match(r" *# -+ (.*?) -+$", line):
+                heading = ruler[1]
+            elif field := re.match(r" *(\w+): .*?  # (.*)", line):
+                found[field[1]] = (heading, field[2])
     return found

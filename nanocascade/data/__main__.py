@@ -12,10 +12,19 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 
-from nanocascade.cli import run_main
+from nanocascade.cli import Share, parse_args, run_main
 from nanocascade.data.rows import conversation, read_rows
 from nanocascade.files import write_text_atomic
+
+
+@dataclass
+class Config:
+    """Flags"""
+
+    files: tuple[str, ...] = ()  # JSONL files of rows
+    split: Share = 0.0  # share of test rows (0 = describe the files)
 
 
 def is_test_row(row: dict, share: float) -> bool:
@@ -25,9 +34,9 @@ def is_test_row(row: dict, share: float) -> bool:
     return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
-def describe(paths: list[str]) -> None:
-    """Print rows by domain, prompt lengths in characters, and unusable rows with the reason."""
-    lengths, problems = defaultdict(list), []
+def describe(paths: tuple[str, ...], problems: list[str]) -> None:
+    """Print rows by domain, prompt lengths in characters, and the servers of unusable rows."""
+    lengths = defaultdict(list)
     for row in read_rows(paths, sft=None, problems=problems):
         lengths[row["domain"]].append(sum(len(x["content"]) for x in conversation(row)[0]))
     for domain, sizes in sorted(lengths.items()):
@@ -36,35 +45,27 @@ def describe(paths: list[str]) -> None:
     servers = Counter(re.findall(r"is for (\S+), which is no verifier", "\n".join(problems)))
     for name, count in servers.most_common():
         print(f"{count} rows are for {name}, which is no verifier of ours")
-    print(f"{len(problems)} rows cannot be used", *problems, sep="\n  ")
 
 
-def split(path: str, share: float) -> None:
+def split(path: str, share: float, problems: list[str]) -> None:
     """Write the usable rows of a file, in one form, to PATH.train and PATH.test."""
-    if not 0 < share < 1:
-        raise ValueError(f"--split {share}: expected a share between 0 and 1")
-    parts, problems = {False: [], True: []}, []
+    parts = {"train": [], "test": []}
     for row in read_rows(path, sft=None, problems=problems):
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        parts[is_test_row(row, share)].append(line)
-    for test, name in ((False, "train"), (True, "test")):
-        write_text_atomic(f"{path}.{name}", "".join(parts[test]))
-        print(f"{path}.{name}: {len(parts[test])} rows")
+        name = "test" if is_test_row(row, share) else "train"
+        parts[name].append(json.dumps(row, ensure_ascii=False) + "\n")
+    for name, lines in parts.items():
+        write_text_atomic(f"{path}.{name}", "".join(lines))
+        print(f"{path}.{name}: {len(lines)} rows")
+
+
+def main(argv: list[str]) -> None:
+    (cfg,) = parse_args(Config, argv=[str(x) for x in argv], positional="files")
+    problems: list[str] = []
+    for path in cfg.files if cfg.split else ():
+        split(path, cfg.split, problems)
+    if not cfg.split:
+        describe(cfg.files, problems)
     print(f"{len(problems)} rows cannot be used", *problems, sep="\n  ")
-
-
-def main(arguments: list[str]) -> None:
-    paths = [str(x) for x in arguments]
-    if "--split" not in paths:
-        describe(paths)
-        return
-    place = paths.index("--split")
-    try:
-        share = float(paths[place + 1])
-    except (IndexError, ValueError):
-        raise ValueError("--split needs a share, as in --split 0.1") from None
-    for path in paths[:place] + paths[place + 2 :]:
-        split(path, share)
 
 
 if __name__ == "__main__":

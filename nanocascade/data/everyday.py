@@ -16,7 +16,6 @@ import hashlib
 import json
 import random
 import string
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,10 +196,7 @@ class Config:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if words and not words[0].startswith("--"):
-        words = ["--out", *words]
-    (cfg,) = parse_args(Config, argv=words)
+    (cfg,) = parse_args(Config, positional="out")
     if not cfg.out:
         raise ValueError("--out DIR is needed: where the rows go")
     train = [x for d in GENERATORS for x in make_rows(d, cfg.rows, False, cfg.seed)]
