@@ -20,22 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanocascade.cli import parse_args, run_main
+from nanocascade.data.forms import asking
+from nanocascade.data.rows import question_of
 from nanocascade.files import write_text_atomic
 
 TEST_SHARE = 8  # one prompt in 8 is held out
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 NEEDS_LENGTH = ("startend:end_checker", "keywords:existence", "detectable_format:title")
 BOXED = " Put the final answer in \\boxed{}."
-
-
-def user_row(text: str, answer: str | None = None, work: str = "", **fields) -> dict:
-    """A row of one user turn; `work` precedes the answer of its solution, or is its thought."""
-    row = {"responses_create_params": {"input": [{"role": "user", "content": text}]}, **fields}
-    if answer is not None:
-        thought = {"role": "assistant", "content": answer, "reasoning_content": work}
-        plain = {"role": "assistant", "content": f"{work}\n{answer}".strip()}
-        row["solutions"] = {"on": [thought], "off": [plain]}
-    return row
 
 
 def instruction(rng) -> dict:
@@ -72,39 +64,31 @@ def instruction(rng) -> dict:
 
     kwargs = [{name: fill(value) for name, value in x["kwargs"].items()} for x in chosen]
     ids = [x["id"] for x in chosen]
-    return user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=kwargs)
+    return asking({}, prompt, prompt=prompt, instruction_id_list=ids, kwargs=kwargs)
 
 
 def word_problem(rng) -> dict:
     """A story of one or two steps; the solution writes each step down."""
     name, other = rng.sample(WORDS["names"], 2)
-    goods, kind = rng.choice(WORDS["goods"]), rng.randrange(6)
+    goods, problem = rng.choice(WORDS["goods"]), rng.choice(WORDS["problems"])
     a, b, c = rng.randint(2, 20), rng.randint(2, 20), rng.randint(2, 9)
-    if kind == 0:
-        story = f"{name} has {a} {goods} and buys {b} more. How many {goods} does {name} have now?"
-        work, result = f"{a} + {b} = {a + b}", a + b
-    elif kind == 1:
-        total = a + b
-        story = f"{name} had {total} {goods} and gave {b} to {other}. How many {goods} are left?"
-        work, result = f"{total} - {b} = {a}", a
-    elif kind == 2:
-        story = f"A box holds {a} {goods}. How many {goods} are in {c} boxes?"
-        work, result = f"{a} * {c} = {a * c}", a * c
-    elif kind == 3:
-        story = f"{name} shares {a * c} {goods} equally among {c} friends. How many does each get?"
-        work, result = f"{a * c} / {c} = {a}", a
-    elif kind == 4:
-        story = f"{name} buys {c} bags of {a} {goods} and finds {b} more. How many {goods} in all?"
-        work, result = f"{a} * {c} = {a * c}, {a * c} + {b} = {a * c + b}", a * c + b
-    else:
-        total = a + b + c
-        story = (
-            f"There were {total} {goods} in a shop. {name} bought {a} and {other} bought {b}. "
-            f"How many are left?"
-        )
-        work, result = f"{total} - {a} = {b + c}, {b + c} - {b} = {c}", c
-    row = user_row(story + BOXED, f"\\boxed{{{result}}}", work)
-    return row | {"question": story, "expected_answer": str(result)}
+    values = {
+        "name": name,
+        "other": other,
+        "goods": goods,
+        "a": a,
+        "b": b,
+        "c": c,
+        "a_and_b": a + b,
+        "b_and_c": b + c,
+        "total": a + b + c,
+        "a_times_c": a * c,
+        "in_all": a * c + b,
+    }
+    story, work = (problem[x].format(**values) for x in ("story", "work"))
+    result = work.rpartition(" = ")[2]
+    fields = {"question": story, "expected_answer": result}
+    return asking(fields, story + BOXED, f"\\boxed{{{result}}}", work)
 
 
 def choice(rng) -> dict:
@@ -137,13 +121,15 @@ def choice(rng) -> dict:
     letters = string.ascii_uppercase[:4]
     letter = letters[values.index(right)]
     listed = "".join(f"\n{x}: {value}" for x, value in zip(letters, values, strict=True))
-    row = user_row(
+    return asking(
+        {},
         question + listed + "\nPut the letter of the right option in \\boxed{}.",
         f"\\boxed{{{letter}}}",
         work,
+        options=[{x: value} for x, value in zip(letters, values, strict=True)],
+        expected_answer=letter,
+        grading_mode="lenient_boxed",
     )
-    options = [{x: value} for x, value in zip(letters, values, strict=True)]
-    return row | {"options": options, "expected_answer": letter, "grading_mode": "lenient_boxed"}
 
 
 def record(rng) -> dict:
@@ -164,7 +150,7 @@ def record(rng) -> dict:
         "additionalProperties": False,
     }
     answer = json.dumps({key: facts[key] for key in keys})
-    return user_row(prompt, answer, schema_str=json.dumps(schema), schema_type="json")
+    return asking({}, prompt, answer, "", schema_str=json.dumps(schema), schema_type="json")
 
 
 GENERATORS = {"if": instruction, "math": word_problem, "mcqa": choice, "structured": record}
@@ -175,7 +161,7 @@ def make_rows(domain: str, count: int, test: bool, seed: int = 0) -> list[dict]:
     rng, rows, seen = random.Random(f"{domain} {seed}"), [], set()
     for _ in range(200 * count):
         row = GENERATORS[domain](rng)
-        prompt = row["responses_create_params"]["input"][0]["content"]
+        prompt = question_of(row)
         held_out = hashlib.sha256(prompt.encode()).digest()[0] % TEST_SHARE == 0
         if held_out == test and prompt not in seen:
             seen.add(prompt)
