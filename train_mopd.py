@@ -59,6 +59,14 @@ def train(flags: Flags, dist: Dist):
         teachers.share_base(model, run.base, recipe.lora_rank)
     # pi_inf is the student itself, with a cache (sampler.py).
     play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
+    micro_batches = partial(
+        step_batches,
+        model,
+        dist,
+        micro_tokens=settings.micro_tokens,
+        replay=recipe.routing_replay,
+        share=settings.share_prompts,
+    )
     if not recipe.train_router:
         freeze_routers(model)
 
@@ -81,29 +89,17 @@ def train(flags: Flags, dist: Dist):
         timing |= scorer.judge_metrics(dist)
         apply_overlong(groups, recipe.overlong)
         run.log.choose(groups)
-        rollouts = [x for g in groups for x in g]
-        taught = teachers.split(rollouts)  # by teacher; response_ids count in this order
-        rollouts = [x for _, part in taught for x in part]
+        rollouts = [x for group in groups for x in group]
 
         # One gradient step. The denominators are counted before the first backward.
-        counts = [x.num_loss_tokens for x in rollouts] + [0]  # an empty last part indexes the 0
-        num_tokens, num_responses = denominators(
-            torch.tensor(counts, device=dist.device),  # (o,)
-            dist.sum(sum(counts)),
-            dist.sum(sum(x > 0 for x in counts)),
-            recipe.denominator,
-        )
-        update, start = Update(model, optimizer, recipe, step, dist), 0
-        for name, part in taught:  # one teacher on the device at a time
-            teacher = teachers.models[name]
-            for batch in step_batches(
-                model,
-                dist,
-                part,
-                settings.micro_tokens,
-                recipe.routing_replay,
-                settings.share_prompts,
-            ):
+        counts = [x.num_loss_tokens for x in rollouts]
+        totals = dist.sum(sum(counts)), dist.sum(sum(x > 0 for x in counts))
+        update = Update(model, optimizer, recipe, step, dist)
+        for name, part in teachers.split(rollouts):  # one teacher on the device at a time
+            teacher, counts = teachers.models[name], [x.num_loss_tokens for x in part]
+            num_tokens = torch.tensor(counts or [0], device=dist.device)  # (o,)
+            num_tokens, num_responses = denominators(num_tokens, *totals, recipe.denominator)
+            for batch in micro_batches(part):
                 teacher_logprobs = teacher.logprobs(batch, recipe.temperature)
                 train_logprobs = update.forward(batch, recipe.temperature)
                 loss, metrics = compute_mopd_loss(
@@ -113,7 +109,7 @@ def train(flags: Flags, dist: Dist):
                     batch.mask,
                     recipe.gate_low,
                     recipe.gate_high,
-                    response_ids=batch.response_ids + start,
+                    response_ids=batch.response_ids,
                     num_tokens=num_tokens,
                     num_responses=num_responses,
                     gate=recipe.gate,
@@ -121,7 +117,6 @@ def train(flags: Flags, dist: Dist):
                 )
                 metrics[f"mopd/reverse_kl/{name}"] = metrics["mopd/reverse_kl"]
                 update.backward(loss, metrics, part, teacher_logprobs)
-            start += len(part)
             teacher.park()
 
         # Log, look, save.

@@ -59,22 +59,20 @@ def train(flags: Flags, dist: Dist):
     model = run.load_model()
     # pi_inf is the model itself, with a cache (sampler.py).
     play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
+    micro_batches = partial(
+        step_batches,
+        model,
+        dist,
+        micro_tokens=settings.micro_tokens,
+        replay=recipe.routing_replay,
+        share=settings.share_prompts,
+    )
     reference = FrozenModel(settings.init, dist) if recipe.kl_coef else None
     if reference and recipe.lora_rank:
         reference.share_base(model, run.base, recipe.lora_rank)
     if not recipe.train_router:
         freeze_routers(model)
-    kept = None
-    if (recipe.max_pass_rate < 1 or recipe.keep_unsolved < 1) and not run.resumes:
-        kept = in_reach(
-            play,
-            rows,
-            settings.seed,
-            dist,
-            samples=recipe.pass_samples,
-            max_pass_rate=recipe.max_pass_rate,
-            keep_unsolved=recipe.keep_unsolved,
-        )
+    kept = None if run.resumes else in_reach(play, rows, recipe, settings.seed, dist)
 
     # ---- Optimizer -------------------------------------------------------------------------------
     in_host = flags.layout.offload_optimizer
@@ -107,14 +105,7 @@ def train(flags: Flags, dist: Dist):
         # One gradient step. The denominator is counted before the first backward.
         num_tokens = max(dist.sum(sum(x.num_loss_tokens for x in rollouts)), 1)
         update = Update(model, optimizer, recipe, step, dist)
-        for batch in step_batches(
-            model,
-            dist,
-            rollouts,
-            settings.micro_tokens,
-            recipe.routing_replay,
-            settings.share_prompts,
-        ):
+        for batch in micro_batches(rollouts):
             ref_logprobs = reference.logprobs(batch, recipe.temperature) if reference else None
             train_logprobs = update.forward(batch, recipe.temperature)
             loss, metrics = grpo_loss(

@@ -317,7 +317,8 @@ def test_numbers_in_reach(calls):
     rows = rows_of(RIGHT, (1.0, 0.5), MIXED, *[WRONG] * 300) + [{"id": "known", "pass_rate": 1.0}]
 
     def reach(**limits):
-        kept = drawing.in_reach(calls, rows, 0, ALONE, samples=2, **limits)
+        recipe = SimpleNamespace(pass_samples=2, **limits)
+        kept = drawing.in_reach(calls, rows, recipe, 0, ALONE)
         return [rows[i] for i in kept]
 
     assert reach(max_pass_rate=0.74, keep_unsolved=1.0) == rows[2:-1]

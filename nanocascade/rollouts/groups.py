@@ -10,6 +10,7 @@ from nanocascade.data.episode import Rollout
 from nanocascade.data.rows import conversation
 from nanocascade.rollouts.scoring import NOT_SCORED
 from nanocascade.sampler import step_seed
+from nanocascade.stages import RL
 
 # OURS: dynamic filtering draws at most 4 times the prompts of a step; the report has no limit.
 MAX_DRAWS = 4
@@ -58,29 +59,36 @@ def group_metrics(outcomes: list[list]) -> dict[str, float]:
     return metrics
 
 
-def in_reach(play, rows, seed, dist, *, samples, max_pass_rate, keep_unsolved) -> list[int]:
-    """Indices of the rows that are neither too easy nor too hard for the model.
+def in_reach(play, rows: list[dict], recipe: RL, seed, dist) -> list[int] | None:
+    """Indices of the rows that are neither too easy nor too hard for the model; None for all.
 
-    A row is too easy if the model solves it more often than `max_pass_rate`. Of the rows that it
-    never solves, a share `keep_unsolved` is kept. How often is measured in `samples` tries, unless
-    the row has a `pass_rate`. The report removes from code RL what a strong model always solves,
-    and from agentic SWE RL what is solved 16 of 16 times and nine tenths of what is never solved.
+    A row is too easy if the model solves it more often than --max_pass_rate. Of the rows that it
+    never solves, a share --keep_unsolved is kept. How often is measured in --pass_samples tries,
+    unless the row has a `pass_rate`. The report removes from code RL what a strong model always
+    solves, and from agentic SWE RL what is solved 16 of 16 times and nine tenths of what is never
+    solved.
     """
+    highest, share = recipe.max_pass_rate, recipe.keep_unsolved
+    if highest == share == 1:
+        return None
     unknown = dist.shard([i for i, row in enumerate(rows) if "pass_rate" not in row])
-    groups, _ = play([rows[i] for i in unknown], samples, seed=step_seed(seed, -1), row_ids=unknown)
-    measured = {i: mean(x.outcome for x in group) for i, group in zip(unknown, groups, strict=True)}
+    seed_of_rates = step_seed(seed, -1)
+    groups, _ = play(
+        [rows[i] for i in unknown], recipe.pass_samples, seed=seed_of_rates, row_ids=unknown
+    )
     rates = {i: row["pass_rate"] for i, row in enumerate(rows) if "pass_rate" in row}
+    measured = [(i, mean(x.outcome for x in g)) for i, g in zip(unknown, groups, strict=True)]
     for part in dist.gather(measured):
         rates |= part
     kept = []
     for i, row in enumerate(rows):
-        lucky = random.Random(f"{seed} {row['id']}").random() < keep_unsolved
-        if rates[i] <= max_pass_rate and (rates[i] > 0 or lucky):
+        lucky = random.Random(f"{seed} {row['id']}").random() < share
+        if rates[i] <= highest and (rates[i] > 0 or lucky):
             kept.append(i)
     if not kept:
         raise ValueError(
-            f"--max_pass_rate {max_pass_rate}, --keep_unsolved {keep_unsolved}: all"
-            f" {len(rows)} rows are too easy or too hard"
+            f"--max_pass_rate {highest}, --keep_unsolved {share}: all {len(rows)} rows are too easy"
+            " or too hard"
         )
     return kept
 
