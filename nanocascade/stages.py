@@ -15,14 +15,14 @@ from nanocascade.cli import Count, NonNegative, Positive, Share
 THOUSAND = 1024  # the report's 49K is 49,152 tokens
 
 # (report, toy), or one value for both. The toy has 1M parameters and minutes. A third value is that
-# of --config small; where there is none it takes the report's. A stage lists what differs from the
-# defaults of its class below.
+# of --config small; where there is none it takes the report's. A stage lists what differs from
+# RL_COMMON and from the defaults of its class below.
 # OURS: no warm-up in RL, except in agentic SWE; the report does not say (Nano: 10 steps from 3e-7).
+RL_COMMON = dict(prompts=(128, 48), rollouts=(16, 8))
+
 RL_STAGES = {
     "if_rl": dict(  # dynamic filtering, overlong penalty, thinking mode only
         domains={"if": 1.0},
-        prompts=(128, 48),
-        rollouts=(16, 8),
         max_new_tokens=(48 * THOUSAND, 40),
         lr=(3e-6, 4e-4),
         steps=(180, 25),
@@ -30,8 +30,6 @@ RL_STAGES = {
     ),
     "multi_domain_rl": dict(  # 55 % multiple choice, 30 % tool calls, 15 % structured output
         domains={"mcqa": 0.55, "tools": 0.30, "structured": 0.15},
-        prompts=(128, 48),
-        rollouts=(16, 8),
         max_new_tokens=(48 * THOUSAND, 72),
         lr=(3e-6, 4e-4),
         steps=(70, 40),
@@ -42,7 +40,6 @@ RL_STAGES = {
     "rlhf": dict(
         domains={"preference": 1.0},
         prompts=(128, 24),
-        rollouts=(16, 8),
         max_new_tokens=(16 * THOUSAND, 48),
         lr=(3e-6, 3e-4),
         steps=(25, 25),
@@ -52,7 +49,6 @@ RL_STAGES = {
     "long_context_rl": dict(
         domains={"long_context": 1.0},
         prompts=(128, 16),
-        rollouts=(16, 8),
         lr=(3e-6, 2e-4),
         max_new_tokens=(48 * THOUSAND, 24),
         max_tokens=(48 * THOUSAND, 0),
@@ -63,8 +59,6 @@ RL_STAGES = {
     # OURS: with top-p 0.95 the loss still scores the full distribution, a bias towards the nucleus.
     "code_rl": dict(
         domains={"code": 1.0},
-        prompts=(128, 48),
-        rollouts=(16, 8),
         max_new_tokens=(116 * THOUSAND, 40),
         lr=(3e-6, 1.5e-4),
         steps=(22, 15),
@@ -75,8 +69,6 @@ RL_STAGES = {
     ),
     "swe_rl": dict(  # agentless repair; a prompt none of whose rollouts exceeds 0.5 is masked
         domains={"swe": 1.0},
-        prompts=(128, 48),
-        rollouts=(16, 8),
         max_new_tokens=(96 * THOUSAND, 40),
         max_tokens=(96 * THOUSAND, 0),
         lr=(3e-6, 2e-4),
@@ -105,8 +97,6 @@ RL_STAGES = {
     ),
     "math_rl": dict(  # off the cascade: the report's comparison of GRPO with MOPD on mathematics
         domains={"math": 1.0},
-        prompts=(128, 48),
-        rollouts=(16, 8),
         max_new_tokens=(48 * THOUSAND, 40),
         lr=(3e-6, 4e-4),
         steps=(25, 30),
@@ -212,15 +202,17 @@ CASCADE = (
 
 def preset(stage: str, config: str) -> dict:
     """{field: value} that a stage has in a --config: toy, small or full."""
-    known = {"sft": SFT_STAGE, "mopd": MOPD_STAGE} | RL_STAGES
+    if stage in RL_STAGES:
+        given = RL_COMMON | RL_STAGES[stage] | (SMALL_RL if config == "small" else {})
+    else:
+        given = {"sft": SFT_STAGE, "mopd": MOPD_STAGE}[stage]
     column = ("full", "toy", "small").index(config)
     values = {
         name: x[column if column < len(x) else 0] if isinstance(x, tuple) else x
-        for name, x in known[stage].items()
+        for name, x in given.items()
         if name != "domains"
     }
-    small = SMALL_RL if config == "small" and stage in RL_STAGES else {}
-    return values | small | CONFIGS[config]
+    return values | CONFIGS[config]
 
 
 @dataclass(kw_only=True)
