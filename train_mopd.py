@@ -48,8 +48,8 @@ def train(flags: Flags, dist: Dist):
     sampling = Sampling.of(recipe, settings.max_rows)
 
     # ---- Data ------------------------------------------------------------------------------------
-    rows, evaluation = run.read_rows(teachers.domains, sampling)
-    scorer = make_scorer(settings, rows, evaluation, needed=False)
+    rows = run.read_rows(teachers.domains, sampling)
+    scorer = make_scorer(settings, rows, run.evaluation, needed=False)
     if settings.dry_run:
         return run.report(rows)
 
@@ -78,8 +78,8 @@ def train(flags: Flags, dist: Dist):
     # Rows of files keep their proportions; generated prompts have those of the released file.
     shares = stages.MOPD_SHARES if settings.data == (TOY,) and not recipe.balance else {}
     weights = {d: shares.get(d, 1) for d in teachers.domains} if recipe.balance or shares else None
-    stream, first = run.resume(model, optimizer, rows, evaluation, weights)
-    evaluation.before(model, scorer, dist, run.parent)
+    stream, first = run.resume(model, optimizer, rows, weights)
+    run.evaluation.before(model, scorer, dist, run.parent)
 
     # ---- Loop ------------------------------------------------------------------------------------
     for step in run.log.steps(first, recipe.steps, recipe.stage):
@@ -122,10 +122,10 @@ def train(flags: Flags, dist: Dist):
         # Log, look, save.
         values = rollout_metrics(groups, dist) | update.finish() | timing
         run.log.step(step, values | token_shares(rollouts, dist), groups)
-        run.save(step + 1, model, optimizer, stream, evaluation)
+        run.save(step + 1, model, optimizer, stream)
 
     # ---- Finish ----------------------------------------------------------------------------------
-    run.finish(model, scorer, evaluation)
+    run.finish(model, scorer)
 
 
 def command():

@@ -49,9 +49,9 @@ def train(flags: Flags, dist: Dist):
     sampling = Sampling.of(recipe, settings.max_rows)
 
     # ---- Data ------------------------------------------------------------------------------------
-    rows, evaluation = run.read_rows(shares, sampling)
+    rows = run.read_rows(shares, sampling)
     check_stage(rows, recipe)
-    scorer = make_scorer(settings, rows, evaluation, pairing=recipe.pairing)
+    scorer = make_scorer(settings, rows, run.evaluation, pairing=recipe.pairing)
     if settings.dry_run:
         return run.report(rows)
 
@@ -79,8 +79,8 @@ def train(flags: Flags, dist: Dist):
     optimizer = make_optimizer(model, recipe.lr, recipe.betas, recipe.weight_decay, in_host)
 
     # ---- Resume ----------------------------------------------------------------------------------
-    stream, first = run.resume(model, optimizer, rows, evaluation, shares, kept)
-    evaluation.before(model, scorer, dist, run.parent)
+    stream, first = run.resume(model, optimizer, rows, shares, kept)
+    run.evaluation.before(model, scorer, dist, run.parent)
 
     # ---- Loop ------------------------------------------------------------------------------------
     for step in run.log.steps(first, recipe.steps, recipe.stage):
@@ -126,10 +126,10 @@ def train(flags: Flags, dist: Dist):
 
         # Log, look, save.
         run.log.step(step, rollout_metrics(groups, dist) | update.finish() | timing, groups)
-        run.save(step + 1, model, optimizer, stream, evaluation)
+        run.save(step + 1, model, optimizer, stream)
 
     # ---- Finish ----------------------------------------------------------------------------------
-    run.finish(model, scorer, evaluation)
+    run.finish(model, scorer)
 
 
 def command():

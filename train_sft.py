@@ -38,8 +38,8 @@ def train(flags: Flags, dist: Dist):
     sampling = Sampling(flags.evaluation.eval_max_new_tokens, max_rows=settings.max_rows)
 
     # ---- Data ------------------------------------------------------------------------------------
-    rows, evaluation = run.read_rows(tuple(tasks.SFT_SHARES), sampling)
-    scorer = make_scorer(settings, (), evaluation)
+    rows = run.read_rows(tuple(tasks.SFT_SHARES), sampling)
+    scorer = make_scorer(settings, (), run.evaluation)
     if settings.dry_run:
         return run.report(rows)
 
@@ -52,7 +52,7 @@ def train(flags: Flags, dist: Dist):
 
     # ---- Resume ----------------------------------------------------------------------------------
     shares = tasks.SFT_SHARES if settings.data == (TOY,) else None
-    stream, first = run.resume(model, optimizer, rows, evaluation, shares)
+    stream, first = run.resume(model, optimizer, rows, shares)
 
     # ---- Loop ------------------------------------------------------------------------------------
     for step in run.log.steps(first, recipe.steps, recipe.stage):
@@ -77,12 +77,12 @@ def train(flags: Flags, dist: Dist):
 
         # Log, save.
         run.log.step(step, update.finish() | {"batch/tokens": size})
-        run.save(step + 1, model, optimizer, stream, evaluation)
+        run.save(step + 1, model, optimizer, stream)
 
     # ---- Finish ----------------------------------------------------------------------------------
     references = run.out / "references.jsonl"
-    evaluation.store_references(model, scorer, dist, references, recipe.reference_samples)
-    run.finish(model, scorer, evaluation)
+    run.evaluation.store_references(model, scorer, dist, references, recipe.reference_samples)
+    run.finish(model, scorer)
 
 
 def command():

@@ -94,20 +94,23 @@ class Run:
                 self.parent = read_json(Path(self.init) / "manifest.json")
         self.log = Log(self.settings, self.tokenizer, dist)
 
-    def read_rows(self, domains, sampling: Sampling):
-        """(rows to train on, evaluation), checked so that a bad row cannot stop the run later."""
+    def read_rows(self, domains, sampling: Sampling) -> list[dict]:
+        """The rows to train on. These and the evaluation's are checked, so that a bad row cannot
+        stop the run later."""
         settings, references = self.flags.evaluation, References(self.references_path())
         context = self.model_config.max_position_embeddings
-        evaluation = Evaluation(settings, domains, sampling, self.tokenizer, references, context)
+        self.evaluation = Evaluation(
+            settings, domains, sampling, self.tokenizer, references, context
+        )
         rows = read_training_rows(self.settings, self.stage, domains, self.dist)
-        graded = evaluation.all_rows()
+        graded = self.evaluation.all_rows()
         if self.stage != "sft":
             check_prompts(rows, self.tokenizer, sampling, context)
             graded, rows = graded + rows, references.add_to(rows)
         elif self.settings.data != (TOY,):
             check_conversations(rows, self.tokenizer, self.recipe)
         check_sandbox(graded, self.settings, settings.eval_data, self.dist)
-        return rows, evaluation
+        return rows
 
     def references_path(self) -> str:
         """--references, or the parent's, found in --init even if that was moved. Never those that
@@ -138,7 +141,7 @@ class Run:
             return parallelize(model.to(self.dist.device), self.dist)
         return load(self.init, self.dist)
 
-    def resume(self, model, optimizer, rows, evaluation: Evaluation, weights=None, kept=None):
+    def resume(self, model, optimizer, rows, weights=None, kept=None):
         """(stream of prompts, first step) of the last checkpoint, or of a new run.
 
         weights: {domain: share} of the prompts. kept: indices of the rows to draw from (None: all),
@@ -153,13 +156,13 @@ class Run:
         stream = PromptStream(rows, self.settings.seed, shares or None)
         if state:
             stream.load_state(state["stream"])
-            evaluation.results = state["evaluation"]
+            self.evaluation.results = state["evaluation"]
             first, earlier = state["step"], state["seconds"]
         names = self.settings.track if self.dist.is_main else ()
         self.log.begin(first, earlier, Trackers(names, self.out, self.stage, self.config, first))
         return stream, first
 
-    def save(self, done: int, model, optimizer, stream, evaluation: Evaluation) -> None:
+    def save(self, done: int, model, optimizer, stream: PromptStream) -> None:
         """Save the training state every save_every steps and before a run exits on SIGTERM. The
         last good checkpoint is kept."""
         every = self.settings.save_every
@@ -168,14 +171,14 @@ class Run:
                 "step": done,
                 "stream": stream.state(),
                 "rows": self.kept,
-                "evaluation": evaluation.results,
+                "evaluation": self.evaluation.results,
                 "seconds": self.log.elapsed,
             }
             save_state(self.out, model=model, optimizer=optimizer, extra=extra)
 
-    def finish(self, model, scorer, evaluation: Evaluation) -> None:
+    def finish(self, model, scorer) -> None:
         """Write the model, evaluate it, write the manifest, remove the training state."""
-        seconds, rank = self.log.elapsed, self.recipe.lora_rank
+        evaluation, seconds, rank = self.evaluation, self.log.elapsed, self.recipe.lora_rank
         if rank:
             if self.dist.is_main:
                 save_adapters(model, self.out, self.base, rank)
