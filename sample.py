@@ -136,51 +136,56 @@ def answer_prompts(cfg: Config, model, tokenizer, prompts: list[str]) -> None:
 def chat(cfg: Config, model, tokenizer) -> None:
     """Chat in the terminal, streamed. An empty line or the end of input ends it."""
     history = messages_for(cfg, "")[:-1]
-    row, calls = with_tools(cfg, {"responses_create_params": {"input": []}}), []
-    tools, played, asked = conversation(row)[1], None, 0
-    for turn in range(1 << 30):
-        results = []
-        # Calls of an episode's last turn get no answer, as in a rollout.
-        for call in calls if cfg.tools and turn < asked + cfg.max_turns else ():
-            played, result = answer(row, played, call["function"])
-            results.append({"role": "tool", "content": result})
-            print(result)
-        if not results:
-            end_episode(row, played)
-            played, asked = None, turn  # a budget of calls and turns for each question
-            if sys.stdin.isatty():
-                print("> ", end="", flush=True)
-            text = sys.stdin.readline().rstrip("\n")
-            if not text:
-                return
-            results = [{"role": "user", "content": text}]
-        history += results
-        ids, _ = tokenizer.render(history, tools, cfg.thinking, add_generation_prompt=True)
-        print(tokenizer.opening(cfg.thinking), end="", flush=True)
-        sampled: list[int] = []
+    row = with_tools(cfg, {"responses_create_params": {"input": []}})
+    tools = conversation(row)[1]
+    while text := read_question():
+        history.append({"role": "user", "content": text})
+        played = None
+        for turn in range(1, cfg.max_turns + 1):  # of one question
+            history.append(reply(cfg, model, tokenizer, history, tools))
+            calls = history[-1]["tool_calls"]
+            if not cfg.tools or not calls or turn == cfg.max_turns:
+                break  # calls of the last turn get no answer, as in a rollout
+            for call in calls:
+                played, result = answer(row, played, call["function"])
+                history.append({"role": "tool", "content": result})
+                print(result)
+        end_episode(row, played)
 
-        def stream(token: int, sampled=sampled) -> None:
-            # Decode all tokens and print the new text: a character may span tokens.
-            before = tokenizer.decode(sampled)
-            sampled.append(token)
-            after = tokenizer.decode(sampled)
-            if not after.endswith("\ufffd"):
-                print(after[len(before.rstrip("\ufffd")) :], end="", flush=True)
 
-        generate(
-            model,
-            [ids],
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            top_k=cfg.top_k,
-            stop_ids=tokenizer.eos_ids,
-            seed=cfg.seed + turn,
-            on_token=stream,
-        )
-        print()
-        history.append(parse_response(tokenizer.response_text(sampled, cfg.thinking), tools))
-        calls = history[-1]["tool_calls"]
+def read_question() -> str:
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    return sys.stdin.readline().rstrip("\n")
+
+
+def reply(cfg: Config, model, tokenizer, history: list[dict], tools) -> dict:
+    """The next message of a chat, printed token by token."""
+    ids, _ = tokenizer.render(history, tools, cfg.thinking, add_generation_prompt=True)
+    print(tokenizer.opening(cfg.thinking), end="", flush=True)
+    sampled: list[int] = []
+
+    def stream(token: int) -> None:
+        # Decode all tokens and print the new text: a character may span tokens.
+        before = tokenizer.decode(sampled)
+        sampled.append(token)
+        after = tokenizer.decode(sampled)
+        if not after.endswith("\ufffd"):
+            print(after[len(before.rstrip("\ufffd")) :], end="", flush=True)
+
+    generate(
+        model,
+        [ids],
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.top_k,
+        stop_ids=tokenizer.eos_ids,
+        seed=cfg.seed + len(history),
+        on_token=stream,
+    )
+    print()
+    return parse_response(tokenizer.response_text(sampled, cfg.thinking), tools)
 
 
 def task_rows(cfg: Config, sft: bool) -> list[dict]:

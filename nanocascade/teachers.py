@@ -94,8 +94,10 @@ class Teachers:
 
     def split(self, rollouts: list[Rollout]):
         """(teacher, its rollouts) of every teacher, on all ranks in one order, some without any."""
-        of = [self.teacher_of[x.domain] for x in rollouts]
-        return [(t, [x for x, y in zip(rollouts, of, strict=True) if y == t]) for t in self.paths]
+        taught = {name: [] for name in self.paths}
+        for x in rollouts:
+            taught[self.teacher_of[x.domain]].append(x)
+        return taught.items()
 
 
 def best_checkpoint(paths: list[str], domains: list[str]) -> str:

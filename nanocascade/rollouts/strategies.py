@@ -72,14 +72,9 @@ def best_of_n(rows, ask, grade, rounds, samples, **_):
     """The best of all samples so far by the verifier: pass@n where verdicts are 0 or 1."""
     best = [("", -1.0) for _ in rows]
     for _ in range(rounds):
-        groups = ask(rows, samples)
-        for n in range(samples):
-            answers = [group[n] for group in groups]
-            scores = grade(rows, answers)
-            best = [
-                max(old, new, key=lambda x: x[1])
-                for old, new in zip(best, zip(answers, scores, strict=True), strict=True)
-            ]
+        for answers in zip(*ask(rows, samples), strict=True):  # the n-th answers to all rows
+            scored = zip(answers, grade(rows, answers), strict=True)
+            best = [max(pair, key=lambda x: x[1]) for pair in zip(best, scored, strict=True)]
         yield [answer for answer, _ in best]
 
 
