@@ -16,7 +16,9 @@ from nanocascade.data.episode import Rollout
 from nanocascade.engine.update import keep_token_values
 from nanocascade.run import track
 from nanocascade.run.records import LOGGED_TOKENS, rollout_record, token_texts
-from nanocascade.run.track import Trackers, as_code, check_trackers
+from nanocascade.run.settings import read_settings
+from nanocascade.run.track import Trackers, check_trackers
+from nanocascade.stages import RL
 
 
 class Letters:
@@ -92,7 +94,7 @@ def test_token_texts(kind):
 def test_check_trackers(monkeypatch):
     """An unknown tracker and a missing package are refused by name, with the pip command."""
     with pytest.raises(ValueError, match="--track mlflow: expected tensorboard or wandb"):
-        check_trackers(("mlflow",))
+        read_settings(RL, argv=["--track", "mlflow"])
     monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--track wandb needs a package: pip install wandb"):
         check_trackers(("wandb",))
@@ -164,7 +166,7 @@ def test_tensorboard(tmp_path):
     assert '"lr": 0.001' in texts["config/text_summary"]
     assert '"seconds": 3' in texts["manifest/text_summary"]
     assert "answer 0" in texts["rollouts/math/text_summary"]
-    assert as_code("a\n<b>") == "    a\n    <b>"
+    assert texts["rollouts/math/text_summary"].endswith("    1+1?answer 0")
 
 
 def test_wandb(tmp_path):

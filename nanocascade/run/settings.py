@@ -40,7 +40,7 @@ class RunSettings:
     save_dtype: Literal["memory", "float32", "bfloat16"] = "memory"  # dtype of the saved weights
     save_every: Count = 10  # steps between checkpoints of the training state (0 = none)
     log_groups: Count = 1  # groups written to rollouts.jsonl, for each domain and step
-    track: tuple[str, ...] = ()  # trackers that get a copy of the log: tensorboard, wandb
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # trackers that get a copy of the log
     show_every: Count = 10  # steps between full rollouts on the console (0 = never)
     allow_unprotected: bool = False  # run programs even where the sandbox cannot be enforced
 

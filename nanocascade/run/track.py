@@ -4,15 +4,14 @@ import importlib.util
 import json
 import uuid
 from pathlib import Path
+from textwrap import indent
 
-TRACKERS = ("tensorboard", "wandb")
+CODE = "    "  # before each line, Markdown shows a text as it is
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise ValueError for an unknown tracker, or for one whose package is not installed."""
+    """Raise ValueError for a tracker whose package is not installed."""
     for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"--track {name}: expected {' or '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--track {name} needs a package: pip install {name}")
 
@@ -51,19 +50,21 @@ class TensorBoard:
 
         # Steps that will run again are hidden; a first run has none.
         self.writer = SummaryWriter(out / "tensorboard", purge_step=first or None)
-        self.writer.add_text("config", as_code(json.dumps({"stage": stage} | config, indent=2)))
+        self.writer.add_text(
+            "config", indent(json.dumps({"stage": stage} | config, indent=2), CODE)
+        )
 
     def step(self, step: int, values: dict, records: list[dict]) -> None:
         for name, x in scalars(values).items():
             self.writer.add_scalar(name, x, step)
         for domain, x in {record["domain"]: record for record in reversed(records)}.items():
             verdict = f"reward {x['reward']} ({x['reason']}), advantage {x['advantage']:+.3f}"
-            text = as_code(f"{verdict}\n\n{x['prompt']}{x['response']}")
-            self.writer.add_text(f"rollouts/{domain}", text, step)
+            text = f"{verdict}\n\n{x['prompt']}{x['response']}"
+            self.writer.add_text(f"rollouts/{domain}", indent(text, CODE), step)
         self.writer.flush()
 
     def finish(self, manifest: dict) -> None:
-        self.writer.add_text("manifest", as_code(json.dumps(manifest, indent=2)))
+        self.writer.add_text("manifest", indent(json.dumps(manifest, indent=2), CODE))
         self.writer.close()
 
 
@@ -100,11 +101,5 @@ def scalars(values: dict) -> dict[str, float]:
     """Metrics of a step as single numbers: {"m": [1.0, 2.0]} -> {"m/0": 1.0, "m/1": 2.0}."""
     flat = {}
     for name, x in values.items():
-        many = {f"{name}/{i}": y for i, y in enumerate(x)} if isinstance(x, list) else {name: x}
-        flat |= many
+        flat |= {f"{name}/{i}": y for i, y in enumerate(x)} if isinstance(x, list) else {name: x}
     return flat
-
-
-def as_code(text: str) -> str:
-    """Markdown that shows a text as it is: every line indented by four spaces."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
