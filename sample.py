@@ -243,10 +243,7 @@ def play(cfg: Config, model, tokenizer, rows: list[dict]):
         groups = sample_rows(drawn, model, tokenizer, rows)
         # Only the answer is used further; a response that was cut off has none.
         return [
-            [
-                "" if x.truncated else parse_response(x.turns[-1]["content"])["content"]
-                for x in group
-            ]
+            ["" if x.truncated else x.turns[-1]["parsed"]["content"] for x in group]
             for group in groups
         ]
 

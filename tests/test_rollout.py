@@ -22,7 +22,7 @@ from nanocascade.rollouts import groups as drawing
 from nanocascade.rollouts import rollout
 from nanocascade.rollouts.groups import MAX_DRAWS
 from nanocascade.rollouts.rollout import roll_out
-from nanocascade.rollouts.scoring import NOT_SCORED, Scorer
+from nanocascade.rollouts.scoring import NOT_SCORED, GroupVerdicts, Scorer
 from nanocascade.run import evaluate as evaluation
 from nanocascade.sampler import Sample, step_seed
 from nanocascade.sandbox import sandbox
@@ -206,19 +206,16 @@ def test_pairs_are_asked_early(pairing):
         asked.append((first, second))
         return rule_judge(conversation, first, second)
 
-    scorer, matches, seen = Scorer(judge, 1, 1, pairing), {}, []
+    verdicts, seen = GroupVerdicts(Scorer(judge, 1, 1, pairing), group), []
     for r in (0, 3, 2, 1):
         group[r].turns, group[r].stop_reason = [{"role": "assistant", "content": texts[r]}], ends[r]
-        new = scorer.match(group, r)
-        seen.append([*new])
-        matches |= new
+        known = {*verdicts.matches}
+        verdicts.add(r)
+        seen.append([pair for pair in verdicts.matches if pair not in known])
     late = {"all": [(0, 1), (1, 3)], "circle": [(0, 1), (1, 3), (3, 0)]}[pairing]
     assert seen == [[], [(0, 3)] * (pairing == "all"), [], late]
-    for verdict in matches.values():
-        verdict.result()
-    before = len(asked)
-    scorer.book(group, [None] * 4, matches, list)
-    assert len(asked) == before + 2 * 3  # both orders of three answers against the reference
+    verdicts.book(list)
+    assert len(asked) == len(late) + (pairing == "all") + 2 * 3  # both orders with the reference
     expected = score_group(
         row,
         texts,
@@ -249,8 +246,9 @@ def test_judge_concurrency(concurrency):
         open_.pop()
         return rule_judge(conversation, first, second)
 
-    scorer = Scorer(judge, judge_concurrency=concurrency)
-    for verdict in scorer.match(group, 3).values():
+    verdicts = GroupVerdicts(Scorer(judge, judge_concurrency=concurrency), group)
+    verdicts.add(3)
+    for verdict in verdicts.matches.values():
         verdict.result()
     assert max(most) == concurrency
 

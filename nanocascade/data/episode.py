@@ -71,8 +71,9 @@ class Document:
 class Rollout(Document):
     """One episode. tokens, mask and sampler_logprobs have one entry a token, prompt included.
 
-    turns: [{"role": "assistant" | "tool", "content": text}, ...]; the advantages
-    are computed from reward; outcome is the raw verdict before any shaping.
+    turns: [{"role": "assistant" | "tool", "content": text}, ...], the assistant's also "parsed"
+    (rewards.base.read_turn). Advantages are computed from reward; outcome is the raw verdict before
+    any shaping.
     """
 
     turns: list[dict] = field(default_factory=list)

@@ -165,11 +165,12 @@ def verdict(row, response, *, finished=True, judge=None):
         raise ValueError(f"{name_of(row)}: {kind} rows are scored in groups, by score_group")
     if not finished:
         return Reward(0.0, "cut off")
-    turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+    alone = isinstance(response, str)
+    turns = [response] if alone else [turn for turn in response if turn["role"] == "assistant"]
     if sum(len(text_of(turn)) for turn in turns) > MAX_RESPONSE:
         return Reward(0.0, "response too long")
     declared = (row.get("responses_create_params") or {}).get("tools")
-    messages = [read_turn(text_of(x), declared) for x in turns if x["role"] == "assistant"]
+    messages = [read_turn(turn, declared) for turn in turns]
     if not messages or any(message["unfinished"] for message in messages):
         return Reward(0.0, "unfinished thought" if messages else "no response")
     if judged:

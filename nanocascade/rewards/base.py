@@ -13,12 +13,16 @@ class Reward(NamedTuple):
     reason: str
 
 
-def read_turn(text, tools=None):
+def read_turn(turn, tools=None):
     """parse_response of a turn, without thoughts that come late, are repeated or nested.
 
     "So. <think>\\boxed{4}</think> It is 5." -> "So.  It is 5."; what stands before a </think> that
-    closes nothing was a thought too.
+    closes nothing was a thought too. turn: its text, or a message; the message of a rollout was
+    parsed when it was sampled, and carries the result as "parsed".
     """
+    if not isinstance(turn, str) and "parsed" in turn:
+        return turn["parsed"]
+    text = text_of(turn)
     tags = list(re.finditer(f"{THINK}|{THINK_END}", text))
     simple = [x[0] for x in tags] in ([], [THINK, THINK_END])
     if simple and text.lstrip().startswith(THINK) == bool(tags):
@@ -37,7 +41,7 @@ def read_turn(text, tools=None):
 
 def text_of(turn):
     """The content of a turn as one text: it may be null, absent, or in parts."""
-    content = turn.get("content") or ""
+    content = turn if isinstance(turn, str) else turn.get("content") or ""
     if isinstance(content, str):
         return content
     return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))

@@ -37,17 +37,13 @@ def score_group(
     thought_lengths=None,
     answer_lengths=None,
 ):
-    """One Reward for each response of a prompt's group (text right after the assistant's header).
+    """One Reward for each response of a prompt's group: a text after the header, or a turn.
 
     pairing: "all" pairs (the report) or "circle", each with its successor (Nano). both_orders asks
     about every pair twice, places swapped, which cancels a judge's liking for a place. finished:
     False where generation stopped at the limit. Lengths: tokens; by default characters.
     """
-    messages = [read_turn(text) for text in responses]
-    lengths = (
-        thought_lengths or [len(x["reasoning_content"] or "") for x in messages],
-        answer_lengths or [len(x["content"]) for x in messages],
-    )
+    messages = [read_turn(response) for response in responses]
     finished = finished or [True] * len(messages)
     judged = [
         i
@@ -56,13 +52,28 @@ def score_group(
     ]
     pairs = make_pairs(len(judged), pairing, both_orders)
     verdicts = _ask_all(judge, row, [messages[i]["content"] for i in judged], pairs)
-    base = base_rewards(len(judged), pairs, verdicts)
+    matches = {(judged[i], judged[j]): x for (i, j), x in zip(pairs, verdicts, strict=True)}
+    lengths = (
+        thought_lengths or [len(x["reasoning_content"] or "") for x in messages],
+        answer_lengths or [len(x["content"]) for x in messages],
+    )
+    return group_rewards(judged, matches, lengths, length_coef, conciseness_bonus)
+
+
+def group_rewards(judged, matches, lengths, length_coef=0.5, conciseness_bonus=0.5):
+    """One Reward for each response of a group from its matches, {(i, j): verdict}.
+
+    judged: indices of the responses that took part. lengths: those of all thoughts, of all answers.
+    """
+    places = {i: place for place, i in enumerate(judged)}
+    pairs = [(places[i], places[j]) for i, j in matches]
+    base = base_rewards(len(judged), pairs, matches.values())
     shaping = np.zeros((2, len(judged)))  # length control, conciseness bonus
     for counts in lengths:
         counts = [counts[i] for i in judged]
         shaping += length_control(counts, length_coef), conciseness(counts, base, conciseness_bonus)
     totals = (base + shaping.sum(0)).tolist()
-    rewards = [Reward(min([LOWEST, *totals]), "cut off, not judged")] * len(messages)
+    rewards = [Reward(min([LOWEST, *totals]), "cut off, not judged")] * len(lengths[0])
     for i, total, score, (control, bonus) in zip(judged, totals, base, shaping.T, strict=True):
         reason = f"judged {score:.2f}, length {control:+.2f}, conciseness {bonus:+.2f}"
         rewards[i] = Reward(total, reason)

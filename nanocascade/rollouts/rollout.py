@@ -5,7 +5,7 @@ A rollout is one episode: the prompt, what the model wrote, and, where the row h
 """
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from nanocascade.data.episode import Rollout, Sampling
@@ -13,10 +13,10 @@ from nanocascade.data.rows import conversation
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.layout import unsharded
 from nanocascade.environments.loop import answer, end_episode
-from nanocascade.rollouts.scoring import Scorer
+from nanocascade.rewards.base import read_turn
+from nanocascade.rollouts.scoring import GroupVerdicts, Scorer
 from nanocascade.sampler import Sample, generate
 from nanocascade.sandbox.sandbox import share_of_cores
-from nanocascade.tokenizer.chat import parse_response
 from nanocascade.tokenizer.tokenizer import Tokenizer
 
 
@@ -85,7 +85,7 @@ class Episodes:
         sampling: Sampling,
         scorer: Scorer | None,
     ):
-        self.tokenizer, self.sampling, self.scorer = tokenizer, sampling, scorer
+        self.tokenizer, self.sampling = tokenizer, sampling
         self.prompts = [
             tokenizer.render(*conversation(row), sampling.thinking, True)[0] for row in rows
         ]
@@ -96,8 +96,7 @@ class Episodes:
             ]
             for row, ids in zip(rows, self.prompts, strict=True)
         ]
-        self.verdicts: dict[tuple[int, int], Future] = {}  # by place
-        self.matches = [{} for _ in rows]  # pairs of preference: {(r, other r): Future}
+        self.verdicts = [GroupVerdicts(scorer, group) for group in self.groups] if scorer else []
 
     def at(self, place: tuple[int, int]) -> Rollout:
         p, r = place
@@ -110,11 +109,10 @@ class Episodes:
         rollout.stop_reason = sample.stop_reason
         rollout.remember(sample.experts)
         text = self.tokenizer.response_text(sample.tokens, self.sampling.thinking)
-        rollout.turns.append({"role": "assistant", "content": text})
-        scored = self.scorer is not None and self.scorer.grades(rollout.row)
-        if scored and not wants_tool(rollout, self.sampling):
-            self.verdicts[p, r] = self.scorer.submit(rollout)
-            self.matches[p] |= self.scorer.match(self.groups[p], r)
+        parsed = read_turn(text, rollout.row["responses_create_params"].get("tools"))
+        rollout.turns.append({"role": "assistant", "content": text, "parsed": parsed})
+        if self.verdicts and not wants_tool(rollout, self.sampling):
+            self.verdicts[p].add(r)
 
     def add_later_turn(self, places: list, i: int, _, sample: Sample) -> None:
         self.add_turn(*places[i], sample)
@@ -144,9 +142,8 @@ class Episodes:
             rollout.played = None
 
     def book_rewards(self) -> None:
-        for p, group in enumerate(self.groups if self.scorer is not None else ()):
-            verdicts = [self.verdicts.get((p, r)) for r in range(len(group))]
-            self.scorer.book(group, verdicts, self.matches[p], self.tokenizer.encode)
+        for verdicts in self.verdicts:
+            verdicts.book(self.tokenizer.encode)
 
 
 def wants_tool(rollout: Rollout, sampling: Sampling) -> bool:
@@ -154,14 +151,13 @@ def wants_tool(rollout: Rollout, sampling: Sampling) -> bool:
     more = len(rollout.turns) < 2 * sampling.max_turns - 1  # turns alternate with results
     if "environment" not in rollout.row or not more or rollout.truncated:
         return False
-    return bool(parse_response(rollout.turns[-1]["content"])["tool_calls"])
+    return bool(rollout.turns[-1]["parsed"]["tool_calls"])
 
 
 def run_calls(rollout: Rollout) -> list[str]:
     """The results of the calls of the last turn; the environment goes on where it was."""
     results = []
-    tools = conversation(rollout.row)[1]
-    for call in parse_response(rollout.turns[-1]["content"], tools)["tool_calls"]:
+    for call in rollout.turns[-1]["parsed"]["tool_calls"]:
         rollout.played, result = answer(rollout.row, rollout.played, call["function"])
         results.append(result)
     return results

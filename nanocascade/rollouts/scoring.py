@@ -1,14 +1,13 @@
 """Verdicts of episodes, computed while others are still sampled."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 from nanocascade.data.episode import Rollout
 from nanocascade.data.rows import conversation
-from nanocascade.rewards import compares_groups, needs_judge, score_group, verdict
+from nanocascade.rewards import Reward, compares_groups, needs_judge, verdict
 from nanocascade.rewards.base import read_turn
 from nanocascade.rewards.judge import EndpointJudge
-from nanocascade.rewards.preference import make_pairs, win_rate
+from nanocascade.rewards.preference import group_rewards, make_pairs, win_rate
 from nanocascade.sandbox.sandbox import share_of_cores
 
 NOT_SCORED = "not scored: no judge"
@@ -18,6 +17,7 @@ class Scorer:
     """Verdicts in threads: programs wait for their sandbox, other questions for the judge.
 
     workers: programs at a time (0 = share_of_cores). judge_concurrency: questions to the judge.
+    pairing: of the responses to a preference row, "all" pairs or a "circle".
     """
 
     def __init__(self, judge=None, workers: int = 0, judge_concurrency: int = 1, pairing="all"):
@@ -36,72 +36,6 @@ class Scorer:
         options = {"finished": rollout.stop_reason == "stop", "judge": self.judge}
         return threads.submit(verdict, rollout.row, rollout.turns, **options)
 
-    def judge_metrics(self, dist) -> dict[str, float]:
-        """Shares of this step's questions to the endpoint that got no verdict."""
-        return self.judge.metrics(dist) if isinstance(self.judge, EndpointJudge) else {}
-
-    def match(self, group: list[Rollout], new: int) -> dict[tuple[int, int], Future]:
-        """{(i, j): verdict} of the pairs that response `new` makes possible.
-
-        All pairs: of `new` and each response that was finished before. A circle: every pair, once
-        the last response is there. A response that was cut off is not judged.
-        """
-        row, answers = group[0].row, {i: judged_answer(x) for i, x in enumerate(group)}
-        answers = {i: x for i, x in answers.items() if x is not None}
-        if not compares_groups(row):
-            return {}
-        if self.pairing == "all":
-            pairs = [(min(i, new), max(i, new)) for i in answers if i != new and new in answers]
-        else:
-            complete = all(x.stop_reason for x in group)
-            places = sorted(answers)
-            pairs = make_pairs(len(places), self.pairing) if complete else []
-            pairs = [(places[i], places[j]) for i, j in pairs]
-        ask = partial(self.questions.submit, self.judge, conversation(row)[0])
-        return {(i, j): ask(answers[i], answers[j]) for i, j in pairs}
-
-    def book(self, group: list[Rollout], verdicts: list[Future | None], matches, encode) -> None:
-        """Write rewards and outcomes into the rollouts of one prompt.
-
-        verdicts, matches: those that `submit` and `match` were asked for. If a verdict is None, the
-        episode ran out of turns or tokens while a call was open, and is scored now.
-        """
-        row = group[0].row
-        if not self.grades(row):  # in MOPD, whose loss has no rewards
-            for rollout in group:
-                rollout.outcome, rollout.reason = None, NOT_SCORED
-            return
-        verdicts = [y or self.submit(x) for x, y in zip(group, verdicts, strict=True)]
-        try:
-            results = [verdict.result() for verdict in verdicts]
-            rewards = results
-            if compares_groups(row):
-                rewards = self.compare(group, matches, encode)
-        except (ConnectionError, ValueError):  # the judge fails: ask nothing more
-            self.questions.shutdown(wait=False, cancel_futures=True)
-            raise
-        for rollout, reward, result in zip(group, rewards, results, strict=True):
-            rollout.reward, rollout.reason = reward
-            rollout.outcome = result if compares_groups(row) else rollout.reward
-
-    def compare(self, group: list[Rollout], matches, encode) -> list:
-        """Pairwise rewards of one prompt's rollouts; lengths are counted in tokens."""
-        responses = [x.turns[-1]["content"] for x in group]
-        parts = [read_turn(text) for text in responses]
-        known = {
-            (parts[i]["content"], parts[j]["content"]): verdict
-            for (i, j), verdict in matches.items()
-        }
-        return score_group(
-            group[0].row,
-            responses,
-            lambda _, first, second: known[first, second].result(),
-            pairing=self.pairing,
-            thought_lengths=[len(encode(x["reasoning_content"] or "")) for x in parts],
-            answer_lengths=[len(encode(x["content"])) for x in parts],
-            finished=[x.stop_reason == "stop" for x in group],
-        )
-
     def against_reference(self, rollout: Rollout) -> float | None:
         """0, 1/2 or 1 for a preference answer against the row's reference answer, None without one.
         An answer that was cut off loses."""
@@ -110,12 +44,75 @@ class Scorer:
             return None
         if rollout.stop_reason != "stop":
             return 0.0
-        return win_rate(rollout.row, rollout.turns[-1]["content"], reference, self.judge)
+        return win_rate(rollout.row, rollout.turns[-1], reference, self.judge)
+
+    def judge_metrics(self, dist) -> dict[str, float]:
+        """Shares of this step's questions to the endpoint that got no verdict."""
+        return self.judge.metrics(dist) if isinstance(self.judge, EndpointJudge) else {}
 
 
-def judged_answer(rollout: Rollout) -> str | None:
-    """The text that the judge compares; None if the response is unfinished or was cut off."""
-    if rollout.stop_reason != "stop":
-        return None
-    message = read_turn(rollout.turns[-1]["content"])
-    return None if message["unfinished"] else message["content"]
+class GroupVerdicts:
+    """The verdicts of one prompt's rollouts: `add` each when it is finished, then `book`.
+
+    A verifier grades each response alone. The responses to a preference row are compared two by
+    two, which makes their rewards, and each with the row's reference, which makes its outcome.
+    """
+
+    def __init__(self, scorer: Scorer, group: list[Rollout]):
+        self.scorer, self.group, self.row = scorer, group, group[0].row
+        self.compares = compares_groups(self.row)
+        self.verdicts: dict[int, Future] = {}  # of each response alone
+        self.matches: dict[tuple[int, int], Future] = {}  # of pairs of responses
+
+    def add(self, new: int) -> None:
+        """Start the verdict of response `new` and the matches that it makes possible."""
+        if self.scorer.grades(self.row):
+            self.verdicts[new] = self.scorer.submit(self.group[new])
+            answers = self.judged_answers() if self.compares else {}
+            for i, j in self.new_pairs(new, [*answers]):
+                ask = self.scorer.judge, conversation(self.row)[0], answers[i], answers[j]
+                self.matches[i, j] = self.scorer.questions.submit(*ask)
+
+    def judged_answers(self) -> dict[int, str]:
+        """{response: the text that the judge compares}, of those that are complete."""
+        done = {i: read_turn(x.turns[-1]) for i, x in self.finished() if x.stop_reason == "stop"}
+        return {i: x["content"] for i, x in done.items() if not x["unfinished"]}
+
+    def finished(self):
+        return [(i, x) for i, x in enumerate(self.group) if x.stop_reason]
+
+    def new_pairs(self, new: int, judged: list[int]) -> list[tuple[int, int]]:
+        """All pairs: of `new` and each response that was finished before. A circle: every pair,
+        once the last response is there. judged: responses that are complete."""
+        if self.scorer.pairing == "all":
+            return [(min(i, new), max(i, new)) for i in judged if i != new and new in judged]
+        complete = len(self.finished()) == len(self.group)
+        pairs = make_pairs(len(judged), self.scorer.pairing) if complete else []
+        return [(judged[i], judged[j]) for i, j in pairs]
+
+    def book(self, encode) -> None:
+        """Wait for the verdicts and write rewards and outcomes into the rollouts."""
+        if not self.scorer.grades(self.row):  # in MOPD, whose loss has no rewards
+            for rollout in self.group:
+                rollout.outcome, rollout.reason = None, NOT_SCORED
+            return
+        for i in range(len(self.group)):
+            if i not in self.verdicts:  # out of turns or tokens while a call was open
+                self.add(i)
+        try:
+            results = [self.verdicts[i].result() for i in range(len(self.group))]
+            rewards = self.compare(encode) if self.compares else results
+        except (ConnectionError, ValueError):  # the judge fails: ask nothing more
+            self.scorer.questions.shutdown(wait=False, cancel_futures=True)
+            raise
+        for rollout, reward, result in zip(self.group, rewards, results, strict=True):
+            rollout.reward, rollout.reason = reward
+            rollout.outcome = result if self.compares else rollout.reward
+
+    def compare(self, encode) -> list[Reward]:
+        """Rewards from the matches; lengths are counted in tokens."""
+        messages = [read_turn(x.turns[-1]) for x in self.group]
+        thoughts = [len(encode(x["reasoning_content"] or "")) for x in messages]
+        answers = [len(encode(x["content"])) for x in messages]
+        verdicts = {pair: self.matches[pair].result() for pair in sorted(self.matches)}
+        return group_rewards([*self.judged_answers()], verdicts, (thoughts, answers))
