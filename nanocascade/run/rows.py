@@ -24,8 +24,9 @@ from nanocascade.toy import tasks
 def read_training_rows(settings: RunSettings, stage: str, domains, dist: Dist) -> list[dict]:
     """The rows of --data that the stage trains on, or generated ones of its domains."""
     if settings.data == (TOY,):
-        seed = f"{settings.seed} {stage}"  # each stage draws its own problems
-        return [x for d in domains for x in tasks.make_rows(d, settings.toy_rows, "train", seed)]
+        # Each stage draws its own problems.
+        options = settings.toy_rows, "train", f"{settings.seed} {stage}", stage == "sft"
+        return [row for domain in domains for row in tasks.make_rows(domain, *options)]
     if stage == "sft":
         return list(read_rows(settings.data, sft=True))
     rows = list(read_rows(settings.data))

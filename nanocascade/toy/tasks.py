@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nanocascade.data.rows import question_of
 from nanocascade.environments.base import make_tool
-from nanocascade.rewards import find_kind
+from nanocascade.rewards import checked_row
 from nanocascade.rollouts import strategies
 from nanocascade.tokenizer.chat import MARKUP, TEMPLATE
 from nanocascade.tokenizer.messages import tools_form
@@ -322,8 +322,11 @@ GENERATORS = {
 }
 
 
-def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0) -> list[dict]:
-    """`count` rows of a domain, with `solutions` {"on", "off"} for SFT (slips included).
+def make_rows(
+    domain: str, count: int, split: str = "train", seed: int | str = 0, sft: bool = False
+) -> list[dict]:
+    """`count` rows of a domain, with `solutions` {"on", "off"} for SFT (slips included). Rows are
+    as read_rows yields them: with sft=True not checked for grading.
 
     split: "train" or "test", which share no problem: a problem whose text hashes to 0 modulo 8 is a
     test problem. Raises ValueError for an unknown domain or split.
@@ -341,16 +344,12 @@ def make_rows(domain: str, count: int, split: str = "train", seed: int | str = 0
         # them. Every other domain is split by problem.
         if domain != "preference" and (digest % 8 == 0) != (split == "test"):
             continue
-        row |= {
-            "id": f"{domain}-{split}-{seed}-{len(rows)}",
-            "domain": domain,
-            "kind": find_kind(row),
-        }
+        row |= {"id": f"{domain}-{split}-{seed}-{len(rows)}", "domain": domain}
         without = [
             m | {"reasoning_content": None} if m["role"] == "assistant" else m for m in chosen
         ]
         row["solutions"] = {"on": chosen, "off": without}
-        rows.append(row)
+        rows.append(row if sft else checked_row(row))
     return rows
 
 
