@@ -17,10 +17,10 @@ from bench.evidence import over
 from nanocascade.checkpoint.weights import load_model
 from nanocascade.cli import run_main
 from nanocascade.data.episode import Sampling
-from nanocascade.data.rows import read_references
 from nanocascade.files import read_json, write_json_atomic
 from nanocascade.rollouts.scoring import Scorer
 from nanocascade.run.evaluate import evaluate
+from nanocascade.run.rows import References
 from nanocascade.stages import MOPD_SHARES, TEACHER_OF
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
@@ -43,14 +43,11 @@ def train(out: Path, arm: str) -> None:
     subprocess.run([sys.executable, "train_mopd.py", *map(str, words)], check=True)
 
 
-def scores_of(path: Path, references: dict[str, list[str]]) -> dict[str, float]:
+def scores_of(path: Path, references: References) -> dict[str, float]:
     """{domain: mean outcome} on held-out prompts; preference against SFT's stored answers."""
     model, tokenizer, scores = load_model(path).eval(), Tokenizer(path), {}
     for domain in MOPD_SHARES:
-        rows = tasks.make_rows(domain, SAMPLES, "test", 0)
-        for i, row in enumerate(rows if domain == "preference" else ()):
-            answers = references[tasks.text_of(row)]
-            rows[i] = row | {"reference": answers[i % len(answers)]}
+        rows = references.add_to(tasks.make_rows(domain, SAMPLES, "test", 0))
         found, _ = evaluate(model, tokenizer, rows, 1, Sampling(72), 1, Scorer(rule_judge))
         scores[domain] = found[domain]["mean"]
     return scores
@@ -66,7 +63,7 @@ def compare(out: Path) -> dict[str, dict[str, float]]:
             path = out / "multi_domain_rl" if name == "start" else out / "anchor" / name
             if name != "start" and not (path / "manifest.json").exists():
                 train(out, name)
-            references = read_references(out / "sft" / "references.jsonl")
+            references = References(str(out / "sft" / "references.jsonl"))
             write_json_atomic(kept, scores_of(path, references))
         scores[name] = json.loads(kept.read_text())
     return scores
