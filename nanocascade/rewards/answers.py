@@ -1,7 +1,7 @@
 r"""Read a short mathematical answer into a Node, which compare.py compares with another.
 
     r"x = 5"              Node("num", 5, name="x")
-    r'90 "km"/"h"'        Node("num", 90, unit=(5/18, {m: 1, s: -1}))
+    r'90 "km"/"h"'        Node("num", 90, unit=5/18 m/s)
     "3; 8"                Node("list", (3, 8))
     r"(-\infty,5]"        Node("tuple", ("(", (-inf, 5), "]"))
     r"x<0; x\ge 2"        Node("union", ((-inf, 0), [2, inf)))
@@ -30,7 +30,7 @@ class Node(NamedTuple):
     body: object = None
     text: str = ""  # the whole text, for comparison as text
     name: str = ""  # what it is the value of: the x of x = 5
-    unit: tuple | None = None  # (scale, {base: power}); None if there is none or it is unknown
+    unit: Fraction | None = None  # its value; None if there is none or it is unknown
     letters: frozenset = frozenset()  # in a num
 
 
@@ -84,7 +84,7 @@ def enclosed(text):
 
 
 @lru_cache(2048)
-def read(text, depth=0):
+def read(text):
     """A cleaned text as a Node."""
     text = re.sub(
         r'^(?:\\(?:approx|sim)(?![a-zA-Z])|"(?:about|approximately|approx|roughly)")\s*', "", text
@@ -92,48 +92,45 @@ def read(text, depth=0):
     text = re.sub(r"\s*\(?\\[pb]?mod\s*\{?\w+\}?\)?$", "", text).rstrip(" .,;:").lstrip(" ,;:")
     while (outer := enclosed(text)) and outer[0] == "{":
         text = outer[1]
-    node = interpret(text, depth) if text and depth < 8 else Node("other")
+    node = interpret(text) if text else Node("other")
     return node._replace(text=squeeze(text))
 
 
-def interpret(text, depth):
+def interpret(text):
     """The Node of a text that is not empty: first as several values, then as one."""
     if squeeze(text).strip("()") in EMPTY:
         return Node("set", ())
     parts, cuts = pieces(text, "[;,]")
     parts = [x for x in parts if x.strip(" .")]
     if len(parts) > 1:
-        items = tuple(read(x, depth + 1) for x in parts)
+        items = tuple(read(x) for x in parts)
         ranges = {*cuts} == {";"} and all(x.kind == "union" for x in items)
         return union(items) if ranges else Node("list", items)
     if len(re.findall(r"\\(?:pm|mp)", text)) == 1:
         both = [re.sub(r"\\(?:pm|mp)", sign, text) for sign in "+-"]
-        return Node("list", tuple(read(x, depth + 1) for x in both))
+        return Node("list", tuple(read(x) for x in both))
     parts, cuts = pieces(text, RELATION)
     if cuts and not re.fullmatch(r"\s*\d+(\s*:\s*\d+)+\s*", text):
-        nodes = [read(x, depth + 1) for x in parts]
-        equal = {*cuts} <= {"=", ":", "\\in", "\\equiv", "\\approx"}
-        return (equation if equal else inequality)(parts, cuts, nodes)
+        nodes = [read(x) for x in parts]
+        if {*cuts} <= {"=", ":", "\\in", "\\equiv", "\\approx"}:
+            return equation(parts, cuts, nodes)
+        return inequality(parts, cuts, nodes) or Node("other", "relation")
     parts, cuts = pieces(text, r"\\cup(?![a-zA-Z])")
     if cuts:
-        return union([read(x, depth + 1) for x in parts])
+        return union([read(x) for x in parts])
     letters = re.sub(r"\\times|\s", "", text)
     if re.fullmatch("[A-Za-z]{2,}", letters):  # in this order: no product
         return Node("letters", letters)
-    for reading in (brackets, codes, number):
-        if node := reading(text, depth):
-            return node
-    words = re.fullmatch(r'[()]*"([^"]*)"[()]*', text)
-    return Node("word", squeeze(f'"{words[1]}"')) if words else Node("other")
+    return brackets(text) or codes(text) or number(text) or words(text) or Node("other")
 
 
-def brackets(text, depth):
+def brackets(text):
     """A matrix, a permutation, a set, a tuple or interval, or what is in the brackets; or None."""
     if match := re.fullmatch(r"\\begin\{[a-z]*matrix\}(.*)\\end\{[a-z]*matrix\}", text, re.DOTALL):
         rows = [row.split("&") for row in match[1].split("\\\\") if row.strip()]
         if len({len(row) for row in rows}) != 1 or "\\begin" in match[1]:
             return None
-        items = [read(x.strip(), depth + 1) for row in rows for x in row]
+        items = [read(x.strip()) for row in rows for x in row]
         if len(rows) > 1 and len(rows[0]) > 1:  # a row or a column is a tuple
             items.append(Node("word", len(rows)))
         return Node("tuple", ("(", tuple(items), ")"))
@@ -147,17 +144,17 @@ def brackets(text, depth):
     if not opening:
         return None
     if opening == "\\{" and (condition := CONDITION.fullmatch(inside)):
-        return read(condition[1].strip(), depth + 1)
+        return read(condition[1].strip())
     parts, cuts = pieces(inside, "[;,]")
     if not cuts:  # (1,234) is a pair
         parts, cuts = pieces(inside.replace(",", ", "), "[;,]")
-    items = tuple(read(x, depth + 1) for x in parts if x)
+    items = tuple(read(x) for x in parts if x)
     if opening == "\\{":
         return Node("set", items)
-    return Node("tuple", (opening, items, closing)) if len(items) > 1 else read(inside, depth + 1)
+    return Node("tuple", (opening, items, closing)) if len(items) > 1 else read(inside)
 
 
-def codes(text, depth):
+def codes(text):
     """A date, a range, a time, a ratio or a numeral of another base; or None."""
     plain = re.sub(r"\s*:\s*", ":", text)
     if re.fullmatch(r"\d+-\d+(-\d+)?|\d+/\d+/\d+", plain):
@@ -179,7 +176,7 @@ def codes(text, depth):
     return None
 
 
-def number(text, depth):
+def number(text):
     """A number or term with its unit, infinity, or a list of numbers with spaces; or None."""
     if re.fullmatch(r"[+-]?\s*\\infty", text.strip()):
         return Node("num", HIGH.ninf if "-" in text else HIGH.inf)
@@ -193,11 +190,14 @@ def number(text, depth):
     except Unknown:
         parts = text.split()
         if len(parts) > 1 and all(re.fullmatch(r"[+-]?[\d.,/]+%?", x) for x in parts):
-            return Node("list", tuple(read(x, depth + 1) for x in parts))  # "41 42"
+            return Node("list", tuple(read(x) for x in parts))  # "41 42"
         return None
-    if unit and not unit[1]:  # a percentage, a million
-        value, unit = value * unit[0], None
     return Node("num", value, unit=unit, letters=letters)
+
+
+def words(text):
+    match = re.fullmatch(r'[()]*("[^"]*")[()]*', text)
+    return Node("word", squeeze(match[1])) if match else None
 
 
 def is_name(text):
@@ -223,26 +223,24 @@ def equation(parts, cuts, nodes):
 
 
 def inequality(parts, cuts, nodes):
-    """The interval in which a variable lies: x < 5, 2 < x \\le 5, x \\ne 3."""
+    """The interval in which a variable lies, x < 5, 2 < x \\le 5, x \\ne 3; None for others."""
     place = [i for i, x in enumerate(parts) if VARIABLE.fullmatch(x)]
-    if not {*cuts} <= {"<", ">", "\\le", "\\ge", "\\ne"} or len(place) != 1 or len(cuts) > 2:
-        return Node("other", "relation")
-    if len(cuts) == 2 and (place != [1] or "\\ne" in cuts):
-        return Node("other", "relation")
-    low, high = Node("num", HIGH.ninf), Node("num", HIGH.inf)
-    opening, closing = "(", ")"
-    for i, node in enumerate(nodes):
-        if i == place[0]:
-            continue
-        if node.kind != "num":
-            return Node("other", "relation")
-        cut = cuts[min(i, place[0])]
+    if not {*cuts} <= {"<", ">", "\\le", "\\ge", "\\ne"} or len(place) != 1:
+        return None
+    if len(cuts) > 1 and (len(cuts) > 2 or place != [1] or "\\ne" in cuts):
+        return None
+    low, opening = Node("num", HIGH.ninf), "("
+    high, closing = Node("num", HIGH.inf), ")"
+    for i, cut in enumerate(cuts):
+        value = nodes[i + 1] if i == place[0] else nodes[i]
+        if value.kind != "num":
+            return None
         if cut == "\\ne":
-            return union([Node("tuple", ("(", x, ")")) for x in ((low, node), (node, high))])
-        if (cut in ("<", "\\le")) == (i > place[0]):
-            high, closing = node, "]" if cut in ("\\le", "\\ge") else ")"
+            return union([Node("tuple", ("(", x, ")")) for x in ((low, value), (value, high))])
+        if (cut in ("<", "\\le")) == (i == place[0]):
+            high, closing = value, "]" if cut in ("\\le", "\\ge") else ")"
         else:
-            low, opening = node, "[" if cut in ("\\le", "\\ge") else "("
+            low, opening = value, "[" if cut in ("\\le", "\\ge") else "("
     return Node("union", (Node("tuple", (opening, (low, high), closing)),))
 
 

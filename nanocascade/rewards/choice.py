@@ -11,6 +11,7 @@ that the answer names only to refuse it ("not B", "B is wrong") is not named.
 
 import re
 import unicodedata
+from string import ascii_lowercase
 
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.math import last_boxed
@@ -63,13 +64,12 @@ def named_options(text, options):
     bare = OPENING.sub("", bare)
     label = None if REFUSED.match(bare) else LABEL.match(bare)
     if label and label[1] in options:  # what an option's own text says names no other
-        rest, own = bare[label.end(1) :].lstrip("). :"), options[label[1]]
-        same = own and re.sub(r"[\s().]", "", rest) == re.sub(r"[\s().]", "", own)
-        rest = "" if same else REFUSED.sub(" ", rest.replace(own or "\0", " "))
-        named = {label[1], *(x for pair in OTHERS.findall(rest) for x in pair if x in options)}
+        rest = bare[label.end(1) :].replace(options[label[1]] or "\0", " ").lstrip("). :")
+        rest = REFUSED.sub(" ", rest)
+        named = {label[1], *(x for letters in OTHERS.findall(rest) for x in letters)}
         while joined := JOINED.match(rest):
-            named, rest = named | {joined[1]} & set(options), rest[joined.end() :]
-        return named | named_texts(rest, options)
+            named, rest = named | {joined[1]}, rest[joined.end() :]
+        return named & options.keys() | named_texts(rest, options)
     bare = REFUSED.sub(" ", bare).strip(" ,.;")
     if closing := CLOSING.search(bare):  # "a safe choice would be b"
         return {closing[1]} & set(options)
@@ -105,7 +105,7 @@ def last_match(pattern, text):
 
 def by_pattern(patterns, text):
     """The answer that the row's patterns find, or None. "A lot of ..." is no answer A."""
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+    for pattern in patterns:
         if named := worker.run(last_match, "re", pattern, text):
             answer, after = named
             word = re.match(r"\s+([a-z]+)", after)
@@ -114,42 +114,45 @@ def by_pattern(patterns, text):
     return None
 
 
-def options_of(row):
-    """{letter: plain text} of a list of {letter: text}, or of one dictionary; null is no text."""
+def read_row(row):
+    """([(letter, text)] of the options, the mode, the patterns). Options are a list of {letter:
+    text}, or one dictionary; null is no text."""
     entries = row["options"] if isinstance(row["options"], list) else [row["options"]]
-    return {k.lower(): plain(v) for entry in entries for k, v in entry.items() if v is not None}
+    options = [(k.lower(), v) for entry in entries for k, v in entry.items() if v is not None]
+    mode = (row.get("grading_mode") or MODES[0]).removesuffix("_md")
+    patterns = (row.get("template_metadata") or {}).get("output_regex") or []
+    return options, mode, [patterns] if isinstance(patterns, str) else patterns
 
 
 def verify_choice(row, message):
     """1 if the answer names the expected option and no other."""
-    options, text = options_of(row), message["content"][-TAIL:]
-    options = options or dict.fromkeys("abcdefghijklmnopqrstuvwxyz", "")  # the pattern finds it
-    mode, named = (row.get("grading_mode") or MODES[0]).removesuffix("_md"), set()
+    options, mode, patterns = read_row(row)
+    options = {letter: plain(option) for letter, option in options}
+    options = options or dict.fromkeys(ascii_lowercase, "")  # the pattern finds the letter
+    text, strict, reason = message["content"][-TAIL:], False, "asked form not found"
     try:
-        answer = by_pattern((row.get("template_metadata") or {}).get("output_regex"), text)
+        answer = by_pattern(patterns, text)
     except TookTooLong:
         return Reward(0.0, "search took too long")
-    reason = "asked form not found"
     if answer is not None:
-        named = named_options(answer, options)
+        answers = [answer]
     elif mode == "lenient_answer_colon":
-        for answer in reversed(ANSWER_LINE.findall(text)[-20:]):
-            if named := named_options(answer, options):
-                break
+        answers = ANSWER_LINE.findall(text)[-20:][::-1]
     else:
         answer, reason = last_boxed(text)
-        named = named_options(answer, options) if answer is not None else named
-        if mode == MODES[0] and named and not strict(answer, named, options):
-            return Reward(0.0, "not a single letter")
-    if answer is None:
+        answers, strict = [answer] if answer else [], mode == MODES[0]
+    if not answers:
         return Reward(0.0, reason)
+    named = next(filter(None, (named_options(x, options) for x in answers)), set())
+    if strict and named and not is_capital_letter(answers[0], named, options):
+        return Reward(0.0, "not a single letter")
     if len(named) != 1:
         return Reward(0.0, "ambiguous answer" if named else "not an option")
     correct = named == {row["expected_answer"].strip().lower()}
     return Reward(1.0, "correct") if correct else Reward(0.0, "wrong answer")
 
 
-def strict(answer, named, options):
+def is_capital_letter(answer, named, options):
     """Whether an answer is one capital letter, alone or before its own option's text."""
     bare = MARKUP.sub(" ", unicodedata.normalize("NFKC", answer))
     bare = re.sub(r"(?i)^\W*(?:(?:the|final|answer|option|choice|is)\b\W*)*", "", bare)
@@ -159,18 +162,16 @@ def strict(answer, named, options):
 
 def check_choice_row(row):
     """ValueError unless options, expected answer, mode and pattern belong together."""
-    patterns = (row.get("template_metadata") or {}).get("output_regex")
-    entries = row["options"] if isinstance(row["options"], list) else [row["options"]]
-    texts = [(k.lower(), v) for entry in entries for k, v in entry.items() if v is not None]
-    letters = [letter for letter, _ in texts]
+    options, mode, patterns = read_row(row)
+    letters = [letter for letter, _ in options]
     if any(len(letter) != 1 for letter in letters) or len(set(letters)) != len(letters):
         raise ValueError(f"options must have distinct single letters, got {letters}")
-    if blank := [pair for pair in texts if not isinstance(pair[1], str) or not pair[1].strip()]:
+    if blank := [pair for pair in options if not isinstance(pair[1], str) or not pair[1].strip()]:
         raise ValueError(f"an option must have a text, got {blank[0]!r:.80}")
     expected = row["expected_answer"].strip().lower()
     if expected not in letters and (letters or not patterns or len(expected) != 1):
         raise ValueError(f"expected_answer {row['expected_answer']!r} is none of {letters}")
-    if (row.get("grading_mode") or MODES[0]).removesuffix("_md") not in MODES:
+    if mode not in MODES:
         raise ValueError(f"grading_mode {row['grading_mode']!r} is none of {MODES}")
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+    for pattern in patterns:
         re.compile(pattern)

@@ -6,6 +6,7 @@ cannot be the expected answer, such as a relation or a negation where a number i
 
 import re
 from fractions import Fraction
+from itertools import accumulate
 
 from nanocascade.rewards.answers import NEGATED, THOUSANDS, Node, read
 from nanocascade.rewards.exact import HIGH, Unknown, close, evaluate
@@ -25,6 +26,7 @@ LOOSE_UNIT = re.compile(
     r"(.*[\d.}])\s*([A-Za-z]{1,3}(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,2}(?:\^\{?\d\}?)?)?)"
 )
 MAX_ITEMS = 50  # longer lists are not compared: each item is compared with every other
+MAX_DEPTH = 20  # of brackets
 MIN_FIGURES = 6  # significant figures of a decimal that may stand for a third, a root or pi
 
 
@@ -39,6 +41,9 @@ def equal(gold, given):
 def readings(text, gold):
     """The Nodes that a text may stand for: 1,234 is a number or a list, 3,14 may be a decimal."""
     text = clean(text)
+    nested = accumulate(1 if x in "([{" else -1 for x in re.findall(r"[()\[\]{}]", text))
+    if max(nested, default=0) > MAX_DEPTH:
+        return [Node("other")]
     texts = [text]
     if re.fullmatch(THOUSANDS, text):
         texts.append(text.replace(",", ", "))
@@ -135,9 +140,7 @@ def same_number(a, b):
         return same(a, read(re.sub(rf"(?<![A-Za-z\\]){two[1]}(?![A-Za-z])", one[1], b.text)))
     x, y = a.body, b.body
     if a.unit and b.unit:
-        if a.unit[1] != b.unit[1]:
-            return False
-        x, y = x * a.unit[0], y * b.unit[0]
+        x, y = x * a.unit, y * b.unit
     if close(x, y) or is_rounded(a, b) or is_rounded(b, a):
         return True
     if a.text.endswith("%") and close(x, y / 100):

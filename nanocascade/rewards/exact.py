@@ -17,9 +17,8 @@ from mpmath import MPContext
 HIGH = MPContext()  # mpmath (torch needs it, through sympy), with a precision of our own
 HIGH.dps = 3000
 TOLERANCE = HIGH.mpf(10) ** -2900
-MAX_BITS, MAX_WORK, MAX_DEPTH, MAX_INTEGER = 40_000, 200_000, 40, 10_000
+MAX_BITS, MAX_WORK, MAX_INTEGER = 40_000, 200_000, 10_000
 CALLED = {*"fghFGHPQT", "\\phi", "\\psi", "\\Gamma", "\\zeta"}  # f(x) is no product
-WORDS = {"pi": "\\pi", "sqrt": "\\sqrt"}  # written without a backslash
 FUNCTIONS = re.compile(r"(?<!\\)(?:a?sin|a?cos|a?tan|cot|sec|log|ln|exp|lim|max|min|gcd|lcm|mod)h?")
 TOKEN = re.compile(
     r"(?P<mixed>\d+\s*\\frac\s*\{\d+\}\s*\{\d+\}|\d+\s+\d+/\d+)"
@@ -28,7 +27,7 @@ TOKEN = re.compile(
     r"(?P<power>[eE][+-]?\d+)?"
     r"|(?:[A-Za-z]|\\[a-zA-Z]+)(?:_(?:\{\w+\}|\w))?|\\.|\S"
 )
-SIGNS = {"\\times": "*", "\\cdot": "*", "\\ast": "*", "\\div": "/", "\\%": "%"}
+SIGNS = {"\\times": "*", "\\cdot": "*", "\\ast": "*", "\\div": "/"}
 LETTER = re.compile(
     r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|(?:var)?epsilon|eta|(?:var)?theta|kappa|lambda|mu|nu|"
     r"xi|rho|sigma|tau|omega|chi|Delta|Omega))(?:_.*)?"
@@ -41,12 +40,16 @@ class Unknown(Exception):
     """The term cannot be evaluated here."""
 
 
+def letter_value(name):
+    return Fraction(Random(name).getrandbits(64))
+
+
 def evaluate(text):
     """(value, the letters in it) of a term. e is a letter with a value, pi and i are no letters."""
     reader = Reader(text)
     try:
         value = reader.sum()
-    except (ArithmeticError, ValueError) as error:  # 1/0, (-1)!
+    except (ArithmeticError, ValueError, RecursionError) as error:  # 1/0, (-1)!, \frac\frac\frac...
         raise Unknown(str(error)) from error
     reader.take("")
     return value, frozenset(reader.letters)
@@ -92,7 +95,7 @@ class Reader:
     def __init__(self, text):
         if FUNCTIONS.search(text):
             raise Unknown("a function")
-        self.tokens, self.place, self.depth, self.work = [*tokenize(text), ""], 0, 0, 0
+        self.tokens, self.place, self.work = [*tokenize(text), ""], 0, 0
         self.letters = set()
         self.bound = {}  # values of the letters that a sum runs over
 
@@ -196,14 +199,7 @@ class Reader:
         return self.atom()
 
     def atom(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unknown("too deep")
-        result = self.simple(self.take())
-        self.depth -= 1
-        return result
-
-    def simple(self, token):
+        token = self.take()
         if isinstance(token, Fraction):
             return token
         if token in CLOSING:
@@ -232,7 +228,7 @@ class Reader:
         if token.partition("_")[0] in CALLED and self.peek() == "(":
             raise Unknown("a function's value")
         self.letters.add(token)
-        return HIGH.e if token == "e" else Fraction(Random(token).getrandbits(64))
+        return HIGH.e if token == "e" else letter_value(token)
 
     def series(self, token):
         r"""\sum_{k=0}^{9} k^2, of one product for each k."""
@@ -257,8 +253,6 @@ class Reader:
 
 def tokenize(text):
     """Fractions for numbers, texts for the rest; "12,345.5", "1 1/2", "0.\\overline{3}" are one."""
-    for word, command in WORDS.items():
-        text = re.sub(rf"(?<![A-Za-z\\]){word}(?![A-Za-z])", lambda _, x=command: x, text)
     for match in TOKEN.finditer(text):
         if match["mixed"]:
             whole, above, below = map(int, re.findall(r"\d+", match["mixed"]))

@@ -7,39 +7,50 @@ quotes, signs outside ASCII have their command, sizes are gone, "or" is ";" and 
 import re
 import unicodedata
 
-from nanocascade.rewards.exact import FUNCTIONS, WORDS
+from nanocascade.rewards.exact import FUNCTIONS
 from nanocascade.rewards.units import find_unit
 
-SPELLING = {  # signs outside ASCII
-    **dict.fromkeys("\u2212\u2013\u2014\u2010\u2011", "-"),
-    **dict.fromkeys("\u2019\u2032", "'"),
-    **dict.fromkeys("\u03a9\u2126", "\\Omega "),
-    **dict.fromkeys("\u00b5\u03bc", "\\mu "),
-    **{"\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ", "\u00f7": "\\div "},
-    **{"\u221e": "\\infty ", "\u03c0": "\\pi ", "\u221a": "\\sqrt ", "\u00b0": "^\\circ "},
-    **{"\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u2248": "\\approx "},
-    **{"\u222a": "\\cup ", "\u2229": "\\cap ", "\u2205": "\\emptyset ", "\u2208": "\\in "},
-    **{"\u00b1": "\\pm ", "\u2192": "\\to ", "\u21d2": "\\Rightarrow ", "\u2228": "\\lor "},
-    **{"\u2227": "\\land ", "\u2026": "\\dots ", "\u2022": ";"},
-    **{"\u20ac": '"euro"', "\u00a3": '"sterling"', "\u00a5": '"yen"', "\u20b9": '"rupee"'},
+SPELLING = """- \u2212\u2013\u2014\u2010
+' \u2019\u2032
+\\Omega \u03a9
+\\mu \u03bc
+\\times \u00d7
+\\cdot \u00b7\u22c5
+\\div \u00f7
+\\infty \u221e
+\\pi \u03c0
+\\sqrt \u221a
+^\\circ \u00b0
+\\le \u2264
+\\ge \u2265
+\\ne \u2260
+\\approx \u2248
+\\cup \u222a
+\\cap \u2229
+\\emptyset \u2205
+\\in \u2208
+\\pm \u00b1
+\\to \u2192
+\\Rightarrow \u21d2
+\\lor \u2228
+\\land \u2227
+; \u2022
+"euro" \u20ac
+"sterling" \u00a3
+"yen" \u00a5
+"rupee" \u20b9"""
+SPELLING = {  # signs outside ASCII, after NFKC; a command ends with a space
+    ord(sign): f"{line.split()[0]} " if "\\" in line else line.split()[0]
+    for line in SPELLING.splitlines()
+    for sign in line.split()[1]
 }
 RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
-RAISED = dict(zip(map(ord, RAISED), "0123456789-", strict=True))
-LOWERED = {0x2080 + digit: str(digit) for digit in range(10)}
-RUNS = [
-    (re.compile(f"[{''.join(map(chr, x))}]+"), x, y) for x, y in ((RAISED, "^"), (LOWERED, "_"))
-]
-SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-SMALL = {word: f" {number} " for number, word in enumerate(SMALL.split())}
-JOINING = {"or": ";", "oder": ";", "ou": ";", "and": ",", "und": ",", "et": ","}
-VOCABULARY = {
-    **SMALL,
-    **JOINING,
-    "percent": "%",
-    "pct": "%",
-    "infinity": "\\infty ",
-    "infinite": "\\infty ",
-}
+LOWERED = "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089"
+VOCABULARY = """zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10
+eleven 11 twelve 12 thirteen 13 fourteen 14 or ; oder ; ou ; and , und , et ,
+percent % pct % percentage % hundred *100 thousand *1000 million *10^6 billion *10^9 dozen *12
+infinity \\infty infinite \\infty pi \\pi sqrt \\sqrt"""
+VOCABULARY = dict(zip(VOCABULARY.split()[::2], VOCABULARY.split()[1::2], strict=True))
 DROPPED = re.compile(  # delimiters and sizes, which change no value
     r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|(?:no)?limits)"
     r"(?![a-zA-Z])|(?<!\\)\\[()\[\]]|\\!|\\(?:text)?color\s*\{[^{}]*\}|\*\*|`|\\label\{[^{}]*\}"
@@ -92,21 +103,22 @@ def quote(words):
 def quote_bare(match):
     """The same for a word that stands bare: one of four letters, or one that we know."""
     word = match[1]
-    if not word or word in WORDS or FUNCTIONS.fullmatch(word):
+    if not word or FUNCTIONS.fullmatch(word):
         return match[0]
     known = word.lower() in VOCABULARY or find_unit(word) or word.lower() in ("no", "not", "is")
     return quote(word) if known or len(word) > 3 else word
 
 
-def clean(latex):
-    text = latex
-    for pattern, digits, mark in RUNS:
-        text = pattern.sub(lambda x, d=digits, m=mark: f"{m}{{{x[0].translate(d)}}}", text)
+def clean(text):
+    for mark, digits in (("^", RAISED), ("_", LOWERED)):
+        plain = str.maketrans(digits, "0123456789-"[: len(digits)])
+        text = re.sub(
+            f"[{digits}]+", lambda x, m=mark, p=plain: f"{m}{{{x[0].translate(p)}}}", text
+        )
     for sign in {x for x in text if "\u2044" in unicodedata.normalize("NFKC", x)}:  # one half
         above, _, below = unicodedata.normalize("NFKC", sign).partition("\u2044")
         text = text.replace(sign, rf"\frac{{{above}}}{{{below}}}")
-    text = text.replace('"', "").translate({ord(x): y for x, y in SPELLING.items()})
-    text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", text).replace('"', "").translate(SPELLING)
     text = "".join(x for x in text if unicodedata.category(x) != "Cf")
     text = re.sub(r",\\!\s*|\{,\}", ",", text).replace("\\$", '"dollar"').replace("\\%", "%")
     if text.count("$") % 2:

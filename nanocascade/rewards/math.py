@@ -21,20 +21,10 @@ from nanocascade.sandbox.worker import TookTooLong, require, worker
 MAX_BOX = 2_000  # characters, and so digits of a number
 BOX = "\\boxed{"
 # What may stand between boxes of one list: signs, commands, "x_1 =", "(a)" and these words.
-JOINING = {
-    "and",
-    "or",
-    "also",
-    "either",
-    "as",
-    "well",
-    "maybe",
-    "perhaps",
-    "possibly",
-    "for",
-    "und",
-}
-JOINING |= {"alternatively", "oder", "et", "ou", "respectively", "part", "case"}
+JOINING = set(
+    "and or also either as well maybe perhaps possibly for alternatively respectively part case "
+    "und oder et ou".split()
+)
 WORD = re.compile(r"\\[A-Za-z]+|<\w+ */?>|[^\W\d_]{2,}")  # a command, a tag, a word
 
 
