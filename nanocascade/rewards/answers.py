@@ -22,9 +22,9 @@ from nanocascade.rewards.units import unit_of
 
 class Node(NamedTuple):
     """kind -> body: num a value, list and set their Nodes, tuple (bracket, Nodes, bracket), also of
-    a pair that is an interval, union such tuples in order, word and letters a text, code what is
-    compared as a whole (a date, a time, a ratio, a numeral of some base, a permutation); equation
-    has none, other is not read ("relation" and "contradiction" say why)."""
+    a pair that is an interval, union such tuples in order, code what is compared as a whole (a
+    date, a time, a ratio, a numeral of some base, a permutation); word and equation have none,
+    other is not read ("relation" and "contradiction" say why)."""
 
     kind: str
     body: object = None
@@ -47,7 +47,10 @@ UNIT = re.compile(
     r'|[kM]?\\Omega|\\mu\s*"?m"?)',
     re.DOTALL,
 )
-TIME = re.compile(r'(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:"([apAP])\.?[mM]\.?")?')
+DATE = re.compile(  # a date, a range or a time
+    r"\d+-\d+(?:-\d+)?|\d+/\d+/\d+|(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?"
+    r'(?:\s*"([apAP])\.?[mM]\.?")?'
+)
 CONDITION = re.compile(  # of a set: {x in R | x < 2}
     r"[a-zA-Z]\s*(?:\\in\s*\{?(?:\\mathbb\s*)?\{?R\}?\}?\s*)?(?:\\mid|\||:)(.*)", re.DOTALL
 )
@@ -118,10 +121,9 @@ def interpret(text):
     parts, cuts = pieces(text, r"\\cup(?![a-zA-Z])")
     if cuts:
         return union([read(x) for x in parts])
-    letters = re.sub(r"\\times|\s", "", text)
-    if re.fullmatch("[A-Za-z]{2,}", letters):  # in this order: no product
-        return Node("letters", letters)
-    return brackets(text) or codes(text) or number(text) or words(text) or Node("other")
+    if node := brackets(text) or codes(text) or number(text):
+        return node
+    return Node("word" if re.fullmatch(r'[()]*"[^"]*"[()]*', text) else "other")
 
 
 def brackets(text):
@@ -132,7 +134,7 @@ def brackets(text):
             return None
         items = [read(x.strip()) for row in rows for x in row]
         if len(rows) > 1 and len(rows[0]) > 1:  # a row or a column is a tuple
-            items.append(Node("word", len(rows)))
+            items.append(Node("word", text=str(len(rows))))
         return Node("tuple", ("(", tuple(items), ")"))
     if re.fullmatch(r"(?:\([\d\s]+\)\s*)+", text) and re.search(r"\d\s+\d", text):  # permutations
         cycles = [x.split() for x in re.findall(r"\(([\d\s]+)\)", text)]
@@ -157,11 +159,9 @@ def brackets(text):
 def codes(text):
     """A date, a range, a time, a ratio or a numeral of another base; or None."""
     plain = re.sub(r"\s*:\s*", ":", text)
-    if re.fullmatch(r"\d+-\d+(-\d+)?|\d+/\d+/\d+", plain):
-        return Node("code", tuple(map(int, re.findall(r"\d+", plain))))
-    if (match := TIME.fullmatch(plain)) and int(match[1]) < 25:
-        digits = tuple(int(x) for x in match.groups()[:3] if x)
-        return Node("code", digits, name=(match[4] or "").lower())
+    if match := DATE.fullmatch(plain):
+        numbers = tuple(map(int, re.findall(r"\d+", plain)))
+        return Node("code", numbers, name=(match[1] or "").lower())
     if re.fullmatch(r"\d+(?::\d+)+", plain):
         parts = [Fraction(x) for x in plain.split(":")]
         if len(parts) == 2 and parts[1]:
@@ -193,11 +193,6 @@ def number(text):
             return Node("list", tuple(read(x) for x in parts))  # "41 42"
         return None
     return Node("num", value, unit=unit, letters=letters)
-
-
-def words(text):
-    match = re.fullmatch(r'[()]*("[^"]*")[()]*', text)
-    return Node("word", squeeze(match[1])) if match else None
 
 
 def is_name(text):

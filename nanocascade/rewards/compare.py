@@ -22,6 +22,7 @@ MARKS = re.compile(
     r"'|\^\{?(?:T|\\top|\\intercal|\\dagger|c|\*)\}?(?![a-zA-Z])"
     r"|\\(?:bar|overline|d?dot)\s*\{?[A-Za-z]"
 )
+LETTERS = re.compile(r"(?:[A-Za-z](?:\\times)?){2,}")
 LOOSE_UNIT = re.compile(
     r"(.*[\d.}])\s*([A-Za-z]{1,3}(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,2}(?:\^\{?\d\}?)?)?)"
 )
@@ -96,13 +97,8 @@ def same(a, b):
         return a.body == b.body and (a.name == b.name or not (a.name and b.name))
     if kinds == {"code", "num"}:  # a base that only one side names
         return a.text.partition("_")[0] == b.text.partition("_")[0]
-    if kinds == {"word"} or kinds == {"letters"}:
-        return a.body == b.body
-    if kinds == {"word", "num"} or kinds == {"word", "letters"}:
+    if kinds <= {"word", "num"}:
         return a.text.strip("()").casefold() == b.text.strip("()").casefold()
-    if kinds == {"letters", "num"}:
-        letters, number = (a, b) if a.kind == "letters" else (b, a)
-        return close(evaluate(" ".join(letters.body))[0], number.body)
     if b.kind == "equation":
         return None
     return unread(a, b) if "other" in kinds or a.kind == "equation" else False
@@ -138,6 +134,8 @@ def same_number(a, b):
     one, two = (re.fullmatch(r"[A-Za-z]\(([A-Za-z])\)", x.name) for x in (a, b))
     if one and two and one[1] != two[1] and one[1] not in b.letters:  # f(x) = ..., g(t) = ...
         return same(a, read(re.sub(rf"(?<![A-Za-z\\]){two[1]}(?![A-Za-z])", one[1], b.text)))
+    if LETTERS.fullmatch(a.text) and (LETTERS.fullmatch(b.text) or not b.letters):  # no product
+        return a.text.replace("\\times", "") == b.text.replace("\\times", "")
     x, y = a.body, b.body
     if a.unit and b.unit:
         x, y = x * a.unit, y * b.unit

@@ -62,15 +62,18 @@ def close(x, y):
     return HIGH.convert(abs(x + -y)) < TOLERANCE * max(1, HIGH.convert(abs(x)))
 
 
+def size(value):
+    """About how many binary digits a value has before or behind the point."""
+    if isinstance(value, Fraction):
+        return max(abs(value.numerator), value.denominator).bit_length() - 1
+    return abs(HIGH.mag(value)) if value else 0
+
+
 def power(base, exponent):
     """base ** exponent; the exponent is a Fraction."""
     if exponent.denominator > 1:
         base = root(base, exponent.denominator)
-    if isinstance(base, Fraction):
-        size = max(abs(base.numerator), base.denominator).bit_length() - 1
-    else:
-        size = abs(HIGH.mag(base)) if base else 0
-    if size * abs(exponent) > MAX_BITS:
+    if size(base) * abs(exponent) > MAX_BITS:
         raise Unknown("too large")
     return base ** int(exponent.numerator)
 
@@ -97,7 +100,7 @@ class Reader:
             raise Unknown("a function")
         self.tokens, self.place, self.work = [*tokenize(text), ""], 0, 0
         self.letters = set()
-        self.bound = {}  # values of the letters that a sum runs over
+        self.known = CONSTANTS  # and the letters that a sum runs over
 
     def peek(self):
         return self.tokens[self.place]
@@ -115,13 +118,8 @@ class Reader:
 
     def limited(self, value):
         """The value. Bounds the work, so no answer costs more than some tenths of a second."""
-        if isinstance(value, Fraction):
-            bits = value.numerator.bit_length() + value.denominator.bit_length()
-            self.work += 10 + bits // 64
-        else:
-            bits = 0
-            self.work += 300
-        if self.work > MAX_WORK or bits > 2 * MAX_BITS:
+        self.work += 10 + size(value) // 64 if isinstance(value, Fraction) else 300
+        if self.work > MAX_WORK or size(value) > MAX_BITS:
             raise Unknown("too much work")
         return value
 
@@ -219,10 +217,8 @@ class Reader:
             return Fraction(math.comb(above, below))
         if token in ("\\sum", "\\prod"):
             return self.series(token)
-        if token in self.bound:
-            return self.bound[token]
-        if token in CONSTANTS:
-            return CONSTANTS[token]
+        if token in self.known:
+            return self.known[token]
         if not LETTER.fullmatch(token):
             raise Unknown(f"{token!r}")
         if token.partition("_")[0] in CALLED and self.peek() == "(":
@@ -242,12 +238,12 @@ class Reader:
         last = self.integer(self.argument())
         if last < first:
             raise Unknown("the bounds of a sum")
-        result, start = Fraction(1 if token == "\\prod" else 0), self.place
+        result, start, known = Fraction(1 if token == "\\prod" else 0), self.place, self.known
         for number in range(first, last + 1):
-            self.place, self.bound[name] = start, Fraction(number)
+            self.place, self.known = start, known | {name: Fraction(number)}
             term = self.product()
             result = self.limited(result * term if token == "\\prod" else result + term)
-        self.bound.pop(name, None)  # a sum inside may run over the same letter
+        self.known = known
         return result
 
 

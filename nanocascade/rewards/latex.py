@@ -51,14 +51,6 @@ eleven 11 twelve 12 thirteen 13 fourteen 14 or ; oder ; ou ; and , und , et ,
 percent % pct % percentage % hundred *100 thousand *1000 million *10^6 billion *10^9 dozen *12
 infinity \\infty infinite \\infty pi \\pi sqrt \\sqrt"""
 VOCABULARY = dict(zip(VOCABULARY.split()[::2], VOCABULARY.split()[1::2], strict=True))
-DROPPED = re.compile(  # delimiters and sizes, which change no value
-    r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|(?:no)?limits)"
-    r"(?![a-zA-Z])|(?<!\\)\\[()\[\]]|\\!|\\(?:text)?color\s*\{[^{}]*\}|\*\*|`|\\label\{[^{}]*\}"
-    r"|\\(?:math(?:bf|it|sf|cal|bb)|bm|boldsymbol|underline|boxed|fbox)(?![a-zA-Z])"
-)
-SPACES = re.compile(
-    r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~|\\(?:thin|med|thick)space(?![a-zA-Z])"
-)
 QUOTED = re.compile(
     r"\\(text(?:bf|it|rm|sf|tt|normal|up)?|mathrm|[mh]box|operatorname\*?|rm)\s*\{([^{}]*)\}"
 )
@@ -69,6 +61,16 @@ GROUPS = re.compile(  # 12,34,567 and 1.234.567: nothing else is written so
     r"(?<![\d.,])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:'\d{3})+)(?![\d.,])"
 )
 REPLACED = [
+    (r",\\!\s*|\{,\}", ","),
+    (r"\\\$", '"dollar"'),
+    (r"\\%", "%"),
+    (  # delimiters and sizes, which change no value
+        r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|(?:no)?limits)"
+        r"(?![a-zA-Z])|(?<!\\)\\[()\[\]]|\\!|\\(?:text)?color\s*\{[^{}]*\}|\*\*|`|\\label\{[^{}]*\}"
+        r"|\\(?:math(?:bf|it|sf|cal|bb)|bm|boldsymbol|underline|boxed|fbox)(?![a-zA-Z])",
+        "",
+    ),
+    (r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~|\\(?:thin|med|thick)space(?![a-zA-Z])", " "),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"<=|\\leqq|\\leqslant|\\leq(?![a-zA-Z])", r"\\le "),
@@ -120,15 +122,13 @@ def clean(text):
         text = text.replace(sign, rf"\frac{{{above}}}{{{below}}}")
     text = unicodedata.normalize("NFKC", text).replace('"', "").translate(SPELLING)
     text = "".join(x for x in text if unicodedata.category(x) != "Cf")
-    text = re.sub(r",\\!\s*|\{,\}", ",", text).replace("\\$", '"dollar"').replace("\\%", "%")
-    if text.count("$") % 2:
-        text = text.replace("$", '"dollar"', 1)
-    text = DROPPED.sub("", text.replace("$", ""))
-    text = SIUNITX.sub(lambda x: f"{x[1]} {quote(x[2].replace(chr(92), ''))}", text)
-    text = SPACES.sub(" ", text)
-    text = QUOTED.sub(lambda x: x[2] if x[1] == "mathrm" and x[2] in "eid" else quote(x[2]), text)
     for pattern, new in REPLACED:
         text = pattern.sub(new, text)
+    if text.count("$") % 2:
+        text = text.replace("$", '"dollar"', 1)
+    text = text.replace("$", "")
+    text = SIUNITX.sub(lambda x: f"{x[1]} {quote(x[2].replace(chr(92), ''))}", text)
+    text = QUOTED.sub(lambda x: x[2] if x[1] == "mathrm" and x[2] in "eid" else quote(x[2]), text)
     if "\\begin" not in text:
         text = re.sub(r"\\\\|&|\n\s*\n", ";", text)
     parts = re.sub(r"(?i)(?<=\d)\s*([ap])\.m\b\.?", r" \1m", text).split('"')
