@@ -18,6 +18,7 @@ HIGH = MPContext()  # mpmath (torch needs it, through sympy), with a precision o
 HIGH.dps = 3000
 TOLERANCE = HIGH.mpf(10) ** -2900
 MAX_BITS, MAX_WORK, MAX_INTEGER = 40_000, 200_000, 10_000
+MAX_MAGNITUDE = 9000  # of roots and pi, in binary digits: well inside their precision
 CALLED = {*"fghFGHPQT", "\\phi", "\\psi", "\\Gamma", "\\zeta"}  # f(x) is no product
 FUNCTIONS = re.compile(r"(?<!\\)(?:a?sin|a?cos|a?tan|cot|sec|log|ln|exp|lim|max|min|gcd|lcm|mod)h?")
 TOKEN = re.compile(
@@ -118,17 +119,19 @@ class Reader:
 
     def limited(self, value):
         """The value. Bounds the work, so no answer costs more than some tenths of a second."""
-        self.work += 10 + size(value) // 64 if isinstance(value, Fraction) else 300
-        if self.work > MAX_WORK or size(value) > MAX_BITS:
+        exact = isinstance(value, Fraction)
+        self.work += 10 + size(value) // 64 if exact else 300
+        if self.work > MAX_WORK or size(value) > (MAX_BITS if exact else MAX_MAGNITUDE):
             raise Unknown("too much work")
         return value
 
     def sum(self):
         result = self.product()
         while self.peek() in ("+", "-"):
-            sign = self.take()
-            term = self.product()
-            result = self.limited(result + (-term if sign == "-" else term))
+            negative = self.take() == "-"
+            term = -self.product() if negative else self.product()
+            cancelled = close(result, -term)  # but for the last digits of a root
+            result = Fraction(0) if cancelled else self.limited(result + term)
         return result
 
     def product(self):
