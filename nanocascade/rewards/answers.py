@@ -203,7 +203,8 @@ def is_name(text):
 
 
 def equation(parts, cuts, nodes):
-    """The Node of parts joined by equality signs: a named value, or an equation."""
+    """The Node of parts joined by equality signs: a named value, or an equation. Of a chain, a+b =
+    4+3 = 7, the last value counts."""
     values = [x.body for x in nodes if x.kind == "num" and not x.letters]
     plain = all(is_name(x) or re.fullmatch(r"[+-]?[\d.,]+", x) for x in parts)
     named = is_name(parts[0])

@@ -26,6 +26,8 @@ LETTERS = re.compile(r"(?:[A-Za-z](?:\\times)?){2,}")
 LOOSE_UNIT = re.compile(
     r"(.*[\d.}])\s*([A-Za-z]{1,3}(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,2}(?:\^\{?\d\}?)?)?)"
 )
+DEGREE = unit_of("degree")  # stands for degrees Celsius too
+TEMPERATURES = {DEGREE, unit_of("degree C"), unit_of("degree F")}
 MAX_ITEMS = 50  # longer lists are not compared: each item is compared with every other
 MAX_DEPTH = 20  # of brackets
 MIN_FIGURES = 6  # significant figures of a decimal that may stand for a third, a root or pi
@@ -137,7 +139,8 @@ def same_number(a, b):
     if LETTERS.fullmatch(a.text) and (LETTERS.fullmatch(b.text) or not b.letters):  # no product
         return a.text.replace("\\times", "") == b.text.replace("\\times", "")
     x, y = a.body, b.body
-    if a.unit and b.unit:
+    units = {a.unit, b.unit}
+    if None not in units and not (DEGREE in units and units <= TEMPERATURES):
         x, y = x * a.unit, y * b.unit
     if close(x, y) or is_rounded(a, b) or is_rounded(b, a):
         return True

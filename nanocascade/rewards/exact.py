@@ -42,6 +42,7 @@ class Unknown(Exception):
 
 
 def letter_value(name):
+    """The number that a letter or a unit stands for, the same in every process."""
     return Fraction(Random(name).getrandbits(64))
 
 
@@ -265,6 +266,7 @@ def tokenize(text):
 
 
 def number(match):
+    """The Fraction of a number with its repeating decimals and its power of ten."""
     whole, decimals = re.sub("[ ,]", "", match["whole"]), match["decimals"] or ""
     value = Fraction(f"{whole}.{decimals}")
     if match["ring"]:  # 0.1\overline{6} = 0.1 + 0.6 / 9

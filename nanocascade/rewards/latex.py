@@ -1,6 +1,6 @@
 r"""One spelling of a mathematical answer: what is written differently and means the same.
 
-r"\dfrac12\text{ km or }\tfrac{1}{3}" -> r'\frac12 "km" ; \frac{1}{3}': words stand in double
+r"\dfrac12\text{ km or }\tfrac{1}{3}" -> r'\frac{1}{2} "km" ; \frac{1}{3}': words stand in double
 quotes, signs outside ASCII have their command, sizes are gone, "or" is ";" and "and" ",".
 """
 
@@ -83,8 +83,8 @@ REPLACED = [
     (r"\.\.\.|\\[lc]?dots[a-z]?(?![a-zA-Z])", r"\\dots "),
     (r"\\(?:lor|vee)(?![a-zA-Z])", ";"),
     (r"\\(?:land|wedge)(?![a-zA-Z])|\\&", ","),
-    (r"\^\{?\s*\\prime\s*\}?", "'"),
-    (r"\^\{?\s*\\circ\s*\}?", ' "degree"'),
+    (r"\^\s*(?:\{\s*\\prime\s*\}|\\prime)", "'"),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", ' "degree"'),
     (r"\\varnothing", r"\\emptyset "),
     (r"\\sqrt\s+(\d+)", r"\\sqrt{\1}"),
 ]
@@ -98,7 +98,7 @@ def quote(words):
         word = match[0].rstrip(".") if match[0].count(".") == 1 else match[0]
         return VOCABULARY.get(word.lower(), f'"{word}"')
 
-    words = re.sub(r"(?i)\b([ap])\.m\b\.?", r"\1m", words)
+    words = re.sub(r"(?i)\b([ap])\.m\b\.?", r"\1m", words.replace('"', ""))
     return f" {re.sub(r'[A-Za-z][A-Za-z.]*', one, words)} "
 
 
@@ -112,6 +112,7 @@ def quote_bare(match):
 
 
 def clean(text):
+    """The one spelling of a text; the docstring of this file has an example."""
     for mark, digits in (("^", RAISED), ("_", LOWERED)):
         plain = str.maketrans(digits, "0123456789-"[: len(digits)])
         text = re.sub(

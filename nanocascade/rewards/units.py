@@ -11,7 +11,7 @@ from nanocascade.rewards.exact import letter_value
 PREFIXES = """k 3;kilo 3;d -1;deci -1;c -2;centi -2;m -3;milli -3;u -6;\\mu -6;micro -6
 n -9;nano -9;M 6;mega 6;G 9;giga 9"""
 METRIC = """m meter metre;g gram;s second;L l liter litre;J joule;W watt;N newton;V volt;A ampere
-Hz hertz;Pa pascal;mol mole;\\Omega ohm;C coulomb;K kelvin;B byte"""
+Hz hertz;Pa pascal;mol mole;\\Omega ohm;C coulomb;F farad;K kelvin;B byte"""
 OTHERS = """sec s 1;min s 60;minute s 60;h s 3600;hr s 3600;hour s 3600;day s 86400;week s 604800
 month month 1;year month 12;yr month 12;in m .0254;inch m .0254;inches m .0254;ft m .3048
 foot m .3048;feet m .3048;yd m .9144;yard m .9144;mi m 1609.344;mile m 1609.344;oz g 28.349523125
