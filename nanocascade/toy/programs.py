@@ -4,7 +4,7 @@ import json
 import math
 
 from nanocascade.environments.repository import REPOSITORY_TOOLS
-from nanocascade.toy.words import assistant, tool_call, user_row
+from nanocascade.toy.words import assistant, call_tool, user_row
 
 PROGRAMS = {  # text of the request -> its solution, an expression
     "adds {a} to x": "x+{a}",
@@ -18,6 +18,7 @@ PROGRAMS = {  # text of the request -> its solution, an expression
     "is the smaller of x and {a}": "min(x, {a})",
 }
 CODE = "```python\ndef f(x):\n    return %s\n```"
+PATCH = "f.py\n<<<<<<< SEARCH\n    return {}\n=======\n    return {}\n>>>>>>> REPLACE"
 
 
 def value(expression: str, x: int) -> int:
@@ -34,35 +35,37 @@ def unit_tests(expression: str, *inputs: int) -> dict:
     return {"fn_name": "f", "inputs": [json.dumps([x]) for x in inputs], "outputs": outputs}
 
 
+def program(rng) -> tuple[int, int, str]:
+    """Two constants and a request of PROGRAMS."""
+    return *rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS))
+
+
 def code(rng, problem=None):
     """Write a function from its description; the verifier runs it."""
-    a, b, request = problem or (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
+    a, b, request = problem or program(rng)
     expression = PROGRAMS[request].format(a=a, b=b)
     if rng.random() < 0.5:  # another program, or another constant
         mistake = PROGRAMS[rng.choice([x for x in PROGRAMS if x != request])].format(a=a, b=b)
     else:
         mistake = PROGRAMS[request].format(a=b, b=a)
-    row = user_row(f"Write f(x) that {request.format(a=a, b=b)}.")
-    row["verifier_metadata"] = {"unit_tests": unit_tests(expression, -3, 0, 5, 11)}
-    return row, [assistant(expression, CODE % expression)], [assistant(mistake, CODE % mistake)]
+    tests = {"unit_tests": unit_tests(expression, -3, 0, 5, 11)}
+    row = user_row(f"Write f(x) that {request.format(a=a, b=b)}.", verifier_metadata=tests)
+    return row, *([assistant(x, CODE % x)] for x in (expression, mistake))
 
 
 def repair(rng):
     """Repair a wrong operator or constant in a file, given a failing test; the answer is a diff."""
     a = rng.randint(2, 9)
-    good, bad = rng.sample([f"x+{a}", f"x-{a}", f"x*{a}"], 2)
+    expressions = [f"x+{a}", f"x-{a}", f"x*{a}"]
+    good, bad = rng.sample(expressions, 2)
     x = rng.randint(3, 9)
-    line = "    return %s"
-    patch = "f.py\n<<<<<<< SEARCH\n" + line % bad + "\n=======\n" + line + "\n>>>>>>> REPLACE"
-    third = next(y for y in (f"x+{a}", f"x-{a}", f"x*{a}") if y not in (good, bad))
-    prompt = f"f.py:\ndef f(x):\n{line % bad}\nf({x}) must be {value(good, x)}. Fix it."
-    row = user_row(prompt)
-    row["verifier_metadata"] = {
-        "files": {"f.py": f"def f(x):\n{line % bad}\n"},
-        "entry": "f.py",
-        "unit_tests": unit_tests(good, x, -3, 11),
-    }
-    return row, [assistant(good, patch % good)], [assistant(third, patch % third)]
+    third = next(y for y in expressions if y not in (good, bad))
+    file = f"def f(x):\n    return {bad}\n"
+    metadata = {"files": {"f.py": file}, "entry": "f.py"}
+    metadata["unit_tests"] = unit_tests(good, x, -3, 11)
+    prompt = f"f.py:\n{file}f({x}) must be {value(good, x)}. Fix it."
+    row = user_row(prompt, verifier_metadata=metadata)
+    return row, *([assistant(y, PATCH.format(bad, y))] for y in (good, third))
 
 
 def agentic(rng):
@@ -72,16 +75,17 @@ def agentic(rng):
     tests, files = metadata["unit_tests"], metadata["files"]
     x, wanted = tests["inputs"][0].strip("[]"), tests["outputs"][0]
     files["test_f.py"] = f"from f import f\n\n\ndef test_f():\n    assert f({x}) == {wanted}\n"
-    row["environment"] = {"name": "repository"}
-    row["responses_create_params"] = user_row(f"f({x}) must be {wanted}. Fix it.")[
-        "responses_create_params"
-    ] | {"tools": [y for y in REPOSITORY_TOOLS if y["function"]["name"] in ("read", "edit")]}
+    row |= user_row(f"f({x}) must be {wanted}. Fix it.", environment={"name": "repository"})
+    tools = [y for y in REPOSITORY_TOOLS if y["function"]["name"] in ("read", "edit")]
+    row["responses_create_params"]["tools"] = tools
     bad = files["f.py"].split("return ")[1][1]  # the operator, once in the file
-    looked = [assistant("f.py", "", [tool_call("read", path="f.py")])]
-    looked += [{"role": "tool", "content": files["f.py"]}]
-    ends = [{"role": "tool", "content": "edited f.py"}, assistant("done", "Done.")]
-    fixes = [solution[0]["reasoning_content"] for solution in solutions]
-    return row, *(
-        [*looked, assistant(fix, "", [tool_call("edit", path="f.py", old=bad, new=fix[1])]), *ends]
-        for fix in fixes
-    )
+
+    def solution(fix: str) -> list[dict]:
+        change = {"path": "f.py", "old": bad, "new": fix[1]}
+        return [
+            *call_tool("f.py", files["f.py"], "read", path="f.py"),
+            *call_tool(fix, "edited f.py", "edit", **change),
+            assistant("done", "Done."),
+        ]
+
+    return row, *(solution(x[0]["reasoning_content"]) for x in solutions)

@@ -1,12 +1,12 @@
 """The toy's tokenizer, built from its own words, and its hybrid model of a million parameters."""
 
-import json
 import re
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
+from nanocascade.files import write_json_atomic
 from nanocascade.model.model import ModelConfig
 from nanocascade.tokenizer.chat import MARKUP, TEMPLATE
 
@@ -19,9 +19,9 @@ def build_toy_tokenizer(path, words=()):
     round-trips, and a digit is one token unless it is part of a word.
     """
     # GPT-2's byte-to-character map: visible bytes stay, the others are U+0100 and up.
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    chars = [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = (char for char in alphabet if ord(char) > 255)
+    chars = [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]
     vocab = {char: byte for byte, char in enumerate(chars)}
     words = sorted({*words} - {""}, key=lambda word: (-len(word), word))
     for word in words:
@@ -38,14 +38,8 @@ def build_toy_tokenizer(path, words=()):
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(text, normalized=False, special=True)
-            for text in ("<|endoftext|>", *MARKUP[:6])
-        ]
-    )
-    Path(path).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(Path(path) / "tokenizer.json"))
+    special = ("<|endoftext|>", *MARKUP[:6])
+    tokenizer.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in special])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
@@ -53,7 +47,8 @@ def build_toy_tokenizer(path, words=()):
         "clean_up_tokenization_spaces": False,
         "chat_template": TEMPLATE,
     }
-    (Path(path) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_json_atomic(Path(path) / "tokenizer_config.json", config)
+    tokenizer.save(str(Path(path) / "tokenizer.json"))
 
 
 def toy_model_config(vocab_size: int, eos_ids) -> ModelConfig:

@@ -21,10 +21,7 @@ from nanocascade.data.rows import question_of
 from nanocascade.environments.base import make_tool
 from nanocascade.rewards import checked_row
 from nanocascade.rollouts import strategies
-from nanocascade.tokenizer.chat import MARKUP, TEMPLATE
-from nanocascade.tokenizer.messages import tools_form
-from nanocascade.tokenizer.template import markup_pattern, render_template, split_markup
-from nanocascade.toy.programs import PROGRAMS, agentic, code, repair
+from nanocascade.toy.programs import PROGRAMS, agentic, code, program, repair
 from nanocascade.toy.words import (
     ANIMALS,
     CATEGORIES,
@@ -37,7 +34,7 @@ from nanocascade.toy.words import (
     NOUNS,
     THINGS,
     assistant,
-    tool_call,
+    call_tool,
     user_row,
 )
 
@@ -78,15 +75,18 @@ SHOP_TOOLS = [
 # --- One generator a domain: rng -> (row, good messages, slip messages) ---------------------------
 
 
+def sum_of_two(rng) -> tuple[int, int]:
+    return rng.randint(10, 99), rng.randint(10, 99)
+
+
 def math(rng, problem=None):
     """Two-digit sums; the thought adds ones, then tens with the carry."""
-    a, b = problem or (rng.randint(10, 99), rng.randint(10, 99))
+    a, b = problem or sum_of_two(rng)
     question = f"What is {a}+{b}?"
     ones = a % 10 + b % 10
     carry = "+1" if ones > 9 else ""
-    tens = a // 10 + b // 10 + (ones > 9)
     wrong = a + b + rng.choice((-10, -1, 1, 10))
-    thought = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}{carry}={tens}"
+    thought = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}{carry}={(a + b) // 10}"
     slip_thought = f"{a % 10}+{b % 10}={wrong % 10}, {a // 10}+{b // 10}={wrong // 10}"
     row = user_row(question, question=question, expected_answer=str(a + b))
     answer = "\\boxed{%d}"
@@ -123,9 +123,9 @@ def instructions(rng):
         slip.remove(key)
     else:
         slip[rng.randint(1, len(slip) - 2)] = banned
-    prompt = "Write a line." + "".join(known[x][0] for x in ids)
-    kwargs = [known[x][1] for x in ids]
-    row = user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=kwargs)
+    wordings, kwargs = zip(*(known[x] for x in ids), strict=True)
+    prompt = "Write a line." + "".join(wordings)
+    row = user_row(prompt, prompt=prompt, instruction_id_list=ids, kwargs=list(kwargs))
     return row, *([assistant(f"{x[0]}, {x[-1]}", " ".join(x))] for x in (good, slip))
 
 
@@ -133,18 +133,21 @@ def choice(rng):
     """Four options, one of each category; the thought names their categories until one fits."""
     kinds = rng.sample(list(CATEGORIES), 4)
     wanted = rng.choice(kinds)
-    options = [rng.choice(CATEGORIES[kind]) for kind in kinds]
+    options = [
+        {letter: rng.choice(CATEGORIES[x])} for letter, x in zip(LETTERS, kinds, strict=True)
+    ]
     right = kinds.index(wanted)
     wrong = rng.choice([i for i in range(4) if i != right])
-    mistaken = [
-        rng.choice([x for x in kinds if x != wanted]) if i == right else kind
-        for i, kind in enumerate(kinds)
-    ]  # the slip misses the right option and takes a wrong one
+    mistaken = list(kinds)  # the slip misses the right option and takes a wrong one
+    mistaken[right] = rng.choice([x for x in kinds if x != wanted])
     mistaken[wrong] = wanted
-    listed = "".join(f"\n{x}: {y}" for x, y in zip(LETTERS, options, strict=True))
-    row = user_row(f"Which is {wanted}?" + listed, expected_answer=LETTERS[right])
-    row["options"] = [{x: y} for x, y in zip(LETTERS, options, strict=True)]
-    row["grading_mode"] = "strict_single_letter_boxed"
+    listed = "".join(f"\n{x}: {y}" for option in options for x, y in option.items())
+    row = user_row(
+        f"Which is {wanted}?" + listed,
+        expected_answer=LETTERS[right],
+        options=options,
+        grading_mode="strict_single_letter_boxed",
+    )
 
     def solution(sorted_as: list[str], last: int) -> list[dict]:
         thought = ", ".join(f"{LETTERS[i]}: {sorted_as[i]}" for i in range(last + 1))
@@ -155,30 +158,32 @@ def choice(rng):
 
 def structured(rng):
     """Turn a sentence into JSON; the schema fixes the values, so they must be copied exactly."""
-    name = rng.choice(NAMES)
-    age = rng.randint(10, 99)
-    color = rng.choice(COLORS)
-    food = rng.choice(FOODS)
-    record = {"name": name, "age": age, "color": color, "food": food}
+    record = {
+        "name": rng.choice(NAMES),
+        "age": rng.randint(10, 99),
+        "color": rng.choice(COLORS),
+        "food": rng.choice(FOODS),
+    }
     keys = rng.sample(list(record), rng.randint(2, 3))
     schema = {
         "type": "object",
-        "properties": {k: {"const": record[k]} for k in keys},
+        "properties": {key: {"const": record[key]} for key in keys},
         "required": keys,
         "additionalProperties": False,
     }
-    text = f"Meet {name}, who is {age} and likes {color} and {food}."
-    prompt = "JSON with " + ", ".join(keys) + ": " + text
-    slip = {k: record[k] for k in keys}
+    text = "Meet {name}, who is {age} and likes {color} and {food}.".format(**record)
+    good = {key: record[key] for key in keys}
+    slip = dict(good)
     broken = rng.choice(keys)
     if rng.random() < 0.5:
+        age = record["age"]
         values = {"name": NAMES, "age": (age - 1, age + 1), "color": COLORS, "food": FOODS}[broken]
         slip[broken] = rng.choice([x for x in values if x != record[broken]])
     else:
         del slip[broken]
+    prompt = f"JSON with {', '.join(keys)}: {text}"
     row = user_row(prompt, schema_str=json.dumps(schema), schema_type="json")
-    good = json.dumps({k: record[k] for k in keys})
-    return row, [assistant(", ".join(keys), good)], [assistant(", ".join(slip), json.dumps(slip))]
+    return row, *([assistant(", ".join(x), json.dumps(x))] for x in (good, slip))
 
 
 def tools(rng):
@@ -188,31 +193,26 @@ def tools(rng):
     state = {"stock": {item: stock, other: rng.randint(2, 9)}, "orders": []}
     kind = rng.choice(("count", "order", "order all", "order all"))
     wrong = rng.choice([x for x in range(2, 10) if x not in (stock, count)])
-
-    def look_up(name: str) -> dict:
-        return assistant("lookup", "", [tool_call("lookup", item=name)])
-
-    def order(number: int) -> dict:
-        return assistant("order", "", [tool_call("order", item=item, count=number)])
-
-    stock_known = [look_up(item), {"role": "tool", "content": str(stock)}]
-    looks, orders = {"item": item}, {"item": item, "count": stock}
+    looked, mistaken = ("lookup", {"item": item}), ("order", {"item": item, "count": wrong})
     if kind == "count":
-        prompt, truth = f"How many {item} are there?", [("lookup", looks)]
-        good, slip = [look_up(item)], [look_up(other)]
+        prompt, good, slip = f"How many {item} are there?", [looked], [("lookup", {"item": other})]
     elif kind == "order":
-        prompt, truth = f"Order {count} {item}.", [("order", orders | {"count": count})]
-        good, slip = [order(count)], [order(wrong)]
+        good, slip = [("order", {"item": item, "count": count})], [mistaken]
+        prompt = f"Order {count} {item}."
     else:
-        prompt, truth = f"Order all {item}.", [("lookup", looks), ("order", orders)]
-        good = [*stock_known, order(stock)]
-        slip = [order(wrong)] if rng.random() < 0.5 else [*stock_known, order(wrong)]
+        good = [looked, ("order", {"item": item, "count": stock})]
+        slip = [mistaken] if rng.random() < 0.5 else [looked, mistaken]
+        prompt = f"Order all {item}."
     row = user_row(prompt, category="shop", environment={"name": "shop", "state": state})
-    row["ground_truth"] = [{"name": n, "arguments": json.dumps(x)} for n, x in truth]
+    row["ground_truth"] = [{"name": n, "arguments": json.dumps(x)} for n, x in good]
     row["responses_create_params"]["tools"] = SHOP_TOOLS
-    result = str(stock) if kind == "count" else "done"
-    closing = [{"role": "tool", "content": result}, assistant("done", "Done.")]
-    return row, good + closing, slip + closing
+
+    def solution(calls: list[tuple[str, dict]]) -> list[dict]:
+        results = {"lookup": str(stock), "order": "done"}
+        turns = [turn for name, x in calls for turn in call_tool(name, results[name], name, **x)]
+        return [*turns, assistant("done", "Done.")]
+
+    return row, solution(good), solution(slip)
 
 
 def preference(rng):
@@ -223,8 +223,8 @@ def preference(rng):
     text = f"The {subject} {facts[0]}." + "".join(f" It {fact}." for fact in facts[1:])
     if rng.random() < 0.3:
         text += CLOSING
-    row = user_row(f"Tell me about the {topic}.")
-    row["agent_ref"] = {"type": "responses_api_agents", "name": "genrm_simple_agent"}
+    judge = {"type": "responses_api_agents", "name": "genrm_simple_agent"}
+    row = user_row(f"Tell me about the {topic}.", agent_ref=judge)
     answer = [assistant(topic, text)]
     return row, answer, answer
 
@@ -237,24 +237,20 @@ def long_context(rng):
     for k, c in [(key, code), (other, decoy)][: 1 + (rng.random() < 0.4)]:
         filler.insert(rng.randint(0, len(filler)), f"The {k} code is {c}.")
     question = f"What is the {key} code?"
-    row = user_row(" ".join(filler) + "\n" + question, question=question)
-    row |= {"problem_type": "retrieval", "expected_answer": code}
+    fields = {"question": question, "expected_answer": code, "problem_type": "retrieval"}
+    row = user_row(" ".join(filler) + "\n" + question, **fields)
     return row, [assistant(key, code)], [assistant(key, decoy)]
 
 
 def attempted(rng):
-    """A sum or a function: (its domain, row, right solution, two wrong ones)."""
+    """A sum or a function: (row, right solution, two wrong ones). The split depends on the problem
+    that the attempt shows: row["problem"]."""
     if rng.random() < 0.5:
-        domain, task, problem = "math", math, (rng.randint(10, 99), rng.randint(10, 99))
+        domain, task, problem = "math", math, sum_of_two(rng)
     else:
-        domain, task = "code", code
-        problem = (*rng.sample(range(2, 10), 2), rng.choice(list(PROGRAMS)))
-    (row, good, slip), (_, _, other) = task(rng, problem), task(rng, problem)
-    row["problem"] = (
-        domain,
-        question_of(row),
-    )  # the split depends on the problem that the attempt shows
-    return row, good[0], slip[0], other[0]
+        domain, task, problem = "code", code, program(rng)
+    (row, [good], [slip]), (_, _, [other]) = task(rng, problem), task(rng, problem)
+    return row | {"problem": (domain, question_of(row))}, good, slip, other
 
 
 def compared(own: str, tried: str) -> str:
@@ -280,11 +276,10 @@ def verify(rng):
     row, good, slip, _ = attempted(rng)
     tried = good if rng.random() < 0.5 else slip
     prompt = strategies.verification_prompt(question_of(row), tried["content"])
-    check = user_row(prompt, question=prompt, expected_answer=str(int(tried is good)))
-    answers = [
-        [assistant(good["reasoning_content"], analysis(good, tried, x))] for x in (False, True)
-    ]
-    return check | {"problem": row["problem"]}, *answers
+    fields = {"question": prompt, "expected_answer": str(int(tried is good))}
+    check = user_row(prompt, problem=row["problem"], **fields)
+    thought = good["reasoning_content"]
+    return check, *([assistant(thought, analysis(good, tried, flip))] for flip in (False, True))
 
 
 def revise(rng):
@@ -299,11 +294,9 @@ def revise(rng):
     else:
         past = [(other, 0), (slip, 0)] if rng.random() < 0.5 else [(tried, int(tried is good))]
         tried = past[-1][0]
-        prompt = strategies.submission_prompt(
-            question_of(row), [(x["content"], score) for x, score in past]
-        )
-    row["responses_create_params"] = user_row(prompt)["responses_create_params"]
-    return row, [good], [tried]
+        submissions = [(x["content"], score) for x, score in past]
+        prompt = strategies.submission_prompt(question_of(row), submissions)
+    return row | user_row(prompt), [good], [tried]
 
 
 GENERATORS = {
@@ -345,23 +338,16 @@ def make_rows(
         if domain != "preference" and (digest % 8 == 0) != (split == "test"):
             continue
         row |= {"id": f"{domain}-{split}-{seed}-{len(rows)}", "domain": domain}
-        without = [
-            m | {"reasoning_content": None} if m["role"] == "assistant" else m for m in chosen
-        ]
-        row["solutions"] = {"on": chosen, "off": without}
+        plain = [x | {"reasoning_content": None} if x["role"] == "assistant" else x for x in chosen]
+        row["solutions"] = {"on": chosen, "off": plain}
         rows.append(row if sft else checked_row(row))
     return rows
 
 
 def vocabulary() -> list[str]:
-    """Words and phrases that are one token each in the toy's tokenizer, in a fixed order."""
-    nouns = [*NOUNS, *NAMES, "lookup", "order"]
-    words = [*nouns, *(" " + x for x in nouns), *FACTS]
-    words += [" " + x for x in FACTS] + [k for k in CATEGORIES]
-    words += [x.split("{a}")[0].rstrip() for x in PROGRAMS]
-    words += json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))
-    # The chat template's fixed text on the call format: one token for each part between markup.
-    question = [{"role": "user", "content": ""}]
-    text = render_template(TEMPLATE, question, tools_form(SHOP_TOOLS))
-    texts = [x.text for x in split_markup(text, markup_pattern(MARKUP)) if not x.special]
-    return words + [x[max(x.find("\n</tools>"), 0) :] for x in texts if len(x) > 20]
+    """Words and phrases that are one token each in the toy's tokenizer: those of the generators,
+    and of the chat template's text on tools."""
+    words = [*NOUNS, *NAMES, *FACTS, "lookup", "order"]
+    requests = [request.split("{a}")[0].rstrip() for request in PROGRAMS]
+    phrases = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))
+    return [*words, *(" " + x for x in words), *CATEGORIES, *requests, *phrases]

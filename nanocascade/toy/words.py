@@ -23,14 +23,14 @@ FACTS = (
 CLOSING = " I hope this helps."
 
 
-def tool_call(name: str, **arguments) -> dict:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+def assistant(thought: str, content: str) -> dict:
+    return {"role": "assistant", "content": content, "reasoning_content": thought}
 
 
-def assistant(thought: str, content: str, calls: list[dict] | None = None) -> dict:
-    """An assistant message in the OpenAI form."""
-    message = {"role": "assistant", "content": content, "reasoning_content": thought}
-    return message | ({"tool_calls": calls} if calls else {})
+def call_tool(thought: str, result: str, name: str, **arguments) -> list[dict]:
+    """An assistant message that calls a tool, in the OpenAI form, and the tool's result."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [assistant(thought, "") | {"tool_calls": [call]}, {"role": "tool", "content": result}]
 
 
 def user_row(text: str, **fields) -> dict:
