@@ -31,7 +31,6 @@ from nanocascade.sampler import generate
 
 # Shares of the plan that a measured peak or time may be. Peaks are planned high on purpose.
 PEAKS, TIMES = (0.75, 1.05), (0.5, 2.0)  # times: of a GPU only
-LAYOUT = vars(Layout())
 BLOCK_TOKENS, BLOCK_ROWS, BLOCK_CONTEXT = 8192, 64, 2048
 
 
@@ -95,8 +94,8 @@ def training_peaks(setup: Setup) -> Iterator[Finding]:
                 seen = peak_of_steps(setup, folder, [length + 1] * count, flags)
                 work = plan.Work(length, length, length * count, length * count)
                 with meter.imaginary_node():
-                    whole = plan.Plan(load_config(folder), work, LAYOUT | flags, 1)
-                    planned = sum(whole.bytes(work)["training"].values())
+                    whole = plan.Plan(load_config(folder), work, Layout(**flags), 1)
+                    planned = sum(whole.bytes()["training"].values())
                 title = f"peak of training, {name_of(setup, family)}, {name}"
                 yield compared(title, seen / 1e9, planned / 1e9, "GB", PEAKS)
 
@@ -127,8 +126,9 @@ def rollout_peaks(setup: Setup) -> Iterator[Finding]:
         work = plan.Work(prompt + new, 256, 4096, 4096)
         dtype = str(dtype_of(setup)).removeprefix("torch.")
         with meter.imaginary_node():
-            whole = plan.Plan(config, work, LAYOUT | {"dtype": dtype, "shard": not setup.small}, 1)
-            found = whole.sampling(rows, prompt + new, prompt)
+            layout = Layout(dtype=dtype, shard=not setup.small)
+            whole = plan.Plan(config, work, layout, 1)
+            found = whole.sampling(plan.Sampling(rows, prompt, new))
         planned = found["kept"] + found["block"]
         limits = None if setup.small else PEAKS  # a plan's prefill is a full one
         title = f"peak of {rows} rows at {prompt + new} tokens, {name_of(setup, family)}"
@@ -156,7 +156,7 @@ def block_seconds(setup: Setup) -> Iterator[Finding]:
         tokens, rows, context = 256, 4, 32
     peaks = measure_peaks(setup)
     hardware = seconds.Hardware(0, peaks.matmul[BF16], peaks.copy)
-    layout, limits = LAYOUT | {"shard": True, "dtype": "bfloat16"}, TIMES if setup.is_cuda else None
+    layout, limits = Layout(shard=True, dtype="bfloat16"), TIMES if setup.is_cuda else None
     for kind in dict.fromkeys(config.pattern):
         model = block_model(setup, config, kind)
         with meter.imaginary_node():

@@ -10,13 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanocascade import stages
 from nanocascade.checkpoint.hf_config import load_config
-from nanocascade.engine.distributed import LAYOUT, Dist
+from nanocascade.engine.distributed import Dist, Layout
 from nanocascade.engine.layout import parallelize
 from nanocascade.model import mamba2
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.model import Model, ModelConfig
 from nanocascade.plan import meter, plan, report, seconds
-from nanocascade.run.settings import read_settings
+from nanocascade.run.settings import EvalSettings, RunSettings, read_settings
 from nanocascade.sampler import generate
 
 SMALL = ModelConfig(
@@ -33,8 +33,8 @@ SMALL = ModelConfig(
     ssm_state_size=16,
     rope_theta=1e4,
 )
-PLAIN = {name: False for name in LAYOUT} | {"expert_parallel": 1, "replicas": 1, "dtype": "float32"}
-SHARDED = PLAIN | {"shard": True, "dtype": "bfloat16", "checkpoint_blocks": True}
+PLAIN = Layout()
+SHARDED = Layout(shard=True, dtype="bfloat16", checkpoint_blocks=True)
 FULL = load_config(report.FULL)
 
 
@@ -65,7 +65,7 @@ def full(recipe, stage):
 
 def planned(config, work, layout, ranks=8):
     """Bytes of a training step beyond weights and moments, by the plan."""
-    found = plan.Plan(config, work, layout, ranks).bytes(work)["training"]
+    found = plan.Plan(config, work, layout, ranks).bytes()["training"]
     return sum(found.values()) - found["weights"] - found["moments"]
 
 
@@ -84,7 +84,7 @@ def test_parity_real_step(rows, width, checkpoint_blocks, cpu_node):
     with meter.Meter() as real:
         for _ in range(2):
             one_step(model, ids, torch.zeros_like(ids))
-    layout = PLAIN | {"checkpoint_blocks": checkpoint_blocks}
+    layout = Layout(checkpoint_blocks=checkpoint_blocks)
     found = planned(SMALL, plan.Work(width, width, rows * width, rows * width), layout, 1)
     assert 0.99 < found / real.peak < 1.2
 
@@ -97,25 +97,21 @@ def test_parity_real_rollout(cpu_node):
     with meter.Meter() as real:
         generate(model, prompts, max_new_tokens=8, max_rows=8)
     work = plan.Work(200, 192, 256, 256)
-    found = plan.Plan(SMALL, work, PLAIN, 1).sampling(8, 200, 192)
+    found = plan.Plan(SMALL, work, PLAIN, 1).sampling(plan.Sampling(8, 192, 8))
     assert 0.8 < (found["kept"] + found["block"]) / real.peak < 1.2
 
 
 def trace_whole(config, layout, width):
     """(parameters of rank 0, peak beyond weights) of two micro-batches of a model on 8 ranks."""
-    dist = Dist(0, meter.NODE, "cpu", **layout)
-    dist.make_meshes()
-    dist.reduce = lambda x, *_: x
+    dist = meter.ImaginaryDist(layout)
     with torch.device("meta"):
         model = parallelize(Model(config), dist)
-    share = min(meter.IMBALANCE / dist.expert_parallel, 1)
-    pairs = share * min(width * dist.expert_parallel, 8192) * config.num_experts_per_tok
+    ids = torch.zeros(1, width, dtype=torch.long)  # (b, t)
+    context = meter.packed_rows(config, ids, dist.dtype)
+    model.context = lambda *_: context
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        ids = torch.zeros(1, width, dtype=torch.long)  # (b, t)
-        context = meter.fake_context(config, ids, 0, dist.dtype)
-        model.context = lambda *_: context
-        with meter.Meter(int(pairs)) as whole:
+        with meter.Meter(dist.busiest_pairs(config, width)) as whole:
             for _ in range(2):
                 one_step(model, ids)
     locals_ = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
@@ -125,7 +121,7 @@ def trace_whole(config, layout, width):
 @pytest.mark.parametrize("expert_parallel", [1, 8])
 def test_parity_sharded_step(expert_parallel, node):
     """The whole sharded model, traced, has the plan's parameters a rank, and its peak or less."""
-    layout = SHARDED | {"expert_parallel": expert_parallel}
+    layout = replace(SHARDED, expert_parallel=expert_parallel)
     work = plan.Work(512, 512, 512, 8 * 512)
     parameters, peak = trace_whole(SMALL, layout, 512)
     assert parameters == plan.Plan(SMALL, work, layout, 8).parameters.local
@@ -136,16 +132,14 @@ def test_parity_sharded_step(expert_parallel, node):
 @pytest.mark.parametrize("ranks, name", [(8, "H200"), (16, "H100")])
 def test_numbers_49k(ranks, name, node):
     """A stage of 49K tokens fits on 8 x 141 GB and on 16 x 80 GB, training and rollout."""
-    recipe, run, layout, _ = full(stages.RL, "if_rl")
-    work = plan.work_of(recipe, FULL, ranks, report.PROMPT, run.micro_tokens, run.max_rows)
-    memory = plan.usable(seconds.HARDWARE[name].memory)
-    assert plan.Plan(FULL, work, vars(layout), ranks).peak() < memory
+    found = report.plan_of(*full(stages.RL, "if_rl"), FULL, ranks, report.PROMPT)
+    assert found.peak() < plan.usable(seconds.HARDWARE[name].memory)
 
 
 @pytest.mark.nightly
 def test_parity_sharded_30b(node):
     """So has the 30B model, 8 experts' ranks, of which all is traced here (minutes)."""
-    layout, work = SHARDED | {"expert_parallel": 8}, plan.Work(2048, 2048, 2048, 8 * 2048)
+    layout, work = replace(SHARDED, expert_parallel=8), plan.Work(2048, 2048, 2048, 8 * 2048)
     parameters, peak = trace_whole(FULL, layout, 2048)
     assert parameters == plan.Plan(FULL, work, layout, 8).parameters.local
     assert 0.99 < planned(FULL, work, layout) / peak < 1.2
@@ -159,12 +153,11 @@ def test_numbers_parallel(node):
     total = sum(sizes.values())
     islands = sum(n for x, n in sizes.items() if re.search(r"gate\.weight|A_log|\.D$|dt_bias", x))
     work = plan.Work(256, 256, 256, 2048)
-    alone = plan.Plan(SMALL, work, PLAIN, 1).bytes(work)["training"]
+    alone = plan.Plan(SMALL, work, PLAIN, 1).bytes()["training"]
     alone = [alone[x] for x in ("weights", "gradients", "moments")]
     assert alone == [4 * total, 4 * total, 8 * total]
-    layout = SHARDED | {"offload_optimizer": True}
-    work = replace(work, frozen=3)
-    phases = plan.Plan(SMALL, work, layout, 8).bytes(work)
+    layout = replace(SHARDED, offload_optimizer=True)
+    phases = plan.Plan(SMALL, replace(work, frozen=3), layout, 8).bytes()
     mine = (total - islands) / 8 + islands
     assert phases["training"]["weights"] == 4 * mine and phases["training"]["moments"] == 0
     assert phases["host"] == {"moments": 8 * mine, "frozen": 3 * 2 * total / 8, "kept": 0}
@@ -188,11 +181,10 @@ def test_numbers_decoding(width, layout, node):
 def test_numbers_cache(node):
     """The 30B model's row at 49,152 tokens: 6,144 bytes a token and 49 MB of state; 11.7 GB of
     bf16 weights a rank at 8 ranks of experts (Nemotron 3 Nano, config.json)."""
-    work = plan.Work(49152, 49152, 49152, 1e6, new=1000, rollouts=2048, rows=1)
-    layout = SHARDED | {"expert_parallel": 8}
-    found = plan.Plan(FULL, work, layout, 8)
-    found.traced = lambda *_, **__: meter.Trace(0, 0, [])
-    found = found.sampling(1, 49152, 48152)
+    work = plan.Work(49152, 49152, 49152, 1e6)
+    found = plan.Plan(FULL, work, replace(SHARDED, expert_parallel=8), 8)
+    found.traced = lambda *_: meter.Trace(0, 0, [])
+    found = found.sampling(plan.Sampling(1, 48152, 1000))
     assert found["kept"] - 16 * 1000 == pytest.approx(6144 * 49153 + 49e6, rel=2e-3)
     assert found["gathered"] == pytest.approx(11.73e9, rel=1e-3)
 
@@ -241,7 +233,9 @@ def test_numbers_rows(max_rows, prompts, rows):
     """Of 16 rollouts a prompt, on 8 ranks: whole groups, equal parts of one, or all that there are,
     as the sampler decodes them."""
     recipe = stages.RL(steps=1, lr=0.0, prompts=prompts, rollouts=16, max_new_tokens=64)
-    assert plan.work_of(recipe, FULL, 8, report.PROMPT, 256, max_rows).rows == rows
+    run = RunSettings(micro_tokens=256, max_rows=max_rows)
+    work = plan.work_of(recipe, run, EvalSettings(), FULL, 8, report.PROMPT)
+    assert work.sampling["rollout"].rows == rows
 
 
 def test_run_dry_full(short_spans, monkeypatch, capsys):
@@ -293,26 +287,28 @@ def test_numbers_evaluation(node):
     """Evaluations decode up to max_rows rows of one response each, as long as their own limit or
     the stage's; the plan counts their caches, and the phase may be the worst."""
     recipe = stages.RL(steps=1, lr=0.0, prompts=2, rollouts=4, max_new_tokens=64)
-    work = plan.work_of(recipe, SMALL, 1, 100, 256, 512, eval_tokens=32, eval_prompts=300)
-    assert (work.rows, work.eval_rows, work.eval_sequence) == (8, 300, 164)
-    phases = plan.Plan(SMALL, work, PLAIN, 1).bytes(work)
+    run, evaluation = RunSettings(micro_tokens=256), EvalSettings(("x",), 300, 200, 32)
+    work = plan.work_of(recipe, run, evaluation, SMALL, 1, 100)
+    assert work.sampling["rollout"] == plan.Sampling(8, 100, 64)
+    assert work.sampling["evaluation"] == plan.Sampling(300, 100, 64)
+    phases = plan.Plan(SMALL, work, PLAIN, 1).bytes()
     row = 2 * 2 * 16 * 4 * 165  # keys and values of a slot, fp32: two heads of 16
     few, many = (phases[x]["kept"] for x in ("rollout", "evaluation"))
     assert many / 300 == few / 8  # a row costs the same
     assert many > 300 * row and sum(phases["evaluation"].values()) > sum(phases["rollout"].values())
-    assert plan.work_of(recipe, SMALL, 1, 100, 256, 512).eval_sequence == 0
+    work = plan.work_of(recipe, run, EvalSettings(), SMALL, 1, 100)
+    assert work.sampling.keys() == {"rollout"}
 
 
 def test_numbers_lora(node):
     """Adapters of rank 2 on the q, k, v, o, in and out projections and the shared expert: the base
     in the dtype of products, gradients and moments of the adapters only."""
     work = plan.Work(256, 256, 256, 2048, frozen=1)
-    layout = PLAIN | {"dtype": "bfloat16"}
-    found = plan.Plan(SMALL, work, layout, 1, lora_rank=2)
+    found = plan.Plan(SMALL, work, Layout(dtype="bfloat16"), 1, lora_rank=2)
     attention = 2 * (64 + 64) + 2 * (64 + 32)  # q and o; k and v
     mamba = 64 + (128 + 160 + 8) + 128 + 64
     adapters = 2 * (attention + 2 * mamba + 2 * 2 * (64 + 64))
-    training = found.bytes(work)["training"]
+    training = found.bytes()["training"]
     assert found.parameters.trained == adapters
     assert training["weights"] == 2 * found.parameters.total + 4 * adapters
     assert (training["gradients"], training["moments"]) == (4 * adapters, 8 * adapters)
@@ -323,19 +319,19 @@ def test_invariance_fitting(cpu_node):
     """What is chosen for a memory fits it, less memory raises no micro-batch unless blocks are
     recomputed, the least needs moments in host memory too, and where nothing fits, nothing is
     chosen."""
-    work = plan.Work(256, 256, 4096, 4096, 192, new=64, rollouts=64, rows=64)
+    work = plan.Work(256, 256, 4096, 4096, 64, sampling={"rollout": plan.Sampling(64, 192, 64)})
     planned = plan.Plan(SMALL, work, PLAIN, 1)
     least, before = planned.parameters.local * 8, (4096, 1 << 30)
     seen = set()
     for memory in (1e9, 4e7, 2e7, 1e7, 6e6, 4e6, least):
-        if found := report.fitting(planned, memory):
+        if found := report.fitting(planned, memory, report.ONE_DEVICE):
             micro, rows, changes = found
-            assert micro <= before[0] or changes["checkpoint_blocks"]
-            chosen = planned.changed(layout=PLAIN | changes)
-            assert chosen.peak(micro=micro, rows=min(rows, 64)) <= plan.usable(memory)
+            assert micro <= before[0] or "checkpoint_blocks" in changes
+            chosen = replace(planned, layout=Layout(**changes)).with_work(micro=micro)
+            assert chosen.with_rows(min(rows, 64)).peak() <= plan.usable(memory)
             before = micro, rows
-        seen.add(None if found is None else tuple(found[2].values()))
-    assert {None, (False, False), (True, True)} <= seen
+        seen.add(None if found is None else tuple(found[2]))
+    assert {None, (), ("checkpoint_blocks", "offload_optimizer")} <= seen
 
 
 def test_numbers_verdicts():

@@ -4,19 +4,19 @@ Fake tensors have shapes and no data, and the other ranks are a process group th
 so a block of the 30B model runs here as the engine lays it out. plan.py adds up blocks to a run.
 """
 
-import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_temporarily
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nanocascade.engine.distributed import DTYPES, Dist
+from nanocascade.engine.distributed import DTYPES, Dist, Layout
 from nanocascade.engine.experts import CHUNK_TOKENS
 from nanocascade.engine.layout import parallelize, unsharded
 from nanocascade.model import mamba2
@@ -50,39 +50,43 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, number: int = 0):
         super().__init__()
-        self.number, self.peak, self.operations = number, 0, []
-        self.storages: dict[int, weakref.ref] = {}
+        self.number, self.before = number, 0
+        self.storages = WeakValueDictionary()  # by id: those made inside that are not freed yet
+        self.peak, self.operations = 0, []
 
     def restart(self) -> None:
-        self.operations, self.peak = [], 0
+        """Record from here on; what is alive already does not count."""
+        self.before = self.alive()
+        self.peak, self.operations = 0, []
+
+    def trace(self, kept: float = 0) -> Trace:
+        return Trace(kept, self.peak - self.before, self.operations)
 
     def alive(self) -> int:
-        found = {key: ref() for key, ref in self.storages.items()}
-        self.storages = {key: weakref.ref(x) for key, x in found.items() if x is not None}
         # Their present sizes: FSDP frees what it gathered by resizing it to 0.
-        return sum(x.nbytes() for x in found.values() if x is not None)
+        return sum(x.nbytes() for x in self.storages.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, aten, flops = kwargs or {}, torch.ops.aten, 0.0
         inputs = tensors((args, kwargs))
-        if func is aten._local_scalar_dense.default:
-            return self.number if is_fake(inputs[0]) else func(*args)
-        if func is aten._grouped_mm.default and is_fake(inputs[0]):  # has no fake form in fp32
+        is_fake = bool(inputs) and isinstance(inputs[0], FakeTensor)
+        if is_fake and func is aten._local_scalar_dense.default:
+            return self.number
+        if is_fake and func is aten._grouped_mm.default:  # has no fake form in fp32
             out, flops = fake_grouped_mm(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
             if formula := flop_registry.get(func._overloadpacket):
                 flops = float(formula(*args, **kwargs, out_val=out))
         known = {id(x.untyped_storage()) for x in inputs}
-        made = [x.untyped_storage() for x in tensors(out)]
-        self.storages |= {id(x): weakref.ref(x) for x in made if id(x) not in known}
+        outputs = {id(x): x for x in (y.untyped_storage() for y in tensors(out))}
+        self.storages |= {key: x for key, x in outputs.items() if key not in known}
         self.peak = max(self.peak, self.alive())
         if func.namespace == "aten" and not func.is_view and "unsafe_view" not in func.name():
             touched = inputs + tensors(out)
             if func is aten.index_put_.default:  # a cache: only what is written counts
                 touched = [args[2]] * 2
-            size = sum(x.numel() * x.itemsize for x in touched)
-            self.operations.append((flops, float(size)))
+            self.operations.append((flops, float(sum(x.nbytes for x in touched))))
         return out
 
 
@@ -119,104 +123,133 @@ def imaginary_node(gpu: bool = True):
         torch_dist.destroy_process_group()
 
 
+class ImaginaryDist(Dist):
+    """Rank 0 of the imaginary node; the ranks that do not exist have its numbers."""
+
+    def __init__(self, layout: Layout):
+        super().__init__(0, NODE, "cpu", **vars(layout))
+        if self.sharded:
+            self.make_meshes()
+
+    def reduce(self, x, op, group=None):
+        return x
+
+    def busiest_pairs(self, config, num_tokens: int) -> int:
+        """(token, expert) pairs that the busiest rank of an expert group computes at once."""
+        share = min(IMBALANCE / self.expert_parallel, 1.0)
+        tokens = min(num_tokens * self.expert_parallel, CHUNK_TOKENS)
+        return int(share * tokens * config.num_experts_per_tok)
+
+
 # ---- Traces --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def fake_block(config, kind: str, layout: dict, num_tokens: int):
-    """(model of one block on rank 0 of NODE, its dtype, meter): fake, and metered from here on."""
-    layout = layout | {"replicas": 1, "offload_blocks": False}  # fake host memory is no other
-    if kind != "E":
-        layout["expert_parallel"] = 1
-    dist = Dist(0, NODE, "cpu", **layout)
-    if dist.sharded:
-        dist.make_meshes()
-        dist.reduce = lambda x, *_: x  # the ranks that do not exist have our numbers
+def fake_block(config, kind: str, layout: Layout, num_tokens: int):
+    """(model of one block on rank 0 of NODE, meter): fake, and metered from here on."""
+    dist = ImaginaryDist(layout)
     with torch.device("meta"):
         model = Model(replace(config, pattern=kind, vocab_size=8))
         if kind == "E":  # a loop over experts would slice by numbers that fake tensors lack
             model.blocks[0].mixer.experts.products = model.blocks[0].mixer.experts.grouped
         model = parallelize(model, dist)
-    share = min(IMBALANCE / dist.expert_parallel, 1.0)  # of the (token, expert) pairs it is shown
-    pairs = min(num_tokens * dist.expert_parallel, CHUNK_TOKENS) * config.num_experts_per_tok
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        with Meter(int(share * pairs)) as meter:
-            yield model, dist.dtype, meter
+        with Meter(dist.busiest_pairs(config, num_tokens)) as meter:
+            yield model, meter
 
 
-def trace_block(config, kind: str, layout: dict, rows: int, width: int, grad=True) -> Trace:
-    """A block forward, and with grad backward, on (rows, width) tokens."""
-    with fake_block(config, kind, layout, rows * width) as (model, dtype, meter):
-        ids = torch.zeros(rows, width, dtype=torch.long)  # (b, t)
-        context = fake_context(config, ids, 0, dtype)
+@contextmanager
+def fake_head(config, layout: Layout, tokens: int):
+    """(hidden states (n, d), weight of the head (v, d), meter): fake, and metered from here on."""
+    dtype = DTYPES[layout.dtype]
+    with FakeTensorMode(), Meter() as meter:
+        hidden = torch.empty(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
+        weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=True)
+        yield hidden, weight, meter
+
+
+def trace_block(config, kind: str, layout: Layout, rows: int, width: int, grad=True) -> Trace:
+    """A block, or the head with its log-probs, on (rows, width) tokens: forward, and with grad
+    backward."""
+    if kind == HEAD:
+        return trace_head(config, layout, rows * width, grad)
+    ids = torch.zeros(rows, width, dtype=torch.long)  # (b, t)
+    context = packed_rows(config, ids, DTYPES[layout.dtype])
+    with fake_block(config, kind, layout, ids.numel()) as (model, meter):
         model.context = lambda *_: context
         alive = []  # before and after the block, and again where it is recomputed
         model.blocks[0].register_forward_pre_hook(lambda *_: alive.append(meter.alive()))
         model.blocks[0].register_forward_hook(lambda *_: alive.append(meter.alive()))
         meter.restart()
-        before = meter.alive()
         with torch.set_grad_enabled(grad):
             y = model(ids)  # (b, t, d)
             if grad:
                 y.backward(torch.empty_like(y))
-    return Trace(alive[1] - alive[0], meter.peak - before, meter.operations)
+        return meter.trace(alive[1] - alive[0])
 
 
-def trace_decoding(config, kind: str, layout: dict, rows: int, context: int) -> Trace:
-    """A block on one token of each of `rows` rows, which attend to a cache of `context` slots."""
-    with fake_block(config, kind, layout, rows) as (model, dtype, meter), torch.no_grad():
-        ids = torch.zeros(rows, 1, dtype=torch.long)  # (b, t)
-        fake = fake_context(config, ids, context, dtype)
-        model.context = lambda *_: fake
-        cache = Cache(model.config, rows, context, dtype)
-        with unsharded(model):
-            meter.restart()  # neither the cache nor gathering the weights is part of a step
-            before = meter.alive()
-            model(ids, cache=cache)
-    return Trace(0, meter.peak - before, meter.operations)
-
-
-def trace_head(config, layout: dict, tokens: int) -> Trace:
-    """Log-probs of the head, forward and backward, on so many hidden states."""
-    dtype = DTYPES[layout["dtype"]]
-    with FakeTensorMode(), Meter() as meter:
-        hidden = torch.empty(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
-        weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=True)
+def trace_head(config, layout: Layout, tokens: int, grad: bool) -> Trace:
+    with fake_head(config, layout, tokens) as (hidden, weight, meter):
         ids = torch.zeros(1, tokens, dtype=torch.long)  # (b, t)
         meter.restart()
-        before = meter.alive()
-        logprobs = token_logprobs(hidden, weight, ids)[0]  # (b, t)
-        logprobs.backward(torch.empty_like(logprobs))
-    return Trace(0, meter.peak - before, meter.operations)
+        with torch.set_grad_enabled(grad):
+            logprobs = token_logprobs(hidden[None], weight, ids)[0]  # (b, t)
+            if grad:
+                logprobs.backward(torch.empty_like(logprobs))
+        return meter.trace()
 
 
-def trace_draw(config, layout: dict, rows: int) -> Trace:
-    """The next tokens of `rows` rows: logits, and a draw from them."""
-    dtype = DTYPES[layout["dtype"]]
-    with FakeTensorMode(), Meter() as meter, torch.no_grad():
-        hidden = torch.empty(rows, config.hidden_size, dtype=dtype)  # (b, d)
-        weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)  # (v, d)
+def trace_decoding(config, kind: str, layout: Layout, rows: int, seen: int) -> Trace:
+    """A block, or the head with the draw, on one token of each of `rows` rows, which attend to a
+    cache of `seen` slots."""
+    if kind == HEAD:
+        return trace_draw(config, layout, rows)
+    ids = torch.zeros(rows, 1, dtype=torch.long)  # (b, t)
+    dtype = DTYPES[layout.dtype]
+    context = cached_rows(config, ids, seen, dtype)
+    with fake_block(config, kind, layout, rows) as (model, meter), torch.no_grad():
+        model.context = lambda *_: context
+        cache = Cache(model.config, rows, seen, dtype)
+        with unsharded(model):
+            meter.restart()  # neither the cache nor gathering the weights is part of a step
+            model(ids, cache=cache)
+        return meter.trace()
+
+
+def trace_draw(config, layout: Layout, rows: int) -> Trace:
+    with fake_head(config, layout, rows) as (hidden, weight, meter), torch.no_grad():
         uniform = torch.empty(rows, dtype=torch.double)  # (b,)
         meter.restart()
-        before = meter.alive()
         draw((hidden @ weight.T).float(), uniform, 1.0, 1.0, 0)
-    return Trace(0, meter.peak - before, meter.operations)
+        return meter.trace()
 
 
-def fake_context(config, ids: Tensor, seen: int, dtype) -> Context:
-    """Model.context, whose numbers fake tensors lack: a packed row, or a step of decoding."""
+# Model.context asks tensors for their numbers, which fake ones lack. These contexts are real.
+
+
+def packed_rows(config, ids: Tensor, dtype) -> Context:
+    """The context of packed rows (b, t), each of which is one document."""
     rows, width = ids.shape
-    with unset_fake_temporarily():
-        lengths = torch.full((rows,), width)  # (o,)
-        documents = Documents(lengths, torch.full((rows,), -1))
-        cpu = torch.device("cpu")
-        ctx = Context() if seen else packed_context(config, documents, dtype, cpu)
-    if config.rope_theta is not None:
-        table = torch.empty(rows, width, 1, config.head_dim, dtype=dtype)  # (b, t, 1, c)
-        ctx.rotary = table, table
-    if seen:
-        ctx.rows = torch.arange(rows)[:, None]  # (b, 1)
-        ctx.slots, ctx.seen = torch.zeros_like(ids), seen  # (b, t)
-        ctx.mask = torch.zeros(rows, 1, 1, seen, dtype=dtype)  # (b, 1, t, t')
-    return ctx
+    documents = Documents(torch.full((rows,), width), torch.full((rows,), -1))
+    context = packed_context(config, documents, dtype, ids.device)
+    context.rotary = rotary(config, ids, dtype)
+    return context
+
+
+def cached_rows(config, ids: Tensor, seen: int, dtype) -> Context:
+    """The context of rows (b, 1) that continue a cache of `seen` slots."""
+    return Context(
+        rows=torch.arange(len(ids))[:, None],  # (b, 1)
+        slots=torch.zeros_like(ids),  # (b, t)
+        seen=seen,
+        mask=torch.zeros(len(ids), 1, 1, seen, dtype=dtype),  # (b, 1, t, t')
+        rotary=rotary(config, ids, dtype),
+    )
+
+
+def rotary(config, ids: Tensor, dtype) -> tuple[Tensor, Tensor] | None:
+    if config.rope_theta is None:
+        return None
+    table = torch.empty(*ids.shape, 1, config.head_dim, dtype=dtype)  # (b, t, 1, c)
+    return table, table

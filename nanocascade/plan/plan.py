@@ -5,27 +5,20 @@ meter.py and added up here. tests/test_plan.py holds the sums against real steps
 of the whole sharded model on imagined ranks; bench/gpu.py holds them against a GPU.
 """
 
+from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 from torch import nn
 
-from nanocascade.engine.distributed import Dist
+from nanocascade.engine.distributed import Dist, Layout
 from nanocascade.engine.lora import layers_of
 from nanocascade.model.cache import Cache
 from nanocascade.model.layers import KEEP_FP32
 from nanocascade.model.mamba2 import SPAN
 from nanocascade.model.model import Model, ModelConfig
-from nanocascade.plan.meter import (
-    HEAD,
-    NODE,
-    Trace,
-    trace_block,
-    trace_decoding,
-    trace_draw,
-    trace_head,
-)
+from nanocascade.plan.meter import HEAD, NODE, Trace, trace_block, trace_decoding
 from nanocascade.sampler import PREFILL_TOKENS, parts
 from nanocascade.stages import RL, SFT, TEACHER_OF, Stage
 
@@ -34,73 +27,65 @@ RESERVE = 4e9  # bytes of a device left to its runtime, collectives, fragmentati
 TRACED = 2 * SPAN, 3 * SPAN  # a trace of more tokens is the line through the traces of these
 
 
-@dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """What a rank samples, in the rollouts of a step or in an evaluation."""
+
+    rows: int  # decoded at once
+    prompt: int  # tokens of the longest prompt
+    new: int  # tokens that a response may have
+    replay: bool = False  # the chosen experts are recorded
+
+
+@dataclass(frozen=True)
 class Work:
-    """The work of a rank in a step and in evaluations."""
+    """The work of a step and of evaluations."""
 
     sequence: int  # tokens of the longest document
     width: int  # tokens of a packed row
-    micro: int  # tokens of a micro-batch
+    micro: int  # tokens of a micro-batch of a rank
     tokens: float  # tokens of a step, all ranks
-    prompt: int = 1  # tokens of the longest prompt
-    new: int = 0  # tokens that a response may have; 0: no rollouts
     rollouts: int = 0  # responses of a step, all ranks
-    rows: int = 0  # rows decoded at once by a rank
     frozen: int = 0  # teachers, or the KL reference: in host memory but one, and that in training
-    replay: bool = False  # the chosen experts are recorded
-    eval_sequence: int = 0  # tokens of the longest evaluated document; 0: no evaluation
-    eval_rows: int = 0  # rows decoded at once in evaluations
+    sampling: dict[str, Sampling] = field(default_factory=dict)  # by phase
 
 
-def work_of(
-    recipe: Stage,
-    config: ModelConfig,
-    ranks: int,
-    prompt: int,
-    micro_tokens: int,
-    max_rows: int,
-    share_prompts: bool = True,
-    eval_tokens: int = 0,
-    eval_prompts: int = 1 << 20,
-) -> Work:
-    """prompt: tokens of the longest prompt. eval_tokens: new tokens of a response in evaluations,
-    0 without them; eval_prompts: of one domain."""
-    context, new = config.max_position_embeddings, getattr(recipe, "max_new_tokens", 0)
-    evaluation = {}
-    if eval_tokens:
-        longest = min(prompt + max(eval_tokens, new), context)
-        evaluation = {
-            "eval_sequence": longest,
-            "eval_rows": min(max_rows, -(-eval_prompts // ranks)),
-        }
+def work_of(recipe: Stage, run, evaluation, config: ModelConfig, ranks: int, prompt: int) -> Work:
+    """The work of a script's settings. prompt: tokens of the longest prompt."""
+    context, sampling = config.max_position_embeddings, {}
+    new = getattr(recipe, "max_new_tokens", 0)
+    longest = min(prompt + new, getattr(recipe, "max_tokens", 0) or context)
+    prompt = min(prompt, longest)
+    if new:
+        rows = parts(-(-recipe.prompts // ranks), recipe.rollouts, run.max_rows)[1]
+        sampling["rollout"] = Sampling(rows, prompt, longest - prompt, recipe.routing_replay)
+    if evaluation.eval_data:
+        prompts = max(evaluation.own_eval_samples, evaluation.eval_samples)  # of one domain
+        rows = min(run.max_rows, -(-prompts // ranks))
+        response = min(max(evaluation.eval_max_new_tokens, new), context - prompt)
+        sampling["evaluation"] = Sampling(rows, prompt, response)
     if isinstance(recipe, SFT):
         width = recipe.row_tokens
-        micro = max(width, min(micro_tokens, recipe.batch_tokens // ranks))
-        return Work(width, width, micro, recipe.batch_tokens, prompt, **evaluation)
-    if isinstance(recipe, RL):
-        limit, frozen = recipe.max_tokens or context, int(recipe.kl_coef > 0)
-    else:
-        copies = {x.partition("=")[2] for x in recipe.teachers}  # one of each directory
-        limit, frozen = context, len(copies) or len({*TEACHER_OF.values()})
-    longest = min(prompt + new, limit)
-    rollouts = recipe.prompts * recipe.rollouts
-    response = MEAN * max(min(new, longest - prompt), 1)  # mean tokens of one
+        micro = max(width, min(run.micro_tokens, recipe.batch_tokens // ranks))
+        return Work(width, width, micro, recipe.batch_tokens, sampling=sampling)
+    response = MEAN * max(longest - prompt, 1)  # mean tokens of one
     together = 1  # responses that share their prompt: those of a group in one micro-batch
-    if share_prompts:
-        together = max(int((max(micro_tokens, longest) - prompt) / response), 1)
+    if run.share_prompts:
+        together = max(int((max(run.micro_tokens, longest) - prompt) / response), 1)
+    rollouts = recipe.prompts * recipe.rollouts
     tokens = recipe.prompts * -(-recipe.rollouts // together) * prompt + rollouts * response
+    if isinstance(recipe, RL):
+        frozen = int(recipe.kl_coef > 0)
+    else:  # one of each directory
+        frozen = len({x.partition("=")[2] for x in recipe.teachers} or {*TEACHER_OF.values()})
     return Work(
         sequence=longest,
         width=max(longest, 256),
-        micro=max(longest, min(micro_tokens, int(tokens / ranks))),
+        micro=max(longest, min(run.micro_tokens, int(tokens / ranks))),
         tokens=tokens,
-        prompt=min(prompt, longest),
-        new=min(new, longest),
         rollouts=rollouts,
-        rows=parts(-(-recipe.prompts // ranks), recipe.rollouts, max_rows)[1],
         frozen=frozen,
-        replay=recipe.routing_replay,
-        **evaluation,
+        sampling=sampling,
     )
 
 
@@ -117,23 +102,19 @@ class Parameters:
     largest_block: float  # as gathered
 
 
-def count_parameters(
-    config: ModelConfig, dist: Dist, train_router: bool, lora_rank: int
-) -> Parameters:
-    shards = shards_of(dist)
+def count_parameters(config, dist: Dist, train_router: bool, lora_rank: int) -> Parameters:
     with torch.device("meta"):
         model = Model(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    computed = Counter()  # by block
+    total = sum(sizes.values())
+    islands = sum(n for name, n in sizes.items() if name.endswith(KEEP_FP32))  # never in shards
+    sharded = (total - islands) / shards_of(dist)
+    computed = Counter()  # by block; "": outside of blocks
     for name, n in sizes.items():
         block = name.split(".")[1] if name.startswith("blocks.") else ""
         computed[block] += n / (dist.expert_parallel if ".experts." in name else 1)
-    total = sum(sizes.values())
-    experts = sum(n for name, n in sizes.items() if ".experts." in name)
-    islands = sum(n for name, n in sizes.items() if name.endswith(KEEP_FP32))  # never in shards
-    dense, per_rank = total - experts - islands, experts / dist.expert_parallel
-    local = (dense + experts) / shards + islands
-    trained = local
+    gathered = computed.total() - islands
+    trained = sharded + islands
     if lora_rank:
         layers = [layer for *_, layer in layers_of(model, nn.Linear)]
         trained = lora_rank * sum(x.in_features + x.out_features for x in layers)
@@ -141,10 +122,10 @@ def count_parameters(
         trained -= sum(n for name, n in sizes.items() if name.endswith("gate.weight"))
     return Parameters(
         total=total,
-        local=local,
+        local=sharded + islands,
         trained=trained,
-        gathered=dense + per_rank,
-        received=dense * (1 - 1 / shards) + per_rank * (1 - dist.expert_parallel / shards),
+        gathered=gathered,
+        received=gathered - sharded,
         outside_blocks=computed.pop(""),
         largest_block=max(computed.values()),
     )
@@ -170,100 +151,96 @@ def usable(memory: float) -> float:
     return memory - min(RESERVE, memory / 8)
 
 
+@dataclass
 class Plan:
-    """Bytes of a run in one layout; `traces` of blocks are shared with plans of other layouts."""
+    """A run in one layout. Plans that replace() makes of each other share the traces of blocks."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        work: Work,
-        layout: dict,
-        ranks: int,
-        train_router=True,
-        lora_rank=0,
-        traces: dict | None = None,
-    ):
-        self.config, self.work, self.layout, self.ranks = config, work, layout, ranks
-        self.train_router, self.lora_rank = train_router, lora_rank
-        self.traces: dict[tuple, Trace] = {} if traces is None else traces
-        expert_parallel = layout["expert_parallel"]
-        if config.num_experts % expert_parallel or expert_parallel > NODE:
+    config: ModelConfig
+    work: Work
+    layout: Layout
+    ranks: int
+    train_router: bool = True
+    lora_rank: int = 0
+    traces: dict[tuple, Trace] = field(default_factory=dict)
+
+    def __post_init__(self):
+        experts, expert_parallel = self.config.num_experts, self.layout.expert_parallel
+        if experts % expert_parallel or expert_parallel > NODE:
             raise ValueError(
-                f"--expert_parallel {expert_parallel}: {config.num_experts} experts, {NODE} a node"
+                f"--expert_parallel {expert_parallel}: {experts} experts, {NODE} a node"
             )
-        self.dist = Dist(0, ranks, "cpu", lora_rank > 0, **layout)
-        self.parameters = count_parameters(config, self.dist, train_router, lora_rank)
+        self.dist = Dist(0, self.ranks, "cpu", self.lora_rank > 0, **vars(self.layout))
+        self.parameters = count_parameters(
+            self.config, self.dist, self.train_router, self.lora_rank
+        )
         self.itemsize = self.dist.dtype.itemsize
 
-    def changed(self, **changes) -> "Plan":
-        """A plan with other work, layout or ranks."""
-        values = {"work": self.work, "layout": self.layout, "ranks": self.ranks} | changes
-        options = self.train_router, self.lora_rank, self.traces
-        return Plan(self.config, values["work"], values["layout"], values["ranks"], *options)
+    def with_work(self, **changes) -> "Plan":
+        return replace(self, work=replace(self.work, **changes))
+
+    def with_rows(self, rows: int) -> "Plan":
+        """The plan with so many rows decoded at once, in rollouts and in evaluations."""
+        sampling = {phase: replace(x, rows=rows) for phase, x in self.work.sampling.items()}
+        return self.with_work(sampling=sampling)
 
     # ---- Traces ----
 
-    def traced(self, function, kind: str, *sizes: int, **options) -> Trace:
-        """The trace of a block or the head, made once for all layouts that do not change it."""
-        layout = self.layout | {"offload_optimizer": False, "offload_blocks": False, "replicas": 1}
-        key = function, kind, sizes, *options.items(), *layout.items()
+    def traced(self, trace, kind: str, *sizes) -> Trace:
+        """trace(config, kind, layout, *sizes), made once for all layouts that do not change it."""
+        layout = replace(self.layout, replicas=1, offload_blocks=False, offload_optimizer=False)
+        if kind != "E":
+            layout.expert_parallel = 1
+        key = trace, kind, sizes, astuple(layout)
         if key not in self.traces:
-            blocks = (kind,) if kind != HEAD else ()
-            self.traces[key] = function(self.config, *blocks, layout, *sizes, **options)
+            self.traces[key] = trace(self.config, kind, layout, *sizes)
         return self.traces[key]
 
     def block(self, kind: str, tokens: int, grad=True) -> Trace:
-        """A block on a micro-batch, or the head: forward and, with grad, backward."""
+        """A block or the head on a micro-batch: forward and, with grad, backward."""
         if tokens > TRACED[1]:
             return stretched(*(self.block(kind, n, grad) for n in TRACED), tokens)
-        if kind == HEAD:
-            return self.traced(trace_head, HEAD, tokens)
         width = min(self.work.width, tokens)
-        return self.traced(trace_block, kind, max(tokens // width, 1), width, grad=grad)
+        return self.traced(trace_block, kind, tokens // width, width, grad)
 
     def decoding(self, kind: str, rows: int, context: int) -> Trace:
         """A step of decoding in a block, or in the head with the draw."""
-        if kind == HEAD:
-            return self.traced(trace_draw, HEAD, rows)
         return self.traced(trace_decoding, kind, rows, context)
 
     # ---- Bytes ----
 
-    def bytes(self, work: Work) -> dict[str, dict[str, float]]:
+    def bytes(self) -> dict[str, dict[str, float]]:
         """{phase: {kind: bytes}} of a rank's device in each phase of a run, and of its host."""
-        dist, counts = self.dist, self.parameters
-        moments = 8 * counts.trained
+        dist, counts, work = self.dist, self.parameters, self.work
+        weights, moments = 4 * counts.local, 8 * counts.trained
         one_frozen = self.itemsize * counts.total / shards_of(dist)  # without fp32 master weights
-        weights = 4 * counts.local
         if self.lora_rank:  # the base is frozen, and serves teachers and reference too
             weights, one_frozen = self.itemsize * counts.local + 4 * counts.trained, 0
         static = {"weights": weights, "moments": 0 if dist.offload_optimizer else moments}
         # Plain data parallelism sums the gradients in one flat copy.
         copies = 1 if dist.sharded or self.ranks == 1 else 2
-        training = static | {"gradients": 4 * counts.trained * copies}
-        training["frozen"] = one_frozen * (work.frozen > 0)
-        inputs = work.micro * self.config.hidden_size * self.itemsize * len(self.config.pattern)
-        phases = {"training": training | self.activations(work)}
-        if work.new:
-            rollout = self.sampling(work.rows, work.sequence, work.prompt, work.replay)
-            phases["rollout"] = static | rollout
-        if work.eval_sequence:
-            evaluation = self.sampling(work.eval_rows, work.eval_sequence, work.prompt)
-            phases["evaluation"] = static | evaluation
+        gradients = {"gradients": 4 * counts.trained * copies}
+        frozen = {"frozen": one_frozen * (work.frozen > 0)}
+        phases = {"training": static | gradients | frozen | self.activations()}
+        for phase, sampling in work.sampling.items():
+            phases[phase] = static | self.sampling(sampling)
         phases["host"] = {
             "moments": moments * dist.offload_optimizer,
             "frozen": one_frozen * work.frozen,
-            "kept": inputs * dist.offload_blocks,
+            "kept": self.block_input() * len(self.config.pattern) * dist.offload_blocks,
         }
         return phases
 
-    def activations(self, work: Work) -> dict[str, float]:
+    def block_input(self) -> int:
+        """Bytes of the hidden states of a micro-batch."""
+        return self.work.micro * self.config.hidden_size * self.itemsize
+
+    def activations(self) -> dict[str, float]:
         """The worst block's peak, while what all others keep for their backward is there."""
-        dist, pattern, micro = self.dist, self.config.pattern, work.micro
+        dist, pattern, micro = self.dist, self.config.pattern, self.work.micro
         traces = {kind: self.block(kind, micro) for kind in {*pattern}}
         kept = {kind: trace.kept for kind, trace in traces.items()}
         if dist.checkpoint_blocks:
-            kept = dict.fromkeys(traces, micro * self.config.hidden_size * self.itemsize)
+            kept = dict.fromkeys(traces, self.block_input())
         worst = max(trace.peak - kept[kind] for kind, trace in traces.items())
         stored = sum(kept[kind] for kind in pattern)
         if dist.offload_blocks:  # two blocks at a time are on the device
@@ -271,52 +248,47 @@ class Plan:
         # FSDP: embedding and head with its gradient; the block that is fetched while one computes,
         # and the fp32 sum of the last one's gradients. The block's own weights are in its peak.
         counts, itemsize = self.parameters, self.itemsize
-        # No block makes the embedded tokens and the final norm's hidden states.
-        hidden = 2 * micro * self.config.hidden_size * itemsize
         gathered = 1.5 * itemsize * counts.outside_blocks + (itemsize + 4) * counts.largest_block
-        return {
-            "gathered": gathered * dist.sharded,
-            "kept": stored,
-            "block": max(worst, self.block(HEAD, micro).peak + hidden),
-        }
+        # No block makes the embedded tokens and the final norm's hidden states.
+        head = self.block(HEAD, micro).peak + 2 * self.block_input()
+        return {"gathered": gathered * dist.sharded, "kept": stored, "block": max(worst, head)}
 
-    def sampling(self, rows: int, sequence: int, prompt: int, replay=False) -> dict[str, float]:
+    def sampling(self, work: Sampling) -> dict[str, float]:
         """Gathered weights, the rows' caches, and the larger of a decode step and a prefill."""
-        config, kinds, new = self.config, {*self.config.pattern}, sequence - prompt
-        row = self.cache_bytes(sequence) + 16 * new
-        row += replay * new * 8 * config.num_moe_layers * config.num_experts_per_tok
-        step = max(self.decoding(kind, rows, sequence).peak for kind in {*kinds, HEAD})
-        prefill = max(min(PREFILL_TOKENS, rows * prompt), prompt)
+        config, kinds, prompt = self.config, {*self.config.pattern}, work.prompt
+        sequence = prompt + work.new
+        row = self.cache_bytes(sequence) + 16 * work.new
+        row += work.replay * work.new * 8 * config.num_moe_layers * config.num_experts_per_tok
+        step = max(self.decoding(kind, work.rows, sequence).peak for kind in {*kinds, HEAD})
+        prefill = max(min(PREFILL_TOKENS, work.rows * prompt), prompt)
         fill = max(self.block(kind, prefill, grad=False).peak for kind in kinds)
         fill += prefill // prompt * self.cache_bytes(prompt)  # copied into the rows afterwards
         gathered = self.itemsize * self.parameters.gathered * self.dist.sharded
-        return {"gathered": gathered, "kept": rows * row, "block": max(step, fill)}
+        return {"gathered": gathered, "kept": work.rows * row, "block": max(step, fill)}
 
     def cache_bytes(self, tokens: int) -> int:
         return Cache(self.config, 1, tokens, self.dist.dtype, "meta").bytes
 
-    def peak(self, **changes) -> float:
-        """Bytes of the device in the worst phase, with other work where asked."""
-        phases = self.bytes(replace(self.work, **changes))
-        return max(sum(x.values()) for phase, x in phases.items() if phase != "host")
+    # ---- What fits ----
 
-    def training_peak(self, **changes) -> float:
-        return self.peak(new=0, eval_sequence=0, **changes)
+    def peak(self) -> float:
+        """Bytes of the device in the worst phase."""
+        return max(sum(x.values()) for phase, x in self.bytes().items() if phase != "host")
+
+    def trains(self, micro: int, memory: float) -> bool:
+        """Whether micro-batches of so many tokens fit."""
+        return self.with_work(micro=micro, sampling={}).peak() <= usable(memory)
 
     def longest_document(self, memory: float) -> int:
-        """Tokens of the longest document that can be trained on."""
-        low, high = 0, 1 << 12  # times 256
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.training_peak(sequence=256 * middle, micro=256 * middle) <= usable(memory)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return 256 * low
+        """Tokens of the longest document that can be trained on, in steps of 256."""
+        lengths = range(256, 256 << 12, 256)
+        return 256 * bisect_left(lengths, True, key=lambda n: not self.trains(n, memory))
 
     def most_rows(self, memory: float) -> int:
         """The most rows that can be decoded at once, in rollouts and in evaluations."""
         most = []
-        one_row, many_rows = (self.bytes(replace(self.work, rows=n, eval_rows=n)) for n in (1, 65))
-        for phase in {"rollout", "evaluation"} & {*one_row}:
+        one_row, many_rows = (self.with_rows(n).bytes() for n in (1, 65))
+        for phase in self.work.sampling:
             one = sum(one_row[phase].values())
             per_row = (sum(many_rows[phase].values()) - one) / 64  # activations aside this is exact
             most.append(max(int((usable(memory) - one) / per_row) + 1, 0))

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,37 +28,74 @@ from nanocascade.stages import SFT, Stage
 FULL = Path(__file__).parent / "nemotron3_nano"  # config.json of the 30B-A3B, without weights
 PROMPT = 2048  # tokens of the longest prompt, where no data say
 GB = 1e9
+# Ways to make a run smaller, from the fastest to the smallest: flags that are switched on.
+ONE_DEVICE = (
+    (),
+    ("checkpoint_blocks",),
+    ("offload_optimizer",),
+    ("checkpoint_blocks", "offload_optimizer"),
+)
+CLUSTER = (  # of a layout that recomputes blocks
+    (),
+    ("offload_optimizer",),
+    ("offload_blocks",),
+    ("offload_blocks", "offload_optimizer"),
+)
+
+
+def num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def read_cluster(text: str, device: str) -> tuple[int, str, Hardware]:
     """(ranks, name, numbers) of "16xH100", or of this machine and torchrun's processes."""
-    ranks, _, name = text.partition("x")
     if text:
-        if not ranks.isdigit() or int(ranks) < 1 or name not in HARDWARE:
+        found = re.fullmatch(r"([1-9]\d*)x(\w+)", text)
+        if not found or found[2] not in HARDWARE:
             raise ValueError(f"--cluster {text}: expected RANKSxNAME, NAME one of {[*HARDWARE]}")
-        return int(ranks), name, HARDWARE[name]
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+        return int(found[1]), found[2], HARDWARE[found[2]]
     if device.startswith("cuda"):
         card = torch.cuda.get_device_properties(device)
         known = next((x for name, x in HARDWARE.items() if name in card.name), Hardware(0))
-        return ranks, card.name, known._replace(memory=card.total_memory)
+        return num_ranks(), card.name, known._replace(memory=card.total_memory)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return ranks, f"this machine's {device}", Hardware(memory / ranks)
+    return num_ranks(), f"this machine's {device}", Hardware(memory / num_ranks())
 
 
 def plan_of(
     recipe: Stage, run, layout: Layout, evaluation, config, ranks: int, prompt: int
 ) -> Plan:
     """The plan of a script's settings."""
-    eval_tokens = evaluation.eval_max_new_tokens if evaluation.eval_data else 0
-    prompts = max(evaluation.own_eval_samples, evaluation.eval_samples)
-    limits = run.micro_tokens, run.max_rows, run.share_prompts, eval_tokens, prompts
-    work = work_of(recipe, config, ranks, prompt, *limits)
+    work = work_of(recipe, run, evaluation, config, ranks, prompt)
     train_router = isinstance(recipe, SFT) or recipe.train_router
-    return Plan(config, work, vars(layout), ranks, train_router, recipe.lora_rank)
+    return Plan(config, work, layout, ranks, train_router, recipe.lora_rank)
 
 
 # ---- Settings that fit ---------------------------------------------------------------------------
+
+
+def flags_of(changes: dict) -> str:
+    """Flags as they are typed: {"shard": True, "max_rows": 9} -> " --shard --max_rows 9"."""
+    return "".join(
+        f" --{name}" + ("" if value is True else f" {value}")
+        for name, value in changes.items()
+        if value
+    )
+
+
+def fitting(plan: Plan, memory: float, ways) -> tuple[int, int, dict] | None:
+    """(tokens of a micro-batch, rows decoded at once, changes of the layout): the first of the
+    ways in which the plan fits, if need be with less at once; None if there is none."""
+    for flags in ways:
+        changes = dict.fromkeys(flags, True)
+        other = replace(plan, layout=replace(plan.layout, **changes))
+        micro, least = plan.work.micro, plan.work.sequence
+        while micro > least and not other.trains(micro, memory):
+            micro = max(micro // 2, least)
+        rows = other.most_rows(memory)
+        if other.trains(micro, memory) and (rows or not plan.work.sampling):
+            return micro, rows, changes
+    return None
 
 
 def fit_memory(recipe: Stage, run, layout: Layout, evaluation) -> None:
@@ -68,76 +106,48 @@ def fit_memory(recipe: Stage, run, layout: Layout, evaluation) -> None:
     fits.
     """
     device = find_device(run.device)
-    found = run.memory_gb or device.startswith("cuda") and run.config == "small"
-    if not found or not run.init or run.cluster:
+    wanted = run.memory_gb or device.startswith("cuda") and run.config == "small"
+    if not wanted or not run.init or run.cluster:
         return
     memory = run.memory_gb * GB or torch.cuda.get_device_properties(device).total_memory
     config = load_config(run.init)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     with imaginary_node(gpu=device != "cpu"):
-        plan = plan_of(recipe, run, layout, evaluation, config, ranks, PROMPT // 2)
-        found = fitting(plan, memory)
+        plan = plan_of(recipe, run, layout, evaluation, config, num_ranks(), PROMPT // 2)
+        found = fitting(plan, memory, ONE_DEVICE)
     if found is None:
         raise ValueError(
-            f"{run.init or 'the model'} does not fit {memory / GB:.3g} GB in any layout of one "
-            "device: take a smaller one, --lora_rank, or more devices with --shard"
+            f"{run.init} does not fit {memory / GB:.3g} GB in any layout of one device: take a "
+            "smaller one, --lora_rank, or more devices with --shard"
         )
     micro, rows, changes = found
     run.micro_tokens = min(run.micro_tokens, micro)
-    run.max_rows = min(run.max_rows, rows)
+    run.max_rows = min(run.max_rows, rows or run.max_rows)
     for name, value in changes.items():
         setattr(layout, name, value)
     if os.environ.get("RANK", "0") == "0":
-        on = "".join(f" --{name}" for name, value in changes.items() if value)
-        print(
-            f"fits {memory / GB:.3g} GB with --micro_tokens {run.micro_tokens} --max_rows "
-            f"{run.max_rows}{on}"
-        )
+        chosen = {"micro_tokens": run.micro_tokens, "max_rows": run.max_rows} | changes
+        print(f"fits {memory / GB:.3g} GB with{flags_of(chosen)}")
 
 
-def fitting(plan: Plan, memory: float) -> tuple[int, int, dict] | None:
-    """(tokens of a micro-batch, rows decoded at once, changes of the layout): the first of the
-    layouts, from the fastest to the smallest, in which the plan fits; None if there is none."""
-    for blocks, moments in ((False, False), (True, False), (False, True), (True, True)):
-        changes = {
-            "checkpoint_blocks": blocks or plan.layout["checkpoint_blocks"],
-            "offload_optimizer": moments or plan.layout["offload_optimizer"],
-        }
-        other = plan.changed(layout=plan.layout | changes)
-        micro, samples = plan.work.micro, plan.work.new or plan.work.eval_sequence
-        while micro and other.training_peak(micro=micro) > usable(memory):
-            micro = max(micro // 2, plan.work.sequence) if micro > plan.work.sequence else 0
-        rows = other.most_rows(memory) if samples else 1
-        if micro and rows:
-            return micro, rows, changes
-    return None
-
-
-def best_layout(plan: Plan, name: str, hardware: Hardware) -> str:
-    """The fastest layout that fits, on the fewest devices, as flags."""
-    memory, work = hardware.memory, plan.work
+def name_layout(plan: Plan, name: str, memory: float) -> str:
+    """The first layout that fits, on the fewest devices, as flags."""
     for ranks in (plan.ranks * x for x in (1, 2, 4, 8)):
-        found = []
         spread = "E" in plan.config.pattern and ranks % NODE == 0 and not plan.lora_rank
-        for inputs, moments in ((False, False), (False, True), (True, False), (True, True)):
-            layout = plan.layout | {
-                "shard": not plan.lora_rank,
-                "checkpoint_blocks": True,
-                "replicas": 1,
-                "offload_blocks": inputs,
-                "offload_optimizer": moments,
-                "expert_parallel": NODE if spread else 1,
-            }
-            other = plan.changed(layout=layout, ranks=ranks)
-            rows = min(other.most_rows(memory), max(work.rows, work.eval_rows))
-            other.work = replace(work, rows=rows, eval_rows=rows)
-            if (rows or not work.new) and other.peak() <= usable(memory):
-                seconds = sum(step_seconds(other, hardware).values()) if hardware.flops else 0.0
-                found.append((seconds, layout | {"max_rows": rows or False}))
-        if found:
-            flags = min(found, key=lambda x: x[0])[1].items()
-            words = (f"--{k}" + ("" if x is True else f" {x}") for k, x in flags if x is not False)
-            return f"{ranks} x {name} with {' '.join(words)} hold it"
+        layout = replace(
+            plan.layout,
+            shard=not plan.lora_rank,
+            expert_parallel=NODE if spread else 1,
+            replicas=1,
+            checkpoint_blocks=True,
+            offload_blocks=False,
+            offload_optimizer=False,
+        )
+        if found := fitting(replace(plan, ranks=ranks, layout=layout), memory, CLUSTER):
+            micro, rows, changes = found
+            most = max((x.rows for x in plan.work.sampling.values()), default=0)
+            at_once = {"micro_tokens": micro, "max_rows": min(rows, most)}
+            flags = flags_of(vars(layout) | changes | at_once)
+            return f"{ranks} x {name} with{flags} hold it"
     return (
         f"nor do {ranks} x {name} in any layout: a document is never cut over ranks "
         "(context parallelism is not implemented)"
@@ -166,22 +176,22 @@ def report(recipe: Stage, run, layout: Layout, evaluation, config=None, prompt: 
     config = config or load_config(run.init or FULL)
     with imaginary_node(gpu=bool(run.cluster or run.memory_gb) or device != "cpu"):
         plan = plan_of(recipe, run, layout, evaluation, config, ranks, prompt)
-        print_memory(plan, name, hardware)
+        print_memory(plan, name, hardware.memory)
         if hardware.flops:
             workers = run.score_workers * ranks or os.cpu_count() or 1
             rate = run.judge_seconds / (run.judge_concurrency * ranks)
             print_seconds(plan, hardware, verdict_seconds(recipe, workers, rate))
 
 
-def print_memory(plan: Plan, name: str, hardware: Hardware) -> None:
-    work, memory = plan.work, hardware.memory
+def print_memory(plan: Plan, name: str, memory: float) -> None:
+    work, phases = plan.work, plan.bytes()
     active = plan.config.num_parameters(active=True)
     print(f"parameters: {plan.parameters.total:,} in all, {active:,} active a token")
+    rows = "".join(f", {x.rows} rows at once in {phase}" for phase, x in work.sampling.items())
     print(
         f"a step: {work.tokens:,.0f} tokens in micro-batches of {work.micro:,} a rank, "
-        f"documents up to {work.sequence:,}, {work.rows} rows decoded at once"
+        f"documents up to {work.sequence:,}{rows}"
     )
-    phases = plan.bytes(work)
     kinds = dict.fromkeys(kind for x in phases.values() for kind in x)
     title = f"GB a rank, {plan.ranks} x {name}"
     print(f"{title:<28}" + "".join(f"{x:>12}" for x in (*kinds, "sum")))
@@ -191,7 +201,7 @@ def print_memory(plan: Plan, name: str, hardware: Hardware) -> None:
     if plan.peak() > usable(memory):
         raise ValueError(
             f"{plan.peak() / GB:.1f} GB and {(memory - usable(memory)) / GB:.0f} in reserve are "
-            f"more than the {memory / GB:.0f} GB of {name}; {best_layout(plan, name, hardware)}"
+            f"more than the {memory / GB:.0f} GB of {name}; {name_layout(plan, name, memory)}"
         )
     rows = plan.most_rows(memory)
     print(

@@ -4,6 +4,8 @@ bench/gpu.py holds the predictions of single blocks against a GPU. Verdicts and 
 while sampling goes on: a step takes the longest of the three, then its training.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from nanocascade.plan.meter import HEAD, NODE, Trace
@@ -39,15 +41,20 @@ def roofline(trace: Trace, hardware: Hardware) -> float:
     return sum(max(x / flops, y / hbm, LAUNCH) for x, y in trace.operations)
 
 
+def model_seconds(plan: Plan, trace_of: Callable[[str], Trace], hardware: Hardware) -> float:
+    """Seconds of all blocks and the head, whose traces trace_of(kind) returns."""
+    counts = Counter([*plan.config.pattern, HEAD])
+    return sum(n * roofline(trace_of(kind), hardware) for kind, n in counts.items())
+
+
 def moved_bytes(plan: Plan) -> dict[str, float]:
     """Bytes that a rank receives in the training part of a step, by what they are."""
-    work, dist, config, itemsize = plan.work, plan.dist, plan.config, plan.itemsize
+    dist, config = plan.dist, plan.config
     # Gathered for forward and for backward, gradients summed once in fp32.
-    weights = plan.parameters.received * (2 * itemsize + 4) * dist.sharded
+    weights = plan.parameters.received * (2 * plan.itemsize + 4) * dist.sharded
     # The group's tokens come in, sums go out: in forward, recomputation and backward.
-    hidden = work.micro * config.hidden_size * itemsize
-    tokens = 6 * (dist.expert_parallel - 1) * hidden * config.num_moe_layers
-    inputs = 2 * hidden * len(config.pattern) * dist.offload_blocks
+    tokens = 6 * (dist.expert_parallel - 1) * plan.block_input() * config.num_moe_layers
+    inputs = 2 * plan.block_input() * len(config.pattern) * dist.offload_blocks
     moments = 16 * plan.parameters.trained * dist.offload_optimizer
     batches = micro_batches(plan)
     return {
@@ -62,16 +69,13 @@ def micro_batches(plan: Plan) -> int:
 
 
 def training_seconds(plan: Plan, hardware: Hardware) -> float:
-    work, config, pattern = plan.work, plan.config, plan.config.pattern
-    batch = roofline(plan.block(HEAD, work.micro), hardware)
-    for kind in {*pattern}:
-        batch += pattern.count(kind) * roofline(plan.block(kind, work.micro), hardware)
-        if work.frozen:  # scores the same tokens
-            score = roofline(plan.block(kind, work.micro, grad=False), hardware)
-            batch += pattern.count(kind) * score
+    work, config = plan.work, plan.config
+    batch = model_seconds(plan, lambda kind: plan.block(kind, work.micro), hardware)
+    if work.frozen:  # scores the same tokens
+        batch += model_seconds(plan, lambda kind: plan.block(kind, work.micro, False), hardware)
     # Attention grows with the square: two products, half of (t, t'); forward twice, backward.
     square = 2 * work.micro * work.sequence * config.num_heads * config.head_dim * 4.5
-    batch += pattern.count("*") * square / (hardware.flops * FLOPS_REACHED)
+    batch += config.pattern.count("*") * square / (hardware.flops * FLOPS_REACHED)
     moved = moved_bytes(plan)
     network = hardware.nvlink if plan.ranks <= NODE else hardware.network
     moves = moved["weights"] / network + moved["tokens"] / hardware.nvlink
@@ -82,20 +86,19 @@ def training_seconds(plan: Plan, hardware: Hardware) -> float:
 
 def rollout_seconds(plan: Plan, hardware: Hardware) -> float:
     """Rows are refilled; at the end the longest response is waited for."""
-    work, pattern = plan.work, plan.config.pattern
-    mean = int(MEAN * work.new)
-    context = work.sequence - work.new + mean
-    step = roofline(plan.decoding(HEAD, work.rows, context), hardware)
-    for kind in {*pattern}:
-        trace = plan.decoding(kind, work.rows, context)
-        step += pattern.count(kind) * roofline(trace, hardware)
-    return step * (work.rollouts / plan.ranks * mean / work.rows + work.new - mean)
+    sampling = plan.work.sampling["rollout"]
+    mean, rows = int(MEAN * sampling.new), sampling.rows
+    context = sampling.prompt + mean
+    step = model_seconds(plan, lambda kind: plan.decoding(kind, rows, context), hardware)
+    return step * (plan.work.rollouts / plan.ranks * mean / rows + sampling.new - mean)
 
 
 def step_seconds(plan: Plan, hardware: Hardware) -> dict[str, float]:
-    """Predicted seconds of a step, where responses have MEAN times their limit."""
-    rollout = {"rollout": rollout_seconds(plan, hardware)} if plan.work.new else {}
-    return rollout | {"training": training_seconds(plan, hardware)}
+    """Predicted seconds of the parts of a step, where responses have MEAN times their limit."""
+    seconds = {}
+    if "rollout" in plan.work.sampling:
+        seconds["rollout"] = rollout_seconds(plan, hardware)
+    return seconds | {"training": training_seconds(plan, hardware)}
 
 
 def verdict_seconds(recipe: Stage, workers: int, judge_seconds: float) -> dict[str, float]:
@@ -107,5 +110,5 @@ def verdict_seconds(recipe: Stage, workers: int, judge_seconds: float) -> dict[s
     pairs = group if recipe.pairing == "circle" else group * (group - 1) / 2
     programs = recipe.prompts * group * sum(shares.get(x, 0) for x in RUN_PROGRAMS)
     calls = recipe.prompts * pairs * shares.get("preference", 0)
-    found = {"programs": programs / (workers * PROGRAMS), "judge": calls * judge_seconds}
-    return {kind: x for kind, x in found.items() if x}
+    seconds = {"programs": programs / (workers * PROGRAMS), "judge": calls * judge_seconds}
+    return {kind: x for kind, x in seconds.items() if x}

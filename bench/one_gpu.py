@@ -1,6 +1,6 @@
 """Which small models fit one device: --dtype bfloat16, GRPO of 16 x 8 responses of 512 tokens.
 
-    python -m nanocascade.plan                 a Markdown table, in some minutes
+    python -m bench.one_gpu                 a Markdown table, in some minutes
 
 A cell: tokens of a micro-batch x rows decoded at once, and what it takes (docs/one-gpu.md).
 """
@@ -8,19 +8,18 @@ A cell: tokens of a micro-batch x rows decoded at once, and what it takes (docs/
 from nanocascade.engine.distributed import Layout
 from nanocascade.model.model import ModelConfig
 from nanocascade.plan.meter import imaginary_node
-from nanocascade.plan.plan import Plan, Work
-from nanocascade.plan.report import GB, fitting
+from nanocascade.plan.plan import Plan, Sampling, Work
+from nanocascade.plan.report import GB, ONE_DEVICE, fitting, flags_of
 
 MEMORY = (8, 16, 24, 48, 80)  # GB
+ROWS = 128
 WORK = Work(
     sequence=1024,
     width=1024,
     micro=8192,
     tokens=128 * 768,
-    prompt=512,
-    new=512,
     rollouts=128,
-    rows=128,
+    sampling={"rollout": Sampling(ROWS, prompt=512, new=512)},
 )
 SHAPES = {  # of SmolLM2 and Qwen3: width, layers, heads, key heads, head_dim, MLP, vocabulary
     "135M": (576, 30, 9, 3, 64, 1536, 49152),
@@ -49,12 +48,12 @@ def config_of(name: str) -> ModelConfig:
 
 
 def cell(plan: Plan, memory: float) -> str:
-    found = fitting(plan, memory)
+    found = fitting(plan, memory, ONE_DEVICE)
     if found is None:
         return "-"
     micro, rows, changes = found
-    needs = "".join(f", `--{flag}`" for flag, value in changes.items() if value)
-    return f"{micro:,} x {min(rows, WORK.rows)}{needs}"
+    flags = "".join(f", `{flag}`" for flag in flags_of(changes).split())
+    return f"{micro:,} x {min(rows, ROWS)}{flags}"
 
 
 def main() -> None:
@@ -63,7 +62,7 @@ def main() -> None:
     with imaginary_node():
         for name in SHAPES:
             for lora_rank in (0, 16):
-                layout = vars(Layout(dtype="bfloat16"))
+                layout = Layout(dtype="bfloat16")
                 plan = Plan(config_of(name), WORK, layout, 1, False, lora_rank)
                 title = f"{name}, `--lora_rank 16`" if lora_rank else name
                 cells = [title, *(cell(plan, memory * GB) for memory in MEMORY)]
