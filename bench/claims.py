@@ -6,15 +6,16 @@ Seven claims on the tables of runs/report.py, each with the number that we deman
 """
 
 import sys
+from pathlib import Path
 
 from nanocascade.cli import run_main
+from nanocascade.run.read import main_chain
 from runs.report import (
     cell,
     domains_of,
     gains,
-    main_line,
     mean_score,
-    read_runs,
+    read_cascade,
     recoveries,
     score,
     table,
@@ -29,7 +30,7 @@ def curve(run: dict, domain: str, window: int = 3) -> list[tuple[int, float, flo
     Outcomes are of the training samples themselves: on-policy, at temperature 1, new prompts.
     """
     samples, points, values = 0.0, [], []
-    config = run["manifest"]["config"]
+    config = run["config"]
     for x in run["metrics"]:
         tried = x.get("group/tried", config["prompts"]) * config["rollouts"]
         share = x.get(f"mopd/prompt_share/{domain}", 1.0)
@@ -90,7 +91,7 @@ def claims(runs: dict) -> list[tuple]:
         (domain, *(a[i] / b[i] if a and b and b[i] else 0.0 for i in (1, 2)))
         for domain, _, a, b in races(runs)
     ]
-    rise = mean_score(runs, main_line(runs)[-1]) - mean_score(runs, "sft")
+    rise = mean_score(runs, main_chain(runs)[-1]) - mean_score(runs, "sft")
     return [
         (
             "after SFT, domains with a right answer",
@@ -129,7 +130,10 @@ at its last step at the latest, where the teacher was evaluated.
 
 
 def main():
-    out, runs = read_runs(sys.argv)
+    if len(sys.argv) != 2:
+        raise ValueError(f"usage: python {sys.argv[0]} DIRECTORY")
+    out = Path(sys.argv[1])
+    runs = read_cascade(out)
     text = f"## What was to be shown\n\n{claim_table(runs)}\n\n"
     text += "## MOPD against the RL that made the teacher, from the same start\n\n"
     text += f"{NOTE}\n{race_table(runs)}\n"

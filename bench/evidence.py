@@ -6,16 +6,16 @@ Intervals are 95 % over seeds, by Student's t: training again, not only sampling
 """
 
 import csv
-import json
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from bench import claims
 from nanocascade.cli import run_main
+from nanocascade.run.read import is_finished, main_chain, read_run
 from nanocascade.stages import TEACHER_OF
 from runs import report
-from runs.report import domains_of, own_domains, read_run, score, table
+from runs.report import domains_of, own_domains, score, table
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # quantiles by number
 LONG_KEYS = (
@@ -47,7 +47,7 @@ def write_csv(path: Path, head: list[str], rows: list) -> None:
 
 
 def seed_sections(seeds: list[dict], assets: Path) -> list[tuple[str, str]]:
-    domains, rows, names = domains_of(seeds[0]), [], report.main_line(seeds[0])
+    domains, rows, names = domains_of(seeds[0]), [], main_chain(seeds[0])
     for domain in domains:
         cells = [over(score(x, name, domain)["mean"] for x in seeds) for name in names]
         own = [domain in own_domains(seeds[0], name) for name in names]
@@ -58,7 +58,7 @@ def seed_sections(seeds: list[dict], assets: Path) -> list[tuple[str, str]]:
         [i, name, d, f"{x['after']['mean']:.4f}", f"{x['after']['interval']:.4f}"]
         for i, runs in enumerate(seeds)
         for name, run in runs.items()
-        for d, x in run["manifest"]["evaluation"].items()
+        for d, x in run["evaluation"].items()
         if x.get("after")
     ]
     write_csv(assets / "seeds.csv", ["seed", "run", "domain", "mean", "interval"], scores)
@@ -158,13 +158,13 @@ def race_rows(seeds: list[dict]) -> str:
 
 
 def after(run: dict, domains) -> float:
-    known = run["manifest"]["evaluation"]
+    known = run["evaluation"]
     return sum(known[d]["after"]["mean"] for d in domains) / len(domains)
 
 
 def arm_values(stage: str, run: dict) -> dict[str, float]:
     """Measures of an arm: scores of its own domains and all others, state of its training."""
-    domains = run["manifest"]["evaluation"]
+    domains = run["evaluation"]
     scored = [d for d in domains if domains[d].get("after")]
     last = run["metrics"][-5:]
 
@@ -192,8 +192,8 @@ def ablation_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
     found, flat = defaultdict(lambda: defaultdict(dict)), []
     for path in sorted(out.glob("arms*/*")):
         stage, _, arm = path.name.partition("-")
-        if run := read_run(path):
-            values = arm_values(stage, run)
+        if is_finished(path):
+            values = arm_values(stage, read_run(path))
             found[stage][arm][path.parent.name] = values
             flat += [[path.parent.name[4:], stage, arm, k, f"{v:.6g}"] for k, v in values.items()]
     if flat:
@@ -228,7 +228,7 @@ def ablation_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
 
 
 def long_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
-    runs = {x.name: read_run(x) or read_part(x) for x in sorted((out / "long").glob("*"))}
+    runs = {x.name: read_run(x) for x in sorted((out / "long").glob("*"))}
     if not runs:
         return []
     plt = pyplot()
@@ -253,8 +253,8 @@ def long_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
     save(figure, assets / "long.png")
     write_csv(assets / "long.csv", ["arm", "metric", "step", "mean of 20 steps"], flat)
     body = "![long](long.png)\n\n" + table(["arm", "from step", *LONG_KEYS], rows)
-    for name, run in runs.items():  # one that has not ended has no manifest yet
-        scores = run.get("manifest", {}).get("evaluation", {})
+    for name, run in runs.items():  # one that has not ended has no scores yet
+        scores = run["evaluation"]
         found = [
             f"{d} {x['before']['mean']:.3f} -> {x['after']['mean']:.3f}"
             for d, x in scores.items()
@@ -262,12 +262,6 @@ def long_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
         ]
         body += f"\n\nHeld out, {name}: {', '.join(found) or 'not measured yet'}."
     return [("One stage for a long time (means of 20 steps)", body)]
-
-
-def read_part(path: Path) -> dict:
-    """A run that has not ended: its metrics so far."""
-    with open(path / "metrics.jsonl") as file:
-        return {"metrics": [json.loads(x) for x in file]}
 
 
 def read_probes(out: Path, name: str) -> list[dict]:
@@ -368,8 +362,8 @@ def main():
     if len(sys.argv) != 3:
         raise ValueError(f"usage: python {sys.argv[0]} DIRECTORY ASSETS")
     out, assets = Path(sys.argv[1]), Path(sys.argv[2])
-    paths = [x for x in sorted(out.glob("seed*")) if (x / "math_rl" / "manifest.json").exists()]
-    seeds = [report.read_runs(["", x])[1] for x in paths]
+    paths = [x for x in sorted(out.glob("seed*")) if is_finished(x / "math_rl")]
+    seeds = [report.read_cascade(x) for x in paths]
     if not seeds:
         raise ValueError(f"{out}: no finished cascade seed*/")
     if len(seeds) > max(T95):
@@ -377,7 +371,7 @@ def main():
     sections = seed_sections(seeds, assets) + ablation_sections(out, assets)
     sections += long_sections(out, assets) + strategy_sections(out, assets)
     sections += expert_sections(out, assets)
-    commit = seeds[0]["sft"]["manifest"]["commit"][:10]
+    commit = seeds[0]["sft"]["commit"][:10]
     text = f"# The toy cascade over {len(seeds)} seeds\n\n`bash runs/nightly.sh`, commit {commit}. "
     text += "Mean +- 95 % interval over seeds (Student's t).\n"
     text += "".join(f"\n## {title}\n\n{body}\n" for title, body in sections)

@@ -11,6 +11,7 @@ import pytest
 from fixtures import toy_runs
 from fixtures.toy_runs import ROOT, run
 
+from nanocascade.run.read import UNKNOWN
 from nanocascade.show import __main__ as show
 from nanocascade.show.__main__ import main, render_page
 from nanocascade.show.read import (
@@ -19,6 +20,7 @@ from nanocascade.show.read import (
     cut,
     healthy_range,
     metric_table,
+    outside_runs,
     place_runs,
     read_page,
     sample_groups,
@@ -72,6 +74,7 @@ def write_run(
         {
             "step": i % 3,
             "domain": domain,
+            "group": i,
             "prompt": OPEN % f"question {i}",
             "response": text,
             "reward": float(j % 2),
@@ -150,14 +153,15 @@ def test_bounds():
 def test_place_runs():
     """The longest chain of parents is the cascade; a side run lies between its sources and pupils;
     a parent that is not there is shown as outside, with the scores that its child began with."""
-    empty = {"teachers": {}, "evaluation": {}}
+    scores = {"math": {"before": 0.1}}
     runs = [
-        empty | {"name": "sft", "parent": "base", "evaluation": {"math": {"before": 0.1}}},
-        empty | {"name": "rl", "parent": "sft"},
-        empty | {"name": "mopd", "parent": "rl", "teachers": {"math": "sft", "if": "side"}},
-        empty | {"name": "side", "parent": "sft"},
-        empty | {"name": "other", "parent": "rl", "teachers": {"if": "side"}},
+        UNKNOWN | {"name": "sft", "parent": "base", "evaluation": scores},
+        UNKNOWN | {"name": "rl", "parent": "sft"},
+        UNKNOWN | {"name": "mopd", "parent": "rl", "teachers": {"math": "sft", "if": "side"}},
+        UNKNOWN | {"name": "side", "parent": "sft"},
+        UNKNOWN | {"name": "other", "parent": "rl", "teachers": {"if": "side"}},
     ]
+    runs += outside_runs(runs)
     place_runs(runs)
     places = {run["name"]: (run["col"], run["lane"]) for run in runs}
     main_chain = {"base": (0, 0), "sft": (1, 0), "rl": (2, 0), "mopd": (3, 0)}

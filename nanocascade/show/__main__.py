@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nanocascade.cli import parse_args, run_main
 from nanocascade.files import read_text, write_text_atomic
+from nanocascade.run.read import is_finished
 from nanocascade.show.read import read_page
 
 WATCH_SECONDS = 5
@@ -43,11 +44,6 @@ def main(argv: list[str]) -> None:
         print()
     write_page(path, out)
     print(f"written: {out} ({out.stat().st_size / 2**20:.1f} MiB)")
-
-
-def is_finished(path: Path) -> bool:
-    """Whether `path` is one finished run. A directory of runs may always get another one."""
-    return (path / "manifest.json").exists()
 
 
 def write_page(path: Path, out: Path, watch: int = 0) -> None:

@@ -5,11 +5,14 @@ response. Where something is left out the page says so.
 """
 
 import json
+import math
 import re
-from itertools import groupby
+from collections import defaultdict
+from itertools import count, groupby
 from pathlib import Path
 
-from nanocascade.files import read_json, read_text
+from nanocascade.files import read_text
+from nanocascade.run.read import UNKNOWN, main_chain, read_lines, read_runs
 
 MAX_POINTS = 1000  # steps of a run in its curves: every k-th step of a longer run
 MAX_BYTES = 8_000_000  # JSON text of all rollouts: every k-th group of a larger cascade
@@ -21,43 +24,35 @@ NUMBER = r"[\d.]+(?:e-?\d+)?"
 
 def read_page(path: Path) -> dict:
     """{"title", "metrics": the table, "runs": [...]} of a run's directory, or of one of runs."""
-    places = [path] if (path / "metrics.jsonl").exists() else sorted(path.glob("*/"))
-    places = [x for x in places if (x / "metrics.jsonl").exists()]
-    if not places:
-        raise ValueError(f"{path}: no metrics.jsonl here or one directory below")
-    runs = [read_run(x) for x in places]
+    runs = read_runs(path)
+    runs = [page_run(x) for x in runs + outside_runs(runs)]
     bound_groups(runs, MAX_BYTES)
     place_runs(runs)
-    table = metric_table()
     names = {name for run in runs for name in run["curves"]}
-    own_rows = {metric["name"] for metric in table}
-    for metric in table:
-        pattern = re.compile(re.sub("DOMAIN|TEACHER", "[^/]+", metric["name"]))
-        metric["names"] = sorted(x for x in names if pattern.fullmatch(x))
-        if len(metric["names"]) > 1:  # outcome/drawn is no domain: it has a row of its own
-            metric["names"] = [x for x in metric["names"] if x not in own_rows]
-    known = {x for metric in table for x in metric["names"]}
-    table += [
-        {"name": x, "meaning": "not in docs/metrics.md", "healthy": "", "names": [x]}
-        for x in sorted(names - known)
-    ]
-    return {
-        "title": "/".join(path.resolve().parts[-2:]),
-        "metrics": [x for x in table if x["names"]],
-        "runs": runs,
-    }
+    title = "/".join(path.resolve().parts[-2:])
+    return {"title": title, "metrics": metric_rows(names), "runs": runs}
+
+
+def metric_rows(names: set[str]) -> list[dict]:
+    """The rows of the metric table that have curves, with the "names" of these."""
+    table = {x["name"]: x | {"names": []} for x in metric_table()}
+    for name in sorted(names):
+        patterns = (x for x in table if re.fullmatch(re.sub("DOMAIN|TEACHER", "[^/]+", x), name))
+        # outcome/drawn is no domain: it has a row of its own
+        row = name if name in table else next(patterns, name)
+        unknown = {"name": name, "meaning": "not in docs/metrics.md", "healthy": "", "names": []}
+        table.setdefault(row, unknown)["names"].append(name)
+    return [x for x in table.values() if x["names"]]
 
 
 def metric_table() -> list[dict]:
     """The table of docs/metrics.md from its copy beside this file: name, meaning, healthy range."""
-    rows = read_text(Path(__file__).with_name("metrics.md")).splitlines()[2:]
     table = []
-    for row in rows:
-        name, meaning, healthy = (x.strip() for x in row.strip().strip("|").split("|"))
+    for row in read_text(Path(__file__).with_name("metrics.md")).splitlines()[2:]:
+        name, meaning, healthy = (x.strip() for x in row.strip("|").split("|"))
         low, high = healthy_range(healthy)
-        table.append(
-            {"name": name, "meaning": meaning, "healthy": healthy, "low": low, "high": high}
-        )
+        fields = {"name": name, "meaning": meaning, "healthy": healthy, "low": low, "high": high}
+        table.append(fields)
     return table
 
 
@@ -71,35 +66,19 @@ def healthy_range(text: str) -> tuple[float | None, float | None]:
     return None, None
 
 
-# ---- One run -------------------------------------------------------------------------------------
-
-
-def read_run(path: Path) -> dict:
-    """One run, finished (manifest.json) or not (state/run.json, if it is still there)."""
-    finished = (path / "manifest.json").exists()
-    note = path / ("manifest.json" if finished else "state/run.json")
-    about = read_json(note) if note.exists() else {}
-    config = about.get("config", about) if finished else about
-    parent = (about.get("parent") or {}).get("path", "") if finished else about.get("init", "")
-    records = read_lines(path / "metrics.jsonl")
-    stride = -(-len(records) // MAX_POINTS) or 1
-    shown = records[::stride]
+def page_run(run: dict) -> dict:
+    """A run as the page shows it: its facts, curves and rollouts."""
+    metrics = run["metrics"]
+    groups = [] if run["outside"] else read_groups(run["path"] / "rollouts.jsonl")
+    stride = -(-len(metrics) // MAX_POINTS) or 1
+    shown = metrics[::stride]
     names = dict.fromkeys(name for x in shown for name in x if name != "step")
-    groups = read_groups(path / "rollouts.jsonl")
-    trained = {m[1] for name in names if (m := re.fullmatch("reward/mean/(.+)", name))}
-    return {
-        "name": path.resolve().name,
-        "stage": about.get("stage", ""),
-        "parent": Path(parent).name if parent else "",
-        "teachers": {d: Path(x["path"]).name for d, x in about.get("teachers", {}).items()},
-        "trained": sorted(trained),
-        "finished": finished,
-        "seconds": about.get("seconds", records[-1].get("time/elapsed", 0) if records else 0),
-        "num_steps": config.get("steps") or len(records),
-        "done": len(records),
-        "seed": config.get("seed"),
-        "commit": about.get("commit", "")[:10],
-        "evaluation": about.get("evaluation", {}),
+    facts = ("name", "stage", "parent", "teachers", "evaluation", "seed", "seconds", "finished")
+    return {key: run[key] for key in (*facts, "outside")} | {
+        "trained": sorted(x.split("/")[2] for x in names if x.startswith("reward/mean/")),
+        "num_steps": run["config"].get("steps") or len(metrics),
+        "done": len(metrics),
+        "commit": run["commit"][:10],
         "stride": stride,
         "steps": [x["step"] for x in shown],
         "curves": {name: [curve_value(x.get(name)) for x in shown] for name in names},
@@ -108,22 +87,10 @@ def read_run(path: Path) -> dict:
     }
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSONL file. A run that is being written may end in half a line."""
-    if not path.exists():
-        return []
-    lines = read_text(path).split("\n")[:-1]
-    try:
-        # NaN and Infinity are not JSON: a browser would refuse the page.
-        return [json.loads(x, parse_constant=lambda _: None) for x in lines if x]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-
 def curve_value(x) -> float | None:
-    """Four significant digits; of one number a rank the largest."""
+    """Four significant digits; of one number a rank the largest. None for NaN, which JSON lacks."""
     x = max(x) if isinstance(x, list) else x
-    return None if x is None else float(f"{x:.4g}")
+    return float(f"{x:.4g}") if x is not None and math.isfinite(x) else None
 
 
 # ---- Rollouts ------------------------------------------------------------------------------------
@@ -132,30 +99,25 @@ def curve_value(x) -> float | None:
 def read_groups(path: Path) -> list[dict]:
     """The logged rollouts by group: neighbours in the file with the same step and prompt."""
     groups = []
-    for key, records in groupby(read_lines(path), key=group_key):
-        records = list(records)
-        step, domain, prompt, _ = key
+    records = read_lines(path, lambda _: None)  # NaN is not JSON: a browser would refuse the page
+    for _, group in groupby(records, lambda x: [x["step"], x["prompt"], x.get("group")]):
+        first, *others = group
         groups.append(
             {
-                "step": step,
-                "domain": domain,
-                "prompt": cut(split_turns(prompt, "user")),
-                "rollouts": [show_rollout(x) for x in records],
+                "step": first["step"],
+                "domain": first["domain"],
+                "prompt": cut(split_turns(first["prompt"], "user")),
+                "rollouts": [show_rollout(x) for x in (first, *others)],
             }
         )
     return groups
 
 
-def group_key(record: dict) -> tuple:
-    return record["step"], record["domain"], record["prompt"], record.get("group")
-
-
 def show_rollout(record: dict) -> dict:
-    kept = ("reward", "reason", "advantage", "stop_reason", "tokens")
-    shown = {key: record[key] for key in kept if key in record}
+    keys = ("reward", "reason", "advantage", "stop_reason", "tokens")
     opened = record["prompt"].rstrip().endswith("<think>")
     turns = split_turns(record["response"], "thought" if opened else "answer")
-    return shown | {"turns": cut(turns)}
+    return {key: record[key] for key in keys if key in record} | {"turns": cut(turns)}
 
 
 def cut(turns: list[list[str]]) -> list[list[str]]:
@@ -201,9 +163,8 @@ def bound_groups(runs: list[dict], max_bytes: int) -> None:
 def sample_groups(groups: list[dict], max_bytes: int) -> list[dict]:
     """Every k-th group, with the smallest k whose JSON fits; at least one."""
     sizes = [len(json.dumps(x)) for x in groups]
-    stride = 1
-    while stride < len(groups) and sum(sizes[::stride]) > max_bytes:
-        stride += 1
+    strides = range(1, len(groups) + 1)
+    stride = next((k for k in strides if sum(sizes[::k]) <= max_bytes), len(groups) or 1)
     return groups[::stride]
 
 
@@ -211,52 +172,37 @@ def sample_groups(groups: list[dict], max_bytes: int) -> list[dict]:
 
 
 def place_runs(runs: list[dict]) -> None:
-    """Give each run a column and a lane: lane 0 is the longest chain of parents, the cascade.
+    """Give each run a column and a lane, and sort them: lane 0 is the main chain, the cascade.
 
-    Parents and teachers outside of the directory join as runs without curves. A side run stands
-    right of its parent and teachers, in the first lane that is free up to the last run it teaches.
+    A side run stands right of its parent and teachers, in the first lane that is free up to the
+    last run it teaches.
     """
-    runs += outside_runs(runs)
     by_name = {run["name"]: run for run in runs}
-
-    def column(run, above=()):
-        sources = {run["parent"], *run["teachers"].values()} & by_name.keys() - {*above}
-        here = (*above, run["name"])
-        return max((column(by_name[x], here) + 1 for x in sources if x not in here), default=0)
-
-    def chain(run):
-        names = [run["name"]]
-        while (run := by_name.get(run["parent"])) and run["name"] not in names:
-            names.append(run["name"])
-        return names[::-1]
-
-    main = max((chain(run) for run in runs), key=len)
-    for run in runs:
-        on_main = run["name"] in main
-        run["col"] = main.index(run["name"]) if on_main else column(run)
-        run["lane"] = 0
-    taken: dict[int, set] = {}
-    for run in sorted(runs, key=lambda x: (x["col"], x["name"])):
-        if run["name"] in main:
-            continue
-        pupils = [x["col"] for x in runs if run["name"] in x["teachers"].values()]
-        columns = set(range(run["col"], max([run["col"], *pupils]) + 1))
-        run["lane"] = next(i for i in range(1, len(runs) + 1) if not columns & taken.get(i, set()))
-        taken.setdefault(run["lane"], set()).update(columns)
-    runs.sort(key=lambda x: (x["lane"], x["col"], x["name"]))
+    main = main_chain(by_name)
+    columns = {name: i for i, name in enumerate(main)}
+    side = sorted(by_name.keys() - columns.keys())
+    for _ in side:  # no path through them is longer
+        for name in side:
+            sources = {by_name[name]["parent"], *by_name[name]["teachers"].values()} - {name}
+            column = max((columns.get(x, -1) for x in sources), default=-1) + 1
+            columns[name] = min(column, len(runs))  # runs that teach each other
+    lanes, taken = dict.fromkeys(main, 0), defaultdict(set)
+    for name in sorted(side, key=columns.get):
+        pupils = [x for x, run in by_name.items() if name in run["teachers"].values()]
+        span = {*range(columns[name], max(columns[x] for x in [name, *pupils]) + 1)}
+        lanes[name] = next(i for i in count(1) if not span & taken[i])
+        taken[lanes[name]] |= span
+    for name, run in by_name.items():
+        run |= {"col": columns[name], "lane": lanes[name]}
+    runs.sort(key=lambda run: (run["lane"], run["col"], run["name"]))
 
 
 def outside_runs(runs: list[dict]) -> list[dict]:
     """Stand-ins for parents and teachers whose directories are not shown, with what is known: the
     scores that their children began with."""
-    names = {run["name"] for run in runs}
-    found = {}
+    scores = {name: {} for run in runs for name in run["teachers"].values()}
     for run in runs:
-        for name in {run["parent"], *run["teachers"].values()} - names - {""}:
-            found.setdefault(name, {})
-        if run["parent"] in found:
-            scores = {d: {"after": x.get("before")} for d, x in run["evaluation"].items()}
-            found[run["parent"]] = scores
-    empty = {"stage": "", "parent": "", "teachers": {}, "trained": [], "steps": [], "curves": {}}
-    empty |= {"groups": [], "num_groups": 0, "finished": True, "outside": True}
-    return [empty | {"name": name, "evaluation": x} for name, x in sorted(found.items())]
+        before = {d: {"after": x.get("before")} for d, x in run["evaluation"].items()}
+        scores[run["parent"]] = before
+    outside = sorted(scores.keys() - {run["name"] for run in runs} - {""})
+    return [UNKNOWN | {"name": x, "evaluation": scores[x], "outside": True} for x in outside]
