@@ -29,7 +29,8 @@ class Log:
         self.out, self.tokenizer, self.dist = settings.out, tokenizer, dist
         self.log_groups, self.show_every = settings.log_groups, settings.show_every
         self.earlier, self.started = 0.0, time.perf_counter()
-        self.chosen: dict[str, list[list[Rollout]]] = {}  # groups of the step by domain
+        self.shown: list[Rollout] = []  # of this step, one of each domain
+        self.logged: list[tuple[int, Rollout]] = []  # (group of its domain, rollout) of this step
 
     @property
     def elapsed(self) -> float:
@@ -63,14 +64,16 @@ class Log:
                 raise SystemExit(0)
 
     def choose(self, groups: list[list[Rollout]]) -> None:
-        """Choose the groups that `step` will write: the main rank's first ones of each domain.
-        Update.backward stores the per-token values of their rollouts."""
-        self.chosen = {}
+        """Choose what `step` will show and write: the main rank's first groups of each domain.
+        Update.backward stores the per-token values of the rollouts that are written."""
+        by_domain: dict[str, list[list[Rollout]]] = {}
         for group in groups if self.dist.is_main else ():
-            self.chosen.setdefault(group[0].domain, []).append(group)
-        for found in self.chosen.values():
-            for x in (x for group in found[: self.log_groups] for x in group):
-                x.token_values = {}
+            by_domain.setdefault(group[0].domain, []).append(group)
+        self.shown = [first[0] for first, *_ in by_domain.values()]
+        chosen = [pair for x in by_domain.values() for pair in enumerate(x[: self.log_groups])]
+        self.logged = [(i, rollout) for i, group in chosen for rollout in group]
+        for _, rollout in self.logged:
+            rollout.token_values = {}
 
     def step(self, step: int, values: dict, groups=()) -> None:
         """Write metrics.jsonl and rollouts.jsonl, update the bar, print a rollout if it is time."""
@@ -87,17 +90,12 @@ class Log:
         append_lines(os.path.join(self.out, "metrics.jsonl"), [{"step": step, **values}])
         shown = ("outcome/drawn", "reward/mean", "mopd/reverse_kl", "loss/token")
         self.bar.set_postfix({k: f"{values[k]:.3g}" for k in shown if k in values})
-        records = [
-            rollout_record(x, step, i, self.tokenizer)
-            for found in self.chosen.values()
-            for i, group in enumerate(found[: self.log_groups])
-            for x in group
-        ]
+        records = [rollout_record(x, step, i, self.tokenizer) for i, x in self.logged]
         append_lines(os.path.join(self.out, "rollouts.jsonl"), records)
         self.trackers.call("step", step, values, records)
-        for found in self.chosen.values():
+        for x in self.shown:
             if self.show_every and step % self.show_every == 0:
-                tqdm.write(show_rollout(found[0][0], self.tokenizer, step))
+                tqdm.write(show_rollout(x, self.tokenizer, step))
 
 
 def append_lines(path: str, records: list[dict]) -> None:
