@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fixtures.machine import allowance
 
-from nanocascade.rewards import check_row, instruct, language
+from nanocascade.rewards import check_row, instruct, language, score
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 REAL_ROWS = DATA / "nemo_gym" / "instruction_following.jsonl"
@@ -154,7 +154,7 @@ CASES = {
 
 def grade(name, kwargs, text):
     row = {"id": 1, "instruction_id_list": [name], "kwargs": [kwargs]}
-    return instruct.verify_instructions(row, {"content": text}).value
+    return instruct.verify_instructions(instruct.check_row(row), {"content": text}).value
 
 
 def test_every_id_has_a_case():
@@ -257,6 +257,7 @@ def test_numbers_all_must_hold():
         "instruction_id_list": ["punctuation:no_comma", "keywords:existence", "startend:quotation"],
         "kwargs": [None, {"keywords": ["tide"], "num_words": None}, {"language": None}],
     }
+    row = instruct.check_row(row)
     good = instruct.verify_instructions(row, {"content": '"A tide"', "reasoning_content": "a, b"})
     bad = instruct.verify_instructions(row, {"content": '"A moon"'})
     assert good == (1.0, "3/3 hold") and bad == (0.0, "2/3 hold; failed: keywords:existence")
@@ -307,5 +308,5 @@ def test_released_rows():
     tale = "He is back.\n\nShe waits.\n\nCrash went the car.\n\nThen came the contest"
     sql = "SELECT URID\n***\n* A\n* B\n* C\n* D\n* E one two three"
     for row, answer, spoiled in zip(rows, (tale, sql), (tale + "s", sql + " four"), strict=True):
-        assert instruct.verify_instructions(row, {"content": answer}).value == 1.0
-        assert instruct.verify_instructions(row, {"content": spoiled}).value == 0.0
+        assert score(row, answer).value == 1.0
+        assert score(row, spoiled).value == 0.0

@@ -422,9 +422,9 @@ def test_calls_in_the_shop():
         [look, tries, ones, order + call("order", item="cup", count=1), "Done."],
     )
     check(row | {"ground_truth": calls[:1]}, [look], ["4", order])  # a look changes no state
-    after, text = run_tool(state, {"name": "order", "arguments": {"item": "pen", "count": "3"}})
+    after, text = run_tool(state, "order", {"item": "pen", "count": "3"})
     assert after == {"stock": {"pen": 1, "cup": 2}, "orders": [["pen", 3]]} and text == "done"
-    assert run_tool(state, calls[0]) == (state, "4") and state["orders"] == []
+    assert run_tool(state, *truth[0]) == (state, "4") and state["orders"] == []
 
 
 def test_retrieval():

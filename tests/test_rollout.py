@@ -17,7 +17,7 @@ from nanocascade.data.episode import Rollout, Sampling
 from nanocascade.data.rows import conversation
 from nanocascade.data.stream import PromptStream
 from nanocascade.engine.distributed import Dist
-from nanocascade.rewards import score_group
+from nanocascade.rewards import checked_row, score_group
 from nanocascade.rollouts import groups as drawing
 from nanocascade.rollouts import rollout
 from nanocascade.rollouts.groups import MAX_DRAWS
@@ -35,7 +35,7 @@ from nanocascade.toy.start import build_toy_tokenizer
 ALONE = Dist(0, 1, "cpu")
 ROWS = (tasks.tools(random.Random(i)) for i in range(40))  # (row, good, slip)
 ROW, GOOD, _ = next(x for x in ROWS if len(x[0]["ground_truth"]) == 2)  # look, order
-ROW |= {"domain": "tools", "kind": "tools"}
+ROW = checked_row(ROW | {"domain": "tools"})
 SPOKEN = [x for x in GOOD if x["role"] == "assistant"]
 RIGHT, WRONG, MIXED = (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)
 

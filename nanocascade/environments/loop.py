@@ -41,7 +41,7 @@ ENVIRONMENTS = {
     "shop": Environment(
         None,
         lambda row: row["environment"]["state"],
-        lambda state, name, values: run_tool(state, {"name": name, "arguments": values}),
+        run_tool,
         MAX_CALLS,
     ),
     "python": Environment(

@@ -3,7 +3,8 @@
 import re
 from typing import NamedTuple
 
-from nanocascade.environments.base import ERROR_TEXT, make_tool, run
+from nanocascade.environments.base import ERROR_TEXT, MAX_LATE, make_tool
+from nanocascade.sandbox.sandbox import read_reply, shared_sandbox
 
 TESTS = (
     ERROR_TEXT
@@ -46,7 +47,7 @@ def read_file(files: dict, path: str = "", first: str = "1", last: str = "") -> 
     if path not in files:
         return f"error: no file {path}"
     lines = files[path].split("\n")
-    if not all(re.fullmatch(r"\d{1,9}", x) for x in (first, last or "0")):
+    if not re.fullmatch(r"\d{1,9},\d{0,9}", f"{first},{last}"):
         return f"error: first and last are line numbers from 1 to {len(lines)}"
     return "\n".join(lines[max(int(first) - 1, 0) : int(last or len(lines))])
 
@@ -64,7 +65,10 @@ def search(files: dict, text: str = "") -> str:
 
 
 def run_tests(files: dict, late: int, path: str = ""):
-    """Run functions named test* and unittest cases: of one file, or of every test file."""
+    """Run functions named test* and unittest cases: of one file, or of every test file.
+
+    late: programs of the episode that were stopped at their limit. Returns it and the output.
+    """
     modules, names = modules_of(files)
     tests = [x for x in sorted(names) if re.search(r"(^|/)test_[^/]*$|_test\.py$", x)]
     if path and path not in names:
@@ -72,7 +76,13 @@ def run_tests(files: dict, late: int, path: str = ""):
     chosen = [names[x] for x in ([path] if path else tests)]
     if not chosen:
         return late, "no tests"
-    return run({**modules, "run tests": TESTS % chosen}, "run tests", late)
+    if late == MAX_LATE:
+        return late, "error: no time left"
+    outcome = shared_sandbox().run_script({**modules, "run tests": TESTS % chosen}, "run tests")
+    printed = outcome.stdout.decode(errors="replace").rstrip("\n")
+    failed = outcome.ended or read_reply(outcome, 0)[1]
+    text = "\n".join(filter(None, [printed, f"error: {failed}" if failed else ""])) or "no output"
+    return late + (outcome.ended in ("time limit", "asleep")), text
 
 
 LOOKING = {"list": list_files, "read": read_file, "search": search}
@@ -104,13 +114,12 @@ def repository_step(state: tuple, name: str, arguments: dict):
     if name == "edit":
         files, text = edited(files, arguments)
         return (files, late), text
-    declared = {x["function"]["name"]: x["function"]["parameters"] for x in REPOSITORY_TOOLS}
+    functions = [tool["function"] for tool in REPOSITORY_TOOLS]
+    declared = {x["name"]: x["parameters"]["properties"] for x in functions}
     if name not in declared:
         return state, "error: no such tool"
     known = {
-        k: str(v)
-        for k, v in arguments.items()
-        if k in declared[name]["properties"] and type(v) in (str, int)
+        k: str(v) for k, v in arguments.items() if k in declared[name] and type(v) in (str, int)
     }
     if name == "test":
         late, text = run_tests(files, late, **known)
@@ -180,11 +189,12 @@ def diff_edits(lines):
             old, new = [], []
             while len(old) < num_old or len(new) < num_new:
                 line = next(rest, "end")
-                if line[:1] not in ("", " ", "-", "+", "\\"):
+                sign = line[:1]
+                if sign not in ("", " ", "-", "+", "\\"):
                     return None
-                if line[:1] in ("", " ", "-"):  # editors strip a blank line's space
+                if sign in ("", " ", "-"):  # editors strip a blank line's space
                     old.append(line[1:])
-                if line[:1] in ("", " ", "+"):
+                if sign in ("", " ", "+"):
                     new.append(line[1:])
             edits.append(Edit(path, old, new, int(head[1])))
     return edits

@@ -1,18 +1,9 @@
 """The toy's shop: stock to look up, orders to place."""
 
-import json
-
 MAX_CALLS = 200  # calls of an episode that are answered
 
 
-def name_and_arguments(call):
-    """("order", {"item": "pen"}) from a call: flat or in "function", arguments as JSON or dict."""
-    call = call.get("function", call)
-    arguments = call.get("arguments") or {}
-    return call["name"], json.loads(arguments) if isinstance(arguments, str) else arguments
-
-
-def run_tool(state, call):
+def run_tool(state, name, arguments):
     """(new state, result text) of one call in the shop; the old state is not changed.
 
     {"stock": {"pen": 4}, "orders": []}, order(item="pen", count=3)
@@ -20,7 +11,6 @@ def run_tool(state, call):
     A failed order is recorded in the state ("failed": 1), and its message does not show the stock:
     guessing counts until one fits must not reach the state of an order after a look-up.
     """
-    name, arguments = name_and_arguments(call)
     item, count = (str(arguments.get(key, "")).strip() for key in ("item", "count"))
     stock = state["stock"]
     if name == "lookup":
@@ -36,6 +26,6 @@ def run_tool(state, call):
 
 def play(state, calls):
     """The state after the calls, with its orders sorted: their order does not matter."""
-    for name, arguments in calls:
-        state, _ = run_tool(state, {"name": name, "arguments": arguments})
+    for call in calls:
+        state, _ = run_tool(state, call["name"], call["arguments"])
     return state | {"orders": sorted(state.get("orders", []))}

@@ -19,9 +19,10 @@ __all__ = ["Reward", "VERIFIERS", "check_row", "kind_of", "needs_judge", "score"
 
 
 class Verifier(NamedTuple):
-    """keys: the keys of a row of this kind. check(row) raises if it cannot be graded here.
-    verify(row, message) -> Reward of one answer; None if groups are compared (score_group).
-    agents: pattern that the name of the row's server must match, if the row has one."""
+    """keys: the keys of a row of this kind. check(row) raises if it cannot be graded here; it may
+    return the row in the form that verify reads. verify(row, message) -> Reward of one answer;
+    None if groups are compared (score_group). agents: pattern that the name of the row's server
+    must match, if the row has one."""
 
     keys: set
     check: Callable
@@ -53,14 +54,7 @@ VERIFIERS = {
     "preference": Verifier({"genrm"}, lambda row: None, None),
 }
 # Keys that some files have in verifier_metadata and others in the row itself.
-LIFTED = (
-    "instruction_id_list",
-    "kwargs",
-    "options",
-    "expected_answer",
-    "schema_str",
-    "schema_type",
-)
+LIFTED = "instruction_id_list kwargs options expected_answer schema_str schema_type".split()
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, re.error)
 MAX_RESPONSE = 2_000_000  # characters of all turns; the report's longest are 256K tokens
 
@@ -99,7 +93,7 @@ def canonical(row):
     """The row without null keys, and with the LIFTED keys of its metadata."""
     clean = without_nulls(row)
     metadata = clean.get("verifier_metadata")
-    lifted = LIFTED if isinstance(metadata, dict) else ()
+    lifted = LIFTED if isinstance(metadata, dict) else []
     return {key: metadata[key] for key in lifted if key in metadata} | clean
 
 
@@ -112,7 +106,7 @@ def checked_row(row):
     clean, kind = canonical(row), ""
     try:
         kind = find_kind(clean)
-        VERIFIERS[kind].check(clean)
+        clean = VERIFIERS[kind].check(clean) or clean
     except MALFORMED as error:
         if not kind and isinstance(error, ValueError):
             raise

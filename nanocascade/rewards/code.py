@@ -16,9 +16,7 @@ plain data (methods of what it returns; functions, bytes or objects as its argum
 that it changes in place, and modules beside the library and the program's own.
 """
 
-import builtins
 import hashlib
-import importlib
 import json
 import math
 import re
@@ -38,22 +36,12 @@ from nanocascade.rewards.unit_tests import (
 from nanocascade.sandbox.jail import encode
 from nanocascade.sandbox.sandbox import Limits, read_reply, shared_sandbox
 
-MAX_VERDICTS = 20_000
 PYTHON = ("python", "py", "python3")
+MAX_VERDICTS = 20_000
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
 FENCE = re.compile(r"(\s*)(`{3,}|~{3,})[ \t]*([\w+#.-]*)(?!.*\2)")  # indentation, marks, language
 
-# Names that starter code uses without importing them, as judges of such problems provide them.
-PROVIDERS = "typing collections math heapq bisect itertools functools re string copy".split()
-PROVIDED = {}  # name -> the statement that provides it
-for _name in PROVIDERS:
-    _module = importlib.import_module(_name)
-    PROVIDED[_name] = f"import {_name}"
-    for _public in getattr(_module, "__all__", dir(_module)):
-        if not _public.startswith("_") and not hasattr(builtins, _public):
-            PROVIDED.setdefault(_public, f"from {_name} import {_public}")
-
-lock, verdicts = threading.Lock(), {}  # digest -> Reward, oldest first
+lock, verdicts = threading.Lock(), {}  # digest of a program and its tests -> Reward, oldest first
 
 
 def last_program(text, languages=PYTHON):
@@ -91,9 +79,8 @@ def same_token(expected, printed):
     nearly. "2" is "2.000", "0.5" is "0.5000001"."""
     if expected == printed or len(printed) > 100:
         return expected == printed
-    if not all(NUMBER.fullmatch(x) for x in (expected, printed)):
-        return False
-    if not any(re.search("[.eE]", x) for x in (expected, printed)):
+    numbers = NUMBER.fullmatch(expected) and NUMBER.fullmatch(printed)
+    if not numbers or not re.search("[.eE]", expected + printed):
         return False
     a, b = float(expected), float(printed)
     if a.is_integer() and (b.is_integer() or not re.search("[.eE]", expected)):
@@ -103,8 +90,8 @@ def same_token(expected, printed):
 
 def same_output(expected, printed):
     """Line by line, token by token; blank lines do not count, indentation only where expected."""
-    pairs = [[x.rstrip() for x in text.split("\n") if x.strip()] for text in (expected, printed)]
-    wanted, given = pairs
+    texts = expected, printed
+    wanted, given = ([x.rstrip() for x in text.split("\n") if x.strip()] for text in texts)
     if len(wanted) != len(given):
         return False
     drawn = any(line[:1].isspace() for line in wanted)
@@ -143,24 +130,12 @@ def same_value(expected, data):
     return expected == data and isinstance(expected, bool) == isinstance(data, bool)
 
 
-def with_provided(modules, entry):
-    """(modules, entry) where the names that the entry may lack are built in, so that a program's
-    own come first: List, Optional, deque, inf, ..."""
-    names = sorted(PROVIDED.keys() & set(re.findall(r"[A-Za-z_]\w*", modules.get(entry, ""))))
-    if not names:
-        return modules, entry
-    lines = ["import builtins, importlib", *(PROVIDED[name] for name in names)]
-    lines += [f"builtins.__dict__.setdefault({name!r}, {name})" for name in names]
-    lines += [f"globals().update(vars(importlib.import_module({entry!r})))"]
-    return {**modules, "provided": "\n".join(lines)}, "provided"
-
-
 def judge_calls(sandbox, modules, entry, tests, limits):
     """Reasons, one a test (None: passed), of function tests: one child answers all the calls."""
     calls, outputs = read_calls(tests)
     lines = [[tests["fn_name"], *map(encode, (args, {}, other))] for args, other in calls]
     limits = limits._replace(output=limits.output + 8 * len(json.dumps(outputs)))
-    outcome = sandbox.run_calls(*with_provided(modules, entry), lines, limits)
+    outcome = sandbox.run_calls(modules, entry, lines, limits)
     for number, accepted in enumerate(outputs):
         data, reason = read_reply(outcome, number)
         try:
@@ -203,10 +178,8 @@ def judge(modules, entry, row):
     tests = row["verifier_metadata"]["unit_tests"]
     seconds = row["verifier_metadata"].get("cpu_seconds", 4.0)
     key = hashlib.sha256(json.dumps([modules, entry, tests, seconds]).encode()).digest()
-    with lock:
-        if key in verdicts:
-            verdicts[key] = verdicts.pop(key)  # the newest again
-            return verdicts[key]
+    if known := verdicts.get(key):
+        return known
     judges = judge_calls if tests.get("fn_name") else judge_scripts
     judges = judge_asserts if "asserts" in tests else judges
     limits, reward = Limits(seconds, 10 * seconds, output=1 << 16), Reward(1.0, "all tests pass")

@@ -311,21 +311,23 @@ def _argument(name, value):
 
 
 def check_row(row):
-    """(id, predicate, values) of each instruction; raises for a row that cannot be graded."""
-    names, kwargs, checks = row["instruction_id_list"], row["kwargs"], []
+    """The row with the values that the check of each instruction reads; raises for a row that
+    cannot be graded."""
+    names, kwargs, values = row["instruction_id_list"], row["kwargs"], []
     if not names or len(names) != len(kwargs):
         raise ValueError(f"ids {names!r} need one kwargs each, got {kwargs!r}")
     for name, given in zip(names, kwargs, strict=True):
-        wanted, check = CHECKS[name]
-        checks.append((name, check, [_argument(k, (given or {}).get(k)) for k in wanted.split()]))
-    return checks
+        read = CHECKS[name][0].split()
+        values.append([_argument(key, (given or {}).get(key)) for key in read])
+    return row | {"instruction_values": values}
 
 
 def verify_instructions(row, message):
     """1 if the answer (never the thought) obeys every instruction; the fraction in the reason."""
-    text, instructions = message["content"] or "", check_row(row)
+    text, names = message["content"] or "", row["instruction_id_list"]
     if not text.strip() or len(text) > MAX_CHARS:
         return Reward(0.0, f"answer of {len(text)} characters" if text.strip() else "blank answer")
-    failed = [name for name, check, values in instructions if not check(text, *values)]
-    held = f"{len(instructions) - len(failed)}/{len(instructions)} hold"
+    pairs = zip(names, row["instruction_values"], strict=True)
+    failed = [name for name, values in pairs if not CHECKS[name][1](text, *values)]
+    held = f"{len(names) - len(failed)}/{len(names)} hold"
     return Reward(float(not failed), held + (f"; failed: {', '.join(failed)}" if failed else ""))

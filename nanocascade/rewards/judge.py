@@ -10,6 +10,7 @@ from collections import Counter
 from functools import lru_cache
 from urllib import error, request
 
+from nanocascade.rewards.base import text_of
 from nanocascade.tokenizer.chat import MARKUP
 
 COMPARED = (("score_1", 1, 5), ("score_2", 1, 5), ("ranking", 1, 6))  # numbers, from, to
@@ -28,6 +29,7 @@ JSON object: {"score_%s": a number from 0 to 1}.
 %s
 [end of solution 2, %s]"""
 DEPENDS_ON_TEXT = (400, 413, 422)  # too long, or refused: asking for this text again is no use
+OTHER_FORM = (ValueError, LookupError, TypeError, AttributeError)  # errors of reading an answer
 TRIES = 3  # for a verdict in an answer, before it is neutral
 
 
@@ -37,10 +39,6 @@ class NoVerdict(ValueError):
 
 class Refused(Exception):
     """The endpoint does not take this text."""
-
-
-class Unreachable(Exception):
-    """No answer from the endpoint; asking again may help."""
 
 
 def parse_verdict(text: str, bounds=COMPARED, quoted=()) -> dict:
@@ -71,12 +69,6 @@ def without_markup(text: str) -> str:
     for token in MARKUP:
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
-
-
-def text_of(message: dict) -> str:
-    """The content of a reply, in one piece or in parts."""
-    content = message["content"] or ""
-    return content if isinstance(content, str) else "".join(x.get("text") or "" for x in content)
 
 
 class EndpointJudge:
@@ -155,7 +147,7 @@ class EndpointJudge:
             )
 
     def _post(self, body: str) -> str:
-        """The text of the endpoint's answer; Refused or Unreachable if it gives none."""
+        """The text of the endpoint's answer; Refused, or ConnectionError if it may pass."""
         try:
             post = request.Request(self.url, body.encode(), self.headers)
             with request.urlopen(post, timeout=self.timeout) as reply:
@@ -166,11 +158,9 @@ class EndpointJudge:
                 raise Refused(detail) from None
             if refusal.code < 500 and refusal.code not in (408, 429):  # no use to ask again
                 raise ValueError(f"judge {self.url}: {detail}") from None
-            raise Unreachable(str(refusal)) from None
-        except (OSError, http.client.HTTPException) as lost:
-            raise Unreachable(f"{type(lost).__name__}: {lost}") from None
-        except (ValueError, LookupError, TypeError, AttributeError) as strange:  # another form
-            raise Unreachable(f"{type(strange).__name__}: {strange}") from None
+            raise ConnectionError(str(refusal)) from None
+        except (OSError, http.client.HTTPException, *OTHER_FORM) as lost:
+            raise ConnectionError(f"{type(lost).__name__}: {lost}") from None
 
     def _ask(self, body: str, bounds, quoted) -> dict | None:
         """The endpoint's verdict, however often it must be asked; None for a neutral one."""
@@ -187,7 +177,7 @@ class EndpointJudge:
                 continue
             except Refused as refusal:
                 return self._neutral("refused", str(refusal))
-            except Unreachable as lost:
+            except ConnectionError as lost:
                 problem = str(lost)
             waited = time.monotonic() - began
             if waited + pause > self.max_wait:

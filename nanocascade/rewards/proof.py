@@ -96,7 +96,7 @@ def compile_file(folder, name, source, seconds):
 
 @lru_cache(4096)
 def given_file(header, statement):
-    """The compiled statement; ValueError if it is none. Answers of a group share it."""
+    """The compiled statement; ValueError if it is none. Answers to it share the file."""
     with TemporaryDirectory() as folder:
         os.chmod(folder, 0o711)
         done, text = compile_file(folder, "given", f"{header}\n{statement}\nAdmitted.", CPU_SECONDS)

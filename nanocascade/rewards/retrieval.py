@@ -14,12 +14,9 @@ from nanocascade.rewards.base import Reward
 TAIL = 100_000  # characters that are read, from the end
 
 
-def nodes_of(row):
-    """The expected answer as a set of nodes, or None where a single fact is expected."""
-    expected = row["expected_answer"]
-    if isinstance(expected, str) and expected.strip().startswith("["):
-        expected = json.loads(expected)
-    return {str(node) for node in expected} if isinstance(expected, list) else None
+def plain(fact):
+    """A fact without what does not count: case, spacing, quotes, a full stop."""
+    return " ".join(str(fact).casefold().split()).strip("\"'`\u201c\u201d").rstrip(".")
 
 
 def verify_retrieval(row, message):
@@ -27,20 +24,24 @@ def verify_retrieval(row, message):
     lines = [x for x in message["content"][-TAIL:].splitlines() if x.strip("`~ \t")]  # no fence
     line = lines[-1].strip(" \t*`") if lines else ""
     line = re.sub(r"^(?:final )?answer\s?:[*\s]{0,4}", "", line, flags=re.IGNORECASE)
-    answer, wanted = line.strip().rstrip("."), nodes_of(row)
-    if wanted is None:
-        wanted, given = (
-            " ".join(str(x).casefold().split()).strip("\"'`\u201c\u201d").rstrip(".")
-            for x in (row["expected_answer"], answer)
-        )
+    answer, given = line.strip().rstrip("."), None
+    if isinstance(row["wanted"], str):
+        given = plain(answer)
     elif answer.startswith("[") and answer.endswith("]"):
-        given = {item.strip().strip("\"'`").strip() for item in answer[1:-1].split(",")} - {""}
-    else:
+        given = {item.strip().strip("\"'`").strip() for item in answer[1:-1].split(",")}
+        given = sorted(given - {""})
+    if given is None:
         return Reward(0.0, "no list in the last line")
-    return Reward(1.0, "correct") if given == wanted else Reward(0.0, "wrong answer")
+    return Reward(1.0, "correct") if given == row["wanted"] else Reward(0.0, "wrong answer")
 
 
 def check_retrieval_row(row):
-    """ValueError unless the expected answer is a list or a fact that is not empty."""
-    if nodes_of(row) is None and not str(row["expected_answer"]).strip(". \n\t"):
+    """The row with what is wanted: sorted nodes, or a fact, which must not be empty."""
+    expected = row["expected_answer"]
+    if isinstance(expected, str) and expected.strip().startswith("["):
+        expected = json.loads(expected)
+    if isinstance(expected, list):
+        return row | {"wanted": sorted({str(node) for node in expected})}
+    if not plain(expected):
         raise ValueError("expected_answer is empty")
+    return row | {"wanted": plain(expected)}

@@ -5,16 +5,16 @@ Where: the whole answer, alone or in one ``` fence, or (response_mode "tool_call
 every declared property is required and no other allowed.
 
 Refused, because readers differ on what they mean or because they explode: a key that comes twice,
-NaN and infinities, YAML aliases, XML with a DOCTYPE or attributes. The helper process parses what
-is not JSON and, with jsonschema (extra), checks schemas of more than types, fields and constants:
-their patterns may backtrack without end.
+NaN and infinities, YAML aliases and tags, XML with a DOCTYPE or attributes. The helper process
+parses what is not JSON and, with jsonschema (extra), checks schemas of more than types, fields and
+constants: their patterns may backtrack without end.
 """
 
-import functools
 import json
 import re
 import tomllib
 from calendar import monthrange
+from functools import lru_cache
 from xml.etree import ElementTree
 
 from nanocascade.rewards.base import Reward
@@ -30,24 +30,6 @@ TYPES = {
     int: "integer",
     float: "number",
 }
-SIMPLE = {
-    "type",
-    "items",
-    "enum",
-    "const",  # what `mismatch` knows, and what decides nothing
-    "title",
-    "description",
-    "default",
-    "examples",
-    "format",
-    "nullable",
-    "$schema",
-}
-VALUES = ("enum", "const", "default", "examples")  # these keywords hold no schemas
-CONDITIONS = {"if", "then", "else", "not", "contains", "propertyNames", "dependentSchemas"}
-PARTS, KEPT = {"allOf", "anyOf", "oneOf"}, {*VALUES, *CONDITIONS}
-
-
 DATE = r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])"
 TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d)"
 FORMATS = {  # `format` of texts, as patterns, and of integers, as a number of bits
@@ -63,16 +45,7 @@ FORMATS = {  # `format` of texts, as patterns, and of integers, as a number of b
 }
 
 
-def fits_format(value, name):
-    """Whether a text or integer has the format that a schema names; unknown ones say nothing."""
-    form = FORMATS.get(name)
-    if isinstance(form, str) and isinstance(value, str):
-        return bool(re.fullmatch(form, value)) and (
-            name != "date" or int(value[8:]) <= monthrange(int(value[:4]) or 4, int(value[5:7]))[1]
-        )
-    if isinstance(form, int) and type(value) in (int, float):
-        return -(1 << form - 1) <= value < 1 << form - 1
-    return True
+# ---- Documents -----------------------------------------------------------------------------------
 
 
 def refuse(what):
@@ -91,54 +64,40 @@ def parse_json(text):
     return json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)
 
 
-YAML_FORMS = {  # of YAML 1.2: `on` and 2024-05-10 are texts, 007 is 7, 1e3 a number
-    "null": (r"~|null|Null|NULL|", lambda text: None),
-    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    "int": (r"[-+]?[0-9]+", int),
-    "float": (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float),
-}
-
-
 def parse_yaml(text):
-    """By the safe loader, without aliases and without tags: a !!set is no JSON value."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {}
-
-        def construct_mapping(self, node, deep=False):
-            pairs = [[self.construct_object(x, True) for x in pair] for pair in node.value]
-            return distinct([(key if isinstance(key, str) else str(key), x) for key, x in pairs])
-
-    for name, (form, convert) in YAML_FORMS.items():
-        tag = f"tag:yaml.org,2002:{name}"
-        Loader.add_implicit_resolver(tag, re.compile(f"(?:{form})$"), None)
-        Loader.add_constructor(tag, lambda self, node, convert=convert: convert(node.value))
-    for event in yaml.parse(text):
+    for event in yaml.parse(text, yaml.BaseLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
             refuse("an alias or a tag")
-    return yaml.load(text, Loader)
+    return yaml_value(yaml.compose(text, yaml.BaseLoader))
 
 
-def fields_of(schema, root):
-    """(types, {field: schema}, the items' schema, listed values) of what a schema of `root` allows,
-    in what it refers to and in its alternatives as well: {"anyOf": [{"type": ["null"]}, {"enum":
-    ["a"]}]} -> ["null", "string"], {}, {}, ["a"]."""
-    if not isinstance(schema, dict):
-        return [], {}, {}, []
-    values = schema.get("enum", []) + [schema[key] for key in ("const",) if key in schema]
-    kinds = schema.get("type") or [TYPES[type(value)] for value in values]
-    fields, items = schema.get("properties", {}), schema.get("items", {})
-    parts = [x for key in ("allOf", "anyOf", "oneOf") for x in schema.get(key, [])]
-    if schema.get("$ref", "").startswith("#/"):  # "#/$defs/pet"
-        parts.append(resolve(schema["$ref"], root))
-    for more, named, inner, listed in (fields_of(part, root) for part in parts):
-        kinds, fields, items = [*kinds, *more], named | fields, items or inner
-        values = values + listed
-    return kinds, fields, items, values
+YAML_FORMS = [  # of YAML 1.2: `on` and 2024-05-10 are texts, 007 is 7, 1e3 a number
+    (r"~|null|Null|NULL|", lambda text: None),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    (r"[-+]?[0-9]+", int),
+    (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float),
+]
+
+
+def yaml_value(node):
+    if node.id == "sequence":
+        return [yaml_value(item) for item in node.value]
+    if node.id == "mapping":
+        return distinct([(key.value, yaml_value(item)) for key, item in node.value])
+    for form, convert in YAML_FORMS:
+        if node.style is None and re.fullmatch(form, node.value):  # without quotes
+            return convert(node.value)
+    return node.value
 
 
 NIL = "{http://www.w3.org/2001/XMLSchema-instance}nil"
+XML_FORMS = [  # as XML Schema writes them
+    ("boolean", "true|false|True|False|1|0", lambda text: text.lower() in ("true", "1")),
+    ("integer", r"[+-]?\d{1,400}", int),
+    ("number", r"[+-]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE][+-]?\d{1,4})?", float),
+]
 
 
 def parse_xml(text, schema):
@@ -149,12 +108,12 @@ def parse_xml(text, schema):
         between = [element.text, *(child.tail for child in element)] if len(element) else []
         if {*element.attrib} - {NIL} or "".join(part or "" for part in between).strip():
             refuse("an attribute or text between elements")
-    named = set(fields_of(schema, schema)[1]) == {root.tag}
+    named = set(allowed(schema, schema)[1]) == {root.tag}
     return xml_fields([root], schema, schema) if named else xml_value([root], schema, schema)
 
 
 def xml_fields(elements, schema, whole):
-    groups, fields = {}, fields_of(schema, whole)[1]
+    groups, fields = {}, allowed(schema, whole)[1]
     for element in elements:
         groups.setdefault(element.tag, []).append(element)
     return {name: xml_value(group, fields.get(name, {}), whole) for name, group in groups.items()}
@@ -166,11 +125,11 @@ def xml_value(elements, schema, whole):
     <n>7</n> -> 7; <t>a</t><t>b</t> and <t><x>a</x><x>b</x></t> -> ["a", "b"], unless items have a
     field x: then the latter is one of them.
     """
-    (kinds, _, items, listed), first = fields_of(schema, whole), elements[0]
+    (kinds, _, items, listed), first = allowed(schema, whole), elements[0]
     text, inner = (first.text or "").strip(), {child.tag for child in first}
     if "array" in kinds and not (text and "string" in kinds):
         wrapped = len(elements) == 1 and len(inner) < 2 and not text
-        wrapped = wrapped and not inner & {*fields_of(items, whole)[1]}
+        wrapped = wrapped and not inner & {*allowed(items, whole)[1]}
         return [xml_value([x], items, whole) for x in (first if wrapped else elements)]
     if inner or len(elements) > 1:
         return xml_fields(first, schema, whole) if len(elements) == 1 else refuse("a name twice")
@@ -183,16 +142,9 @@ def xml_value(elements, schema, whole):
     for kind, form, convert in XML_FORMS:
         known = kind in kinds or not kinds or kind == "integer" and "number" in kinds
         if known and re.fullmatch(form, text):
-            value = convert(text)
-            return text if texts and kind not in kinds else value
+            return text if texts and kind not in kinds else convert(text)
     return text  # the schema will object to it
 
-
-XML_FORMS = [  # as XML Schema writes them
-    ("boolean", "true|false|True|False|1|0", lambda text: text.lower() in ("true", "1")),
-    ("integer", r"[+-]?\d{1,400}", int),
-    ("number", r"[+-]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE][+-]?\d{1,4})?", float),
-]
 
 PARSERS = {  # format -> (function for the helper process, the module it needs)
     "yaml": (parse_yaml, "yaml"),
@@ -201,39 +153,39 @@ PARSERS = {  # format -> (function for the helper process, the module it needs)
 }
 
 
-def strict(schema, whole=None, closed=True):
-    """A copy with all declared properties required and no other allowed; "type" is a list.
+# ---- Schemas -------------------------------------------------------------------------------------
 
-    Where an object's properties stand in several parts (allOf, or anyOf beside properties), these
-    stay open and the whole is closed. Conditions (if, not, contains) are left as they are.
-    """
-    whole = schema if whole is None else whole
-    if isinstance(schema, list):
-        return [strict(item, whole, closed) for item in schema]
+
+def types_of(schema):
+    """The types that a schema names itself; none if it allows all."""
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else [*types]
+    return [*types, "null"] if types and schema.get("nullable") is True else types  # OpenAPI
+
+
+def parts_of(schema, whole):
+    """A schema of `whole`, what it refers to and its alternatives, at any depth."""
     if not isinstance(schema, dict):
-        return schema
-    if not closed and "$ref" in schema:
-        schema = {**resolve(schema["$ref"], whole), **schema}
-        del schema["$ref"]
-    copy = {key: item if key in KEPT else strict(item, whole) for key, item in schema.items()}
-    kind = copy.get("type")
-    if kind is not None:
-        copy["type"] = [kind] if isinstance(kind, str) else [*kind]
-        if schema.get("nullable") is True:  # OpenAPI
-            copy["type"].append("null")
-    mixed = PARTS & schema.keys() if "properties" in schema else {"allOf"} & schema.keys()
-    for key in mixed:
-        copy[key] = [strict(item, whole, False) for item in schema[key]]
-    if "properties" in schema:  # by name: a property may itself be called "properties"
-        fields = schema["properties"].items()
-        copy["properties"] = {name: strict(item, whole) for name, item in fields}
-        copy["required"] = list(schema["properties"])
-    if closed and (mixed or CONDITIONS & schema.keys()) and fields_of(schema, whole)[1]:
-        copy.pop("additionalProperties", None)
-        copy["unevaluatedProperties"] = False
-    elif closed and "properties" in schema:
-        copy["additionalProperties"] = False
-    return copy
+        return
+    yield schema
+    inner = [part for key in PARTS for part in schema.get(key, [])]
+    if schema.get("$ref", "").startswith("#/"):  # "#/$defs/pet"
+        inner.append(resolve(schema["$ref"], whole))
+    for part in inner:
+        yield from parts_of(part, whole)
+
+
+def allowed(schema, whole):
+    """(types, {field: schema}, the items' schema, listed values) of all parts of a schema:
+    {"anyOf": [{"type": ["null"]}, {"enum": ["a"]}]} -> ["null", "string"], {}, {}, ["a"]."""
+    types, fields, items, listed = [], {}, {}, []
+    for part in parts_of(schema, whole):
+        values = part.get("enum", []) + ([part["const"]] if "const" in part else [])
+        listed += values
+        types += types_of(part) or [TYPES[type(value)] for value in values]
+        fields = part.get("properties", {}) | fields
+        items = items or part.get("items", {})
+    return types, fields, items, listed
 
 
 def resolve(reference, whole):
@@ -241,35 +193,34 @@ def resolve(reference, whole):
     start, *path = reference.split("/")
     if start != "#":
         raise ValueError(f"the reference {reference!r} leads out of the schema")
-    step = lambda x, key: x[int(key)] if isinstance(x, list) else x.get(key, {})  # noqa: E731
-    return functools.reduce(step, path, whole)
+    for key in path:
+        whole = whole[int(key)] if isinstance(whole, list) else whole.get(key, {})
+    return whole
+
+
+# Keywords that `mismatches` knows, and those that decide nothing.
+SIMPLE = "type items enum const format nullable title description default examples $schema"
+SIMPLE = set(SIMPLE.split())
+FIELDS = {"properties", "required", "additionalProperties"}
+PARTS = ("allOf", "anyOf", "oneOf")
+CONDITIONS = set("if then else not contains propertyNames dependentSchemas".split())
+KEPT = CONDITIONS | set("enum const default examples".split())  # by `strict`, as they are
 
 
 def is_simple(schema):
-    """Whether `mismatch` understands all of a strict schema, at any depth."""
+    """Whether `mismatches` understands all of a schema, at any depth."""
     if not isinstance(schema, dict):
         return False
     inner, known = [schema["items"]] if "items" in schema else [], SIMPLE
-    if "properties" in schema:  # without them these keywords are for jsonschema
+    if "properties" in schema:  # without them the other keywords of FIELDS are for jsonschema
         inner += schema["properties"].values()
-        known = SIMPLE | {"properties", "required", "additionalProperties"}
+        known = SIMPLE | FIELDS
     return (
         schema.keys() <= known
-        and {*schema.get("type", ())} <= {*TYPES.values()}
+        and {*types_of(schema)} <= {*TYPES.values()}
         and isinstance(schema.get("enum", []), list)
         and all(map(is_simple, inner))
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def load_schema(text):
-    """(strict schema, whether it is simple); ValueError for what cannot be applied here."""
-    schema = strict(json.loads(text))
-    if not (simple := is_simple(schema)):
-        require("jsonschema", "jsonschema", f"the schema {text:.200}")
-        worker.run(mismatch_fully, "jsonschema", None, schema)  # raises if it is no schema
-        worker.run(find_references, "jsonschema", schema)  # and for one that leads nowhere
-    return schema, simple
 
 
 def same(a, b):
@@ -281,31 +232,108 @@ def same(a, b):
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
-def mismatch(value, schema):
-    """The first keyword of a simple schema that the value breaks, or None."""
-    kind = TYPES[type(value)]
-    whole = kind == "integer" or (kind == "number" and value.is_integer())  # 3.0 is an integer
-    if not {kind, *(("integer", "number") if whole else ())} & {*schema.get("type", [kind])}:
-        return "type"
-    for key, allowed in (("const", [schema.get("const", value)]), ("enum", schema.get("enum"))):
-        if allowed is not None and not any(same(value, item) for item in allowed):
-            return key
+def fits_format(value, name):
+    """Whether a text or integer has the format that a schema names; unknown ones say nothing."""
+    form = FORMATS.get(name)
+    if isinstance(form, str) and isinstance(value, str):
+        return bool(re.fullmatch(form, value)) and (
+            not name.startswith("date")
+            or int(value[8:10]) <= monthrange(int(value[:4]) or 4, int(value[5:7]))[1]
+        )
+    if isinstance(form, int) and type(value) in (int, float):
+        return -(1 << form - 1) <= value < 1 << form - 1
+    return True
+
+
+def mismatches(value, schema):
+    """The keywords of a simple schema, read strictly, that the value breaks."""
+    kinds, types = {TYPES[type(value)]}, types_of(schema)
+    if kinds == {"integer"} or kinds == {"number"} and value.is_integer():
+        kinds = {"integer", "number"}  # 3.0 is an integer
+    if types and not kinds & {*types}:
+        yield "type"
+    if "const" in schema and not same(value, schema["const"]):
+        yield "const"
+    if "enum" in schema and not any(same(value, item) for item in schema["enum"]):
+        yield "enum"
     if not fits_format(value, schema.get("format")):
-        return "format"
-    inner = [(item, schema.get("items", {})) for item in value] if kind == "array" else []
-    if kind == "object" and (fields := schema.get("properties")) is not None:
+        yield "format"
+    for item in value if isinstance(value, list) else ():
+        yield from mismatches(item, schema.get("items", {}))
+    if isinstance(value, dict) and "properties" in schema:
+        fields = schema["properties"]
         if value.keys() != fields.keys():
-            return "additionalProperties" if value.keys() > fields.keys() else "required"
-        inner = [(value[name], fields[name]) for name in fields]
-    return next((broken for pair in inner if (broken := mismatch(*pair))), None)
+            yield "additionalProperties" if value.keys() > fields.keys() else "required"
+        for name in [name for name in fields if name in value]:
+            yield from mismatches(value[name], fields[name])
+
+
+def strict(schema, whole, closed=True):
+    """A copy for jsonschema with all declared properties required and, if closed, no other allowed.
+
+    Where an object's properties stand in several parts (allOf, or anyOf beside properties), these
+    stay open and the whole is closed. Conditions (if, not, contains) are left as they are.
+    """
+    if isinstance(schema, list):
+        return [strict(item, whole, closed) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if not closed and "$ref" in schema:
+        schema = {**resolve(schema["$ref"], whole), **schema}
+        del schema["$ref"]
+    own = "properties" in schema
+    mixed, copy = PARTS if own else ("allOf",), {}
+    for key, item in schema.items():
+        copy[key] = item if key in KEPT else strict(item, whole, key not in mixed)
+    if "type" in schema:
+        copy["type"] = types_of(schema)
+    if own:  # by name: a property may itself be called "properties"
+        fields = schema["properties"].items()
+        copy["properties"] = {name: strict(item, whole) for name, item in fields}
+        copy["required"] = list(schema["properties"])
+    if closed and (own or schema.keys() & {*mixed, *CONDITIONS}):
+        if any("properties" in part for part in parts_of(schema, whole)):
+            copy.pop("additionalProperties", None)
+            copy["unevaluatedProperties"] = False
+    return copy
+
+
+@lru_cache(maxsize=1024)
+def load_schema(text):
+    """(schema, whether it is simple); ValueError for what cannot be applied here."""
+    schema = json.loads(text)
+    if not (simple := is_simple(schema)):
+        require("jsonschema", "jsonschema", f"the schema {text:.200}")
+        schema = strict(schema, schema)
+        worker.run(check_schema, "jsonschema", schema)
+    return schema, simple
+
+
+def check_schema(schema):
+    """In the helper: an error if a schema is none, or refers to something that is not in it."""
+    import jsonschema
+    import referencing.jsonschema
+
+    jsonschema.Draft202012Validator.check_schema(schema)
+    root = referencing.jsonschema.DRAFT202012.create_resource(schema)
+    check_references(root, referencing.Registry().resolver_with_root(root))
+    mismatch_fully(None, schema)  # does not return if the schema refers to itself alone
+
+
+def check_references(part, resolver):
+    resolver = resolver.in_subresource(part)
+    if isinstance(part.contents, dict) and "$ref" in part.contents:
+        resolver.lookup(part.contents["$ref"])
+    for inner in part.subresources():
+        check_references(inner, resolver)
 
 
 def mismatch_fully(value, schema):
-    """`mismatch` for every keyword there is, in the helper. References are never fetched."""
+    """In the helper: the first keyword that the value breaks, of any schema. References are never
+    fetched."""
     import jsonschema
     import referencing
 
-    jsonschema.Draft202012Validator.check_schema(schema)
     formats = jsonschema.FormatChecker(formats=())
     for name in FORMATS:
         formats.checks(name)(lambda value, name=name: fits_format(value, name))
@@ -316,27 +344,7 @@ def mismatch_fully(value, schema):
     return error and error.validator
 
 
-def references(schema):
-    """All that a schema refers to, at any depth."""
-    inner = schema if isinstance(schema, list) else []
-    if isinstance(schema, dict):
-        inner = [
-            item
-            for key, item in schema.items()
-            if key not in VALUES and not (isinstance(item, dict) and "$id" in item)
-        ]  # with a root of its own
-        yield from (x for x in [schema.get("$ref")] if isinstance(x, str))
-    for item in inner:
-        yield from references(item)
-
-
-def find_references(schema):
-    """In the helper: an error for one that is not in the schema itself."""
-    import referencing.jsonschema
-
-    root = referencing.jsonschema.DRAFT202012.create_resource(schema)
-    for name in references(schema):
-        referencing.Registry().resolver_with_root(root).lookup(name)
+# ---- Verdicts ------------------------------------------------------------------------------------
 
 
 def read_answer(row, message, schema):
@@ -350,7 +358,7 @@ def read_answer(row, message, schema):
         if key and set(value) != {key}:  # the other arguments of a tool are there to mislead
             raise ValueError("wrong arguments")
         value = value[key] if key else value
-        as_text = isinstance(value, str) and "string" not in schema.get("type", ())
+        as_text = isinstance(value, str) and "string" not in types_of(schema)
         return parse_json(value) if as_text else value  # the XML form of a call carries text
     if fenced := re.fullmatch(
         r"(`{3,}|~{3,})[ \t]*\w*[ \t]*(?:[^\n`]*\n|(?=[\[{<]))(.*?)\s*\1", text, re.DOTALL
@@ -367,11 +375,10 @@ def verify_structured(row, message):
     try:
         value = read_answer(row, message, schema)
         json.dumps(value, allow_nan=False)  # 1e999 is an infinity, which parsers let pass
-        broken = (
-            mismatch(value, schema)
-            if simple
-            else worker.run(mismatch_fully, "jsonschema", value, schema)
-        )
+        if simple:
+            broken = next(mismatches(value, schema), None)
+        else:
+            broken = worker.run(mismatch_fully, "jsonschema", value, schema)
     except TookTooLong:
         return Reward(0.0, "parsing took too long")
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
 """Tool calls: the calls of all assistant turns against the row's `ground_truth`.
 
 In general they must be the expected calls in their order: same names, same arguments (the XML form
-of a call carries text, so "3" is 3 where the tool declares no type). No call is right where none is
-expected. A null argument is one that was left out. A call that cannot be read, in any turn, is a 0.
+of a call carries text, so "3" is 3 where the tool declares no type). Where none is expected, no
+call is right. A null argument is one that was left out. A call that cannot be read is a 0.
 
 Where only what the calls leave behind counts, an extra look-up is free:
     `environment`        an episode in the toy's shop. Both lists of calls are played from the row's
@@ -15,7 +15,7 @@ or doing nothing would be right.
 
 import json
 
-from nanocascade.environments.shop import MAX_CALLS, name_and_arguments, play
+from nanocascade.environments.shop import MAX_CALLS, play
 from nanocascade.rewards.base import Reward
 from nanocascade.rewards.structured import parse_json, same
 from nanocascade.tokenizer.chat import CALL
@@ -24,6 +24,18 @@ SPELLED = {"True": "true", "False": "false", "None": "null"}  # Python's spellin
 LOOKING = {"get", "find", "search", "list", "lookup", "count", "read", "show", "fetch", "query"}
 CHANGING = {"create", "update", "delete", "send", "add", "reply", "forward", "plot", "set", "move"}
 CHANGING |= {"book", "cancel", "order", "remove", "assign", "make", "insert", "write", "schedule"}
+
+
+def read_call(call):
+    """{"name": "order", "arguments": {"item": "pen"}} of a call whose name stands in "function" or
+    not, and whose arguments are JSON or an object."""
+    call = call.get("function", call)
+    name, arguments = call["name"], call.get("arguments") or {}
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError(f"a call has a name and an object of arguments, got {call!r:.200}")
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    return {"name": name, "arguments": arguments}
 
 
 def same_argument(expected, given, declared):
@@ -39,90 +51,77 @@ def same_argument(expected, given, declared):
 
 
 def same_call(expected, given, types):
-    """None if two (name, arguments) are one call, or which of the two differs."""
-    (name, wanted), (other, got) = expected, given
-    if name != other:
-        return "wrong tools"
-    wanted, got = ({k: v for k, v in x.items() if v is not None} for x in (wanted, got))
+    name, wanted, got = expected["name"], expected["arguments"], given["arguments"]
     declared = types.get(name, {})
-    same_keys = wanted.keys() == got.keys()
-    if not same_keys or not all(same_argument(wanted[k], got[k], k in declared) for k in wanted):
-        return "wrong arguments"
-    return None
+    return (
+        name == given["name"]
+        and wanted.keys() == got.keys()
+        and all(same_argument(wanted[key], got[key], key in declared) for key in wanted)
+    )
 
 
-def difference(expected, given, types):
-    """Why two lists of (name, arguments) differ, or None."""
-    if len(expected) != len(given):
-        return "wrong tools" if given else "no tool call"
-    reasons = [same_call(a, b, types) for a, b in zip(expected, given, strict=True)]
-    return next((x for x in ("wrong tools", "wrong arguments") if x in reasons), None)
+def same_calls(expected, given, types):
+    return len(expected) == len(given) and all(
+        same_call(a, b, types) for a, b in zip(expected, given, strict=True)
+    )
 
 
-def looks_only(call):
-    """Whether a call of a workplace reads and changes nothing, as its name has it."""
-    words = set(call[0].lower().split("_"))
-    return not words & CHANGING and bool(words & LOOKING)
+def changes(calls):
+    """The calls of a workplace that may change something, by the words of their names."""
+    words = [(call, set(call["name"].lower().split("_"))) for call in calls]
+    return [call for call, x in words if x & CHANGING or not x & LOOKING]
 
 
-def changes_differ(expected, given, types):
-    """Why the changes that two lists of calls make in a workplace differ, or None."""
-    left = [call for call in given if not looks_only(call)]
-    if expected and all(map(looks_only, expected)):
-        if left:
-            return "wrong tools"
-        left = list(given)
-    elif len([x for x in expected if not looks_only(x)]) != len(left):
-        return "wrong tools" if given else "no tool call"
-    else:
-        expected = [call for call in expected if not looks_only(call)]
-    reason = None
-    for call in expected:
-        reasons = [same_call(call, other, types) for other in left]
-        if None in reasons:
-            del left[reasons.index(None)]
-        else:
-            reason = reason or (
-                "wrong arguments" if "wrong arguments" in reasons else "wrong tools"
-            )
-    return reason
+def same_changes(expected, given, types):
+    """Whether two lists of calls make the same changes in a workplace, in any order."""
+    asked, made = changes(expected), changes(given)
+    if len(asked) != len(made):
+        return False
+    if expected and not asked:  # only look-ups are asked for: they must be made
+        asked, made = expected, list(given)
+    for call in asked:
+        fits = [same_call(call, other, types) for other in made]
+        if True not in fits:
+            return False
+        del made[fits.index(True)]
+    return True
 
 
 def types_of(row):
     """{tool: names of the arguments whose types the row's tools declare}."""
     tools = (row.get("responses_create_params") or {}).get("tools") or []
-    reasons = {}
+    types = {}
     for tool in (tool.get("function", tool) for tool in tools):
         fields = (tool.get("parameters") or {}).get("properties") or {}
         typed = {k for k, x in fields.items() if isinstance(x, dict) and x.get("type")}
-        reasons[tool.get("name")] = typed
-    return reasons
+        types[tool.get("name")] = typed
+    return types
 
 
 def verify_calls(row, message):
     """1 if the calls are the expected ones, or leave the environment as those would."""
-    expected = [name_and_arguments(call) for call in row["ground_truth"]]
-    given = [name_and_arguments(call) for call in message["tool_calls"]]
-    start, types = (row.get("environment") or {}).get("state"), types_of(row)
+    expected, given = row["ground_truth"], [read_call(call) for call in message["tool_calls"]]
+    start = (row.get("environment") or {}).get("state")
     if any(CALL in text for text in message["texts"]):  # where parse_response leaves it
-        reason = "malformed call"
-    elif len(given) > MAX_CALLS:
-        reason = "too many calls"
-    elif row.get("environment_name") and start is None:
-        reason = changes_differ(expected, given, types)
-    elif start is None or same(play(start, expected), play(start, [])):
-        reason = difference(expected, given, types)
+        return Reward(0.0, "malformed call")
+    if len(given) > MAX_CALLS:
+        return Reward(0.0, "too many calls")
+    if start and not same(play(start, expected), play(start, [])):
+        right, reason = same(play(start, expected), play(start, given)), "wrong final state"
     else:
-        reached = same(play(start, expected), play(start, given))
-        reason = None if reached else "wrong final state" if given else "no tool call"
-    return Reward(0.0, reason) if reason else Reward(1.0, "correct")
+        compare = same_changes if row.get("environment_name") and not start else same_calls
+        right = compare(expected, given, types_of(row))
+        named = [[call["name"] for call in calls] for calls in (expected, given)]
+        reason = "wrong arguments" if named[0] == named[1] else "wrong tools"
+    if right:
+        return Reward(1.0, "correct")
+    return Reward(0.0, reason if given else "no tool call")
 
 
 def check_calls_row(row):
-    """ValueError unless the expected calls can be read, and played where there is a state."""
-    expected = [name_and_arguments(call) for call in row["ground_truth"]]
-    if not all(isinstance(n, str) and isinstance(x, dict) for n, x in expected):
-        raise ValueError(f"ground_truth needs names and objects, got {expected!r:.200}")
+    """The row with its expected calls in one form. ValueError unless they can be read, and played
+    where there is a state."""
+    expected = [read_call(call) for call in row["ground_truth"]]
     if (environment := row.get("environment")) is not None:
         if environment["name"] != "shop":
             raise ValueError(f"environment {environment['name']!r} is unknown; there is 'shop'")
@@ -132,3 +131,4 @@ def check_calls_row(row):
                 raise ValueError(f"stock and orders must be counts, got {item!r}: {number!r:.80}")
         if play(environment["state"], expected).get("failed"):
             raise ValueError("a call of ground_truth fails in the row's own environment")
+    return row | {"ground_truth": expected}

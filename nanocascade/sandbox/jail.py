@@ -11,7 +11,6 @@ not the start of an interpreter. A child is confined before it compiles its prog
 
 The server never reads a job, so the memory that a child inherits holds no other job. A child dies
 with its server, and the server with us. Elsewhere than on Linux only the rlimits hold (`probe`).
-
 Not covered: kernel bugs, timing channels, whether a path exists (stat), the contents of the
 readable directories. The number of threads is limited only by the memory of their stacks.
 """
@@ -39,10 +38,11 @@ import types
 from collections.abc import Iterator
 from contextlib import suppress
 
-PRELOAD = "collections.abc copy dataclasses datetime decimal fractions hashlib random string typing"
+# Modules whose names LeetCode's starter code uses without importing them.
+STARTER = "typing collections math heapq bisect itertools functools re string copy"
+PRELOAD = f"collections.abc dataclasses datetime decimal fractions hashlib random {STARTER}"
 # File descriptors of a child. The pipe DONE closes when the child is gone.
 STDIN, STDOUT, STDERR, JOB, CALLS, REPLIES, DONE = range(7)
-MAX_FILES = 64
 MAX_FRAMES, MAX_STACK = 50_000, 100 << 20  # deep recursion is common, sometimes through C frames
 
 # System calls that a program may make, name:x86_64:aarch64, as numbered in the kernel's unistd.h.
@@ -69,9 +69,6 @@ ATTACKS = {  # tried by a confined child when the server starts; each must be re
 }
 
 
-# ---- confinement ----------------------------------------------------------------------------
-
-
 def checked(result):
     """The result of a C function; OSError if it is -1."""
     if result == -1:
@@ -84,8 +81,7 @@ def seccomp_filter(allowed):
 
     Any other call fails with EPERM. clone may only start threads; clone3 fails with ENOSYS, since a
     filter cannot read its flags, and the C library falls back on clone. fcntl may only duplicate
-    files (1030 is F_DUPFD_CLOEXEC) and read or set flags: F_SETOWN would make the kernel send
-    signals.
+    files (1030: F_DUPFD_CLOEXEC) and read or set flags: with F_SETOWN the kernel sends signals.
     """
     column, arch, clone, clone3, fcntl_number = MACHINES[platform.machine()]
     load, equal, above, any_bit, ret = 0x20, 0x15, 0x25, 0x45, 0x06
@@ -115,15 +111,12 @@ class Confinement:
         supported = sys.platform == "linux" and platform.machine() in MACHINES
         if supported and not os.environ.get("NANOCASCADE_UNCONFINED"):
             with suppress(OSError):  # without a filter the probe reports what is not confined
-                self.give_up_rights(grants, calls)
-
-    def give_up_rights(self, grants, calls):
-        if os.geteuid() == 0:
-            nothing = ctypes.create_string_buffer(24)
-            checked(self.libc.capset(struct.pack("Ii", 0x20080522, 0), nothing))
-        checked(self.libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
-        self.landlock = self.restrict_files(grants)
-        self.filter = ctypes.create_string_buffer(seccomp_filter(ALLOWED + calls * self.landlock))
+                if os.geteuid() == 0:
+                    checked(self.libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)))
+                checked(self.libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
+                self.landlock = self.restrict_files(grants)
+                program = seccomp_filter(ALLOWED + calls * self.landlock)
+                self.filter = ctypes.create_string_buffer(program)
 
     def restrict_files(self, grants):
         """Landlock (system calls 444 to 446): remove every file right that this kernel knows, but
@@ -150,7 +143,7 @@ class Confinement:
     def put_on(self, job):
         """Confine this child for good. At the CPU limit, in whole seconds, the kernel kills it."""
         limits = {"CPU": math.ceil(job["total_seconds"]), "AS": job["memory"]}
-        limits |= {"FSIZE": job["output"], "CORE": 0, "NOFILE": MAX_FILES, "STACK": MAX_STACK}
+        limits |= {"FSIZE": job["output"], "CORE": 0, "NOFILE": 64, "STACK": MAX_STACK}
         for name, value in limits.items():
             limit = getattr(resource, "RLIMIT_" + name)
             hard = resource.getrlimit(limit)[1]
@@ -178,15 +171,14 @@ def encode(value):
         return [encode(item) for item in value]
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
-    for kind in (tuple, set, frozenset):
-        if isinstance(value, kind):
-            return {kind.__name__: [encode(item) for item in value]}
     if type(value).__name__ in ("Fraction", "Decimal"):
         return float(value)
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
-    if isinstance(value, (range, Iterator)):  # can be iterated, and equals no list
-        return {"iter": [encode(item) for item in value]}
+    kinds = {tuple: "tuple", set: "set", frozenset: "frozenset", range: "iter", Iterator: "iter"}
+    for kind, name in kinds.items():  # what can only be iterated equals no list
+        if isinstance(value, kind):
+            return {name: [encode(item) for item in value]}
     raise TypeError(f"a {type(value).__name__} is not plain data")
 
 
@@ -201,9 +193,9 @@ def decode(data):
         return int(body, 16)
     if kind == "opaque":  # true or not, and equal to nothing
         return type("Opaque", (), {"__bool__": lambda self: body == [True]})()
-    types = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "iter": iter}
-    types["complex"] = lambda parts: complex(*parts)
-    return types[kind](map(decode, body))
+    kinds = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "iter": iter}
+    kinds["complex"] = lambda parts: complex(*parts)
+    return kinds[kind](map(decode, body))
 
 
 class Files(importlib.abc.InspectLoader):
@@ -244,11 +236,11 @@ def remote(name, asking, answers):
     return call
 
 
-def attempt(run, replies, seconds):
-    """Run one piece of a job under its own CPU limit and write its value or error as a reply."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+def attempt(job, replies, run, part):
+    """Run one part of a job under its own CPU limit and write its value or error as a reply."""
+    signal.setitimer(signal.ITIMER_PROF, job["test_seconds"])
     try:
-        reply = {"value": run()}
+        reply = {"value": run(part)}
     except BaseException as error:  # a program may raise anything, SystemExit included
         reply = {"error": [type(error).__name__, str(error)[:200]]}
     print(json.dumps(reply), file=replies, flush=True)
@@ -256,8 +248,8 @@ def attempt(run, replies, seconds):
 
 
 def run_sources(job, replies):
-    """Run whole programs as __main__, or test code with one source a test. In test code the names
-    of the job, and all that it imports from `entry`, are `remote` functions."""
+    """Run whole programs as __main__, or test code with one source a test, up to the first error.
+    In test code the job's names, and all that it imports from `entry`, are `remote` functions."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["solution.py"]
     if "entry" in job:
@@ -280,9 +272,16 @@ def run_sources(job, replies):
             gc.collect()  # flushes files that the program left open
             sys.__stdout__.flush()
 
-    for number in range(len(job["sources"])):
-        if not attempt(lambda: run(number), replies, job["test_seconds"]):  # noqa: B023
-            return
+    all(attempt(job, replies, run, number) for number in range(len(job["sources"])))
+
+
+def provide_names():
+    """Build in the STARTER modules and their names; Python's own and the program's come first."""
+    names = {}
+    for module in map(importlib.import_module, STARTER.split()):
+        public = [x for x in getattr(module, "__all__", dir(module)) if not x.startswith("_")]
+        names |= {x: getattr(module, x) for x in public} | {module.__name__: module}
+    vars(builtins).update(names | vars(builtins))
 
 
 def answer_calls(job, replies):
@@ -293,8 +292,7 @@ def answer_calls(job, replies):
     """
 
     def answer(line):
-        name, *parts = json.loads(line)
-        args, kwargs, other = map(decode, parts)
+        name, args, kwargs, other = map(decode, json.loads(line))
         owner = importlib.import_module(job["entry"])
         function = getattr(owner if hasattr(owner, name) else owner.Solution(), name)
         if other is not None:
@@ -308,9 +306,11 @@ def answer_calls(job, replies):
             return encode(value)
         return {"opaque": [bool(value)]}  # a re.Match, say: test code may ask whether it is true
 
+    if "starter" in job:
+        provide_names()
     os.dup2(STDERR, STDOUT)  # the output of a function is dropped
     for line in open(CALLS):
-        attempt(lambda: answer(line), replies, job["test_seconds"])  # noqa: B023
+        attempt(job, replies, answer, line)
 
 
 def run_child(confinement, received):
@@ -321,8 +321,7 @@ def run_child(confinement, received):
         for place, file in enumerate(high):
             os.dup2(file, place)
         os.closerange(len(high), 1024)
-        with open(JOB, closefd=False) as file:
-            job = json.load(file)
+        job = json.load(open(JOB, closefd=False))
         Files(job["modules"])
         sys.setrecursionlimit(MAX_FRAMES)
         sys.set_int_max_str_digits(0)  # time and output limits bound long integers already
@@ -341,20 +340,18 @@ def run_child(confinement, received):
 
 def probe(confinement):
     """The ATTACKS that fail in a confined child on this system, found by trying them."""
-    reading, writing = os.pipe()
     if os.fork() == 0:
-        refused = []
+        refused = 0  # a bit for each attack
         with suppress(BaseException):  # an attack that was not tried counts as not refused
             confinement.put_on({"total_seconds": 5, "memory": 1 << 30, "output": 1 << 16})
-            for name, attack in ATTACKS.items():
+            for i, attack in enumerate(ATTACKS.values()):
                 try:
                     attack()
                 except OSError:
-                    refused.append(name)
-        os.write(writing, json.dumps(refused).encode())
-        os._exit(0)
-    os.wait()
-    return json.loads(os.read(reading, 1000))
+                    refused |= 1 << i
+        os._exit(refused)
+    refused = os.wait()[1] >> 8  # the exit status; 0 if the child was killed
+    return [name for i, name in enumerate(ATTACKS) if refused >> i & 1]
 
 
 def end(child):
@@ -367,34 +364,37 @@ def end(child):
 
 
 def serve(control):
-    """Answer requests: b"jNAME" with a child's files starts it for the job NAME and returns its
-    process id; b"kNAME" ends the job's children and returns how they ended."""
+    """Answer requests: files start a child and return its process id; this id ends the child and
+    returns how it ended."""
     for name in PRELOAD.split():
         importlib.import_module(name)
     builtins.exit = builtins.quit = sys.exit  # missing because of -S, and programs use them
-    confinement, children = Confinement(), {}
+    confinement, children = Confinement(), set()
     about = {"refused": probe(confinement), "landlock": confinement.landlock}
     control.sendall(json.dumps(about).encode() + b"\n")
     gc.disable()
     gc.freeze()  # a collection would write to, and so copy, every page shared with a child
     while True:
         message, files, _, _ = socket.recv_fds(control, 20, 7)
-        name = message[1:]
-        if message.startswith(b"j"):
-            children.setdefault(name, []).append(os.fork())
-            if children[name][-1] == 0:
+        if files:
+            answer = os.fork()
+            if answer == 0:
                 run_child(confinement, files)
+            children.add(answer)
             for file in files:
                 os.close(file)
-            control.sendall(b"%d\n" % children[name][-1])
-            continue
-        ended = [end(x) for job in ([name] if message else [*children]) for x in children.pop(job)]
-        if not message:
-            return  # the process that started us is gone
-        control.sendall(json.dumps(ended).encode() + b"\n")
+        elif message:
+            answer = end(int(message))
+            children.remove(int(message))
+        else:  # the process that started us is gone
+            for child in children:
+                end(child)
+            return
+        control.sendall(json.dumps(answer).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    place = fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD, 64)  # above the numbers of a child's files
-    os.close(int(sys.argv[1]))
+    given = int(sys.argv[1])  # high where we have many open files, but a child closes only 1024
+    place = fcntl.fcntl(given, fcntl.F_DUPFD, 64)  # above the numbers of a child's own files
+    os.close(given)
     serve(socket.socket(fileno=place))

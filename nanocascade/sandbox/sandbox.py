@@ -28,7 +28,11 @@ from typing import NamedTuple
 
 from nanocascade.sandbox import jail
 
+OPTIONS = "-P -s -S -X utf8"  # of a server's interpreter: no folder of site, user or script
 PASSED_ON = ("LD_LIBRARY_PATH", "NANOCASCADE_UNCONFINED")  # environment of a server
+# Nodes of the syntax tree of a plain program, beside comparisons and signs (see is_plain).
+PLAIN = """Module FunctionDef arguments arg Return BinOp UnaryOp Compare IfExp Name Load Constant
+Call Add Sub Mult Div FloorDiv Mod""".split()
 SLEEP_FACTOR = 10  # wall time allowed for a test, in multiples of its CPU limit
 
 
@@ -64,6 +68,12 @@ def memory_file(content):
     return file
 
 
+def make_pipe():
+    """The reading and the writing end of a new pipe."""
+    reading, writing = os.pipe()
+    return open(reading, "rb", 0), open(writing, "wb", 0)
+
+
 def finishes(done, replies, limits):
     """Wait for the child to finish (`done` is readable). False if it seems to sleep instead: no new
     reply, or too few, in SLEEP_FACTOR times the CPU limit."""
@@ -80,15 +90,12 @@ def finishes(done, replies, limits):
 def is_plain(source):
     """Whether a program only defines functions of arithmetic, comparisons, abs, max and min. It has
     no attributes, imports, loops, strings or powers, so that it is harmless even unconfined."""
-    allowed = (ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.BinOp)
-    allowed += (ast.UnaryOp, ast.Compare, ast.IfExp, ast.Name, ast.Load, ast.Constant, ast.Call)
-    allowed += (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)
     try:
         nodes = list(ast.walk(ast.parse(source if len(source) < 1000 else "import too_long")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return all(
-        isinstance(x, (*allowed, ast.unaryop, ast.cmpop))
+        (type(x).__name__ in PLAIN or isinstance(x, (ast.unaryop, ast.cmpop)))
         and (not isinstance(x, ast.Constant) or type(x.value) in (int, float))
         and (not isinstance(x, ast.Call) or getattr(x.func, "id", "") in ("abs", "max", "min"))
         for x in nodes
@@ -101,16 +108,7 @@ class Server:
     def __init__(self):
         self.control, control_of_server = socket.socketpair()
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-s",
-                "-S",
-                "-X",
-                "utf8",
-                jail.__file__,
-                str(control_of_server.fileno()),
-            ],
+            [sys.executable, *OPTIONS.split(), jail.__file__, str(control_of_server.fileno())],
             pass_fds=[control_of_server.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -122,8 +120,7 @@ class Server:
         )
         control_of_server.close()
         self.lines = self.control.makefile("r")
-        self.lock, self.num_jobs = threading.Lock(), 0
-        self.about = self.read_line()
+        self.lock, self.about = threading.Lock(), self.read_line()
 
     def read_line(self):
         """The server's next message."""
@@ -132,16 +129,16 @@ class Server:
             raise ConnectionError("a sandbox server died; was it killed, or is memory short?")
         return json.loads(line)
 
-    def new_name(self):
-        """A name for the children of one job."""
+    def start(self, files):
+        """Start a child with its files, in the order of jail.STDIN and so on; its process id."""
         with self.lock:
-            self.num_jobs += 1
-            return b"%d" % self.num_jobs
+            socket.send_fds(self.control, [b"start"], [file.fileno() for file in files])
+            return self.read_line()
 
-    def ask(self, request, files=()):
-        """Send a request (see jail.serve) and its files; the server's answer."""
+    def end(self, child):
+        """Kill a child; its wait status and CPU seconds."""
         with self.lock:
-            socket.send_fds(self.control, [request], [file.fileno() for file in files])
+            self.control.sendall(b"%d" % child)
             return self.read_line()
 
     def run(self, jobs, limits):
@@ -152,35 +149,30 @@ class Server:
         """
         with ExitStack() as stack:
             null = stack.enter_context(open(os.devnull, "r+b", 0))
-            pipes = []
-            for _ in range(2 * len(jobs) - 1):
-                reading, writing = os.pipe()
-                pipe = open(reading, "rb", 0), open(writing, "wb", 0)
-                pipes.append([stack.enter_context(end) for end in pipe])
-            children = []
+            pipes = [make_pipe() for _ in range(2 * len(jobs) - 1)]
+            for file in sum(pipes, ()):
+                stack.enter_context(file)
+            children, left = [], []
             for header, *content in jobs:
                 job = json.dumps({**header, **limits._asdict()}).encode()
                 new = [stack.enter_context(memory_file(x)) for x in (b"", job, b"", *content)]
                 stdout, job, replies, stdin, calls = new
                 children.append([stdin, stdout, null, job, calls, replies, null])
-            left = [(child[jail.STDOUT], child[jail.REPLIES]) for child in children]
+                left.append((stdout, replies))
             if len(jobs) == 2:
                 children[0][jail.CALLS], children[1][jail.STDOUT] = pipes[1]
                 children[1][jail.STDIN], children[0][jail.REPLIES] = pipes[2]
             done, children[-1][jail.DONE] = pipes[0]
-            name = self.new_name()
-            for files in children:
-                self.ask(b"j" + name, files)
-            for file in sum(pipes, []):
+            running = [self.start(files) for files in children]
+            for file in sum(pipes, ()):
                 if file is not done:
                     file.close()  # now only the child holds it open
             waiting = select.poll()
             waiting.register(done)
             finished = finishes(waiting, left[-1][1], limits)
-            ended = self.ask(b"k" + name)
             return [
-                outcome(*how, finished, limits, *files)
-                for how, files in zip(ended, left, strict=True)
+                outcome(*self.end(child), finished, limits, *files)
+                for child, files in zip(running, left, strict=True)
             ]
 
     def close(self):
@@ -245,13 +237,14 @@ class Sandbox:
     def run_script(self, modules, entry, stdin=b"", limits=LIMITS):
         """Run modules[entry] as a program. modules: {dotted name: source}. One reply."""
         limits = limits._replace(total_seconds=min(limits.total_seconds, limits.test_seconds))
-        header = {"modules": modules, "sources": [modules[entry]], "names": []}
+        header = {"modules": modules, "sources": [modules[entry]]}
         return self._run([(header, stdin, b"")], limits)[0]
 
     def run_calls(self, modules, entry, calls, limits=LIMITS):
         """Call functions of modules[entry] (see jail.answer_calls). One reply a call."""
         lines = "".join(json.dumps(call) + "\n" for call in calls)
-        return self._run([({"modules": modules, "entry": entry}, b"", lines.encode())], limits)[0]
+        header = {"modules": modules, "entry": entry, "starter": True}
+        return self._run([(header, b"", lines.encode())], limits)[0]
 
     def run_tests(self, modules, entry, tests, names, limits=LIMITS):
         """Run test code in a process of its own, where `names` are functions of modules[entry].

@@ -7,7 +7,14 @@ import select
 from contextlib import suppress
 
 from nanocascade.sandbox import jail
-from nanocascade.sandbox.sandbox import LIMITS, SLEEP_FACTOR, Server, memory_file, outcome
+from nanocascade.sandbox.sandbox import (
+    LIMITS,
+    SLEEP_FACTOR,
+    Server,
+    make_pipe,
+    memory_file,
+    outcome,
+)
 
 # The program of the child. A byte on CALLS says that a new program is in STDIN, a byte on REPLIES
 # that it is over. A program that tampers with these files harms only its own session.
@@ -44,20 +51,16 @@ class Session:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a session has four open files
         values = {"prelude": prelude, "seconds": limits.test_seconds}
         values |= {"calls": jail.CALLS, "replies": jail.REPLIES}
-        job = {"modules": {}, "sources": [LOOP % values], "names": [], **limits._asdict()}
+        job = {"modules": {}, "sources": [LOOP % values], **limits._asdict()}
         self.limits = limits
         self.program, self.stdout = memory_file(b""), memory_file(b"")
-        pipes = [os.pipe(), os.pipe()]
-        calls, self.calls, self.replies, replies = (
-            open(end, mode, 0) for end, mode in zip(sum(pipes, ()), ("rb", "wb") * 2, strict=True)
-        )
+        (calls, self.calls), (self.replies, replies) = make_pipe(), make_pipe()
         with calls, replies, open(os.devnull, "r+b", 0) as null:  # then only the child holds them
             with memory_file(json.dumps(job).encode()) as file:
                 files = [self.program, self.stdout, null, file, calls, replies, null]
                 self.server = sandbox.idle.get() or Server()
                 sandbox.idle.put(self.server)
-                self.name = self.server.new_name()
-                self.server.ask(b"j" + self.name, files)
+                self.child = self.server.start(files)
 
     def run(self, program: str) -> tuple[str, str]:
         """(the program's output, ""), or (the output, how the program ended the session)."""
@@ -76,8 +79,8 @@ class Session:
 
     def close(self, finished=True) -> str:
         """Kill the child. Returns how it had ended before that: at a limit, or by itself."""
-        ((status, seconds),) = self.server.ask(b"k" + self.name)
-        ended = outcome(status, seconds, finished, self.limits, self.stdout, self.stdout).ended
+        ended = self.server.end(self.child)
+        ended = outcome(*ended, finished, self.limits, self.stdout, self.stdout).ended
         for file in (self.program, self.stdout, self.calls, self.replies):
             file.close()
         limits = "time limit", "output limit", "asleep"
