@@ -26,7 +26,7 @@ from nanocascade.engine.distributed import Layout
 from nanocascade.engine.layout import load
 from nanocascade.engine.optim import make_optimizer
 from nanocascade.model.cache import Cache
-from nanocascade.sampler import Decoder, sample_keys
+from nanocascade.sampler import Decoder, Row
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy.start import build_toy_tokenizer
 from nanocascade.toy.tasks import make_rows, vocabulary
@@ -104,16 +104,12 @@ def in_turns(setup: Setup, ours, theirs) -> tuple[float, float]:
 
 def decoder_of(model, rows: int, context: int, new: int) -> Decoder:
     """A Decoder with `rows` rows in the midst of decoding, each `context` tokens long."""
-    options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "return_experts": False}
-    decoder = Decoder(model, rows, context + new + 1, new, options)
-    keys = sample_keys(0, range(rows), 1, decoder.device)  # (p, r)
-    owners = torch.arange(rows, device=decoder.device)[:, None]  # (p, r)
-    limits = torch.full((rows,), new, device=decoder.device)  # (p,)
-    group = max(decoder.prefill // context, 1)
+    decoder = Decoder(model, rows, context + new + 1)
+    size = max(decoder.prefill_tokens // context, 1)
     prompts = common.random_prompts(rows, context, context)
-    for i in range(0, rows, group):
-        part = slice(i, i + group)
-        decoder.admit(prompts[part], owners[part], keys[part], limits[part])
+    groups = [[Row(i, 0, prompt, new, i)] for i, prompt in enumerate(prompts)]
+    for i in range(0, rows, size):
+        decoder.admit(groups[i : i + size])
     return decoder
 
 
@@ -167,12 +163,11 @@ def anatomy_of_a_step(setup: Setup) -> Iterator[Finding]:
             model = load_model(folder, dtype_of(setup), setup.device)
         for rows in (2,) if setup.small else (1, 64, 256):
             decoder = decoder_of(model, rows, context, 8 * steps)
-            stops = torch.tensor([0], device=setup.device)
 
-            def step(decoder=decoder, stops=stops):
+            def step(decoder=decoder):
                 for _ in range(steps):  # as generate does them
                     decoder.step()
-                    decoder.finished(stops)
+                    decoder.finish([0])
 
             seconds = setup.seconds(step) / steps
             share = step_bytes(model, rows, context) / seconds / peaks.copy

@@ -33,7 +33,7 @@ from nanocascade.engine.layout import load
 from nanocascade.engine.optim import make_optimizer, optimizer_step
 from nanocascade.model.cache import Cache
 from nanocascade.model.model import Model
-from nanocascade.model.moe import Experts, Routing
+from nanocascade.model.moe import Experts, Routing, fused_mm, looped_mm
 from nanocascade.sampler import draw, generate, hash_uniform
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +110,10 @@ def cached_decoding(setup: Setup) -> Iterator[Finding]:
                 for stop in (10, *range(11, 25)):
                     experts = whole.experts()[:, start:stop] if whole.chosen else None
                     routing = Routing(model.config.num_moe_layers, experts)
-                    hidden = model(ids[:, start:stop], cache=cache, routing=routing)
+                    part = ids[:, start:stop]
+                    rows = torch.arange(3, device=setup.device)[:, None].expand_as(part)
+                    segments = rows if start == 0 else None  # a prefill, then steps
+                    hidden = model(part, cache=cache, segments=segments, routing=routing)
                     seen = model.logits(hidden) - expected[:, start:stop]  # (b, t, v)
                     gap, start = max(gap, float(seen.abs().max())), stop
                 name = str(dtype).removeprefix("torch.")
@@ -186,8 +189,8 @@ def grouped_experts(setup: Setup) -> Iterator[Finding]:
         chosen = torch.tensor([[1, 9], [9, 14], [1, 14]] * 32, device=setup.device)  # (n, a)
         shares = torch.rand(96, 2, device=setup.device)  # (n, a)
         results = []
-        for products in (experts.looped, experts.grouped):
-            experts.products = products
+        for product in (looped_mm, fused_mm):
+            experts.multiply = product
             for size in (1 << 16, 1 << 20, 1 << 22):
                 torch.full((size,), float("nan"), dtype=dtype, device=setup.device)
             y = experts(x, chosen, shares)

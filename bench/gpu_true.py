@@ -183,7 +183,7 @@ def train_block(setup: Setup, model: Model, tokens: int):
     x.requires_grad_()
 
     def run():
-        context = model.context(ids, None, ids, None, None, None)
+        context = model.context(ids, None, ids, None)
         model.blocks[0](x, context).backward(gradient)
         model.zero_grad(set_to_none=True)
 
@@ -199,7 +199,7 @@ def decode_block(setup: Setup, model: Model, rows: int, context: int):
     @torch.inference_mode()
     def run():
         cache.lengths.fill_(context - 1)
-        model.blocks[0](x, model.context(ids, cache, None, None, None, None), cache.layers[0])
+        model.blocks[0](x, model.context(ids, cache, None, None), cache.layers[0])
 
     return run
 

@@ -72,7 +72,7 @@ class Ours:
 
     def __call__(self):
         model, self.step = self.model, self.step + 1
-        with forced_decoder(self.lengths):
+        with forced_decoder(self.lengths, self.rollouts):
             groups, _ = roll_out(
                 model,
                 self.tokenizer,

@@ -20,21 +20,23 @@ from nanocascade import sampler
 class ForcedDecoder(sampler.Decoder):
     """A Decoder whose rows end at lengths given by rollout, and at no stop token."""
 
-    lengths: torch.Tensor  # (p*r,)
+    lengths: list[list[int]]  # [p][r]
 
-    def finished(self, stop_ids):
-        return super().finished(stop_ids[:0])
+    def finish(self, stop_ids):
+        return super().finish(())
 
-    def admit(self, prompts, owners, keys, limits):
-        experts = super().admit(prompts, owners, keys, limits)
-        lengths = self.lengths.to(self.device)
-        self.state["limit"] = lengths[self.state["owner"].clamp(min=0)]  # (b,)
-        return experts
+    def admit(self, groups):
+        for row in (row for group in groups for row in group):
+            row.limit = self.lengths[row.prompt][row.response]
+        super().admit(groups)
 
 
 @contextmanager
-def forced_decoder(lengths):
-    plain, ForcedDecoder.lengths = sampler.Decoder, torch.tensor(lengths)
+def forced_decoder(lengths, rollouts: int):
+    plain, ForcedDecoder.lengths = (
+        sampler.Decoder,
+        torch.tensor(lengths).view(-1, rollouts).tolist(),
+    )
     sampler.Decoder = ForcedDecoder
     try:
         yield
@@ -44,7 +46,7 @@ def forced_decoder(lengths):
 
 def our_rollouts(model, prompts, rollouts, lengths, **options):
     """samples[p][r] with the given lengths (p*r of them), nothing else changed."""
-    with forced_decoder(lengths):
+    with forced_decoder(lengths, rollouts):
         samples = sampler.generate(
             model, prompts, num_samples=rollouts, max_new_tokens=max(lengths), **options
         )

@@ -1,13 +1,16 @@
 """Sampling with the trainer's own modules: shared prefill, continuous batching, log-probs.
 
-A prompt is prefilled once and its cache row copied to each of its rollouts. Rows that finish free
-their place at once; waiting prompts move in, and when none wait the batch shrinks. A draw uses one
-uniform number per row and position, a hash of (seed, row id, rollout, position): it depends on
-neither batch, order nor rank, and leaves no generator state to save.
+A prompt is prefilled once and its cache row copied to each of its rollouts. Rows that finish leave
+at once, and waiting prompts move in. A draw uses one uniform number per row and position, a hash of
+(seed, row id, rollout, position): it depends on neither batch, order nor rank, and leaves no
+generator state to save.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +21,7 @@ from nanocascade.model.layers import widest
 from nanocascade.model.model import Model
 from nanocascade.model.moe import Routing
 
-PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill call
+PREFILL_TOKENS = 16384  # prompt tokens of one prefill call
 CPU_PREFILL_TOKENS = 2048  # fits a core's cache: 8,192 at once take 1.2 times as long
 # Waking a second CPU thread takes longer than its half of a small product. Decoding uses one thread
 # where width^2 * min(rows, 8) is at most this (measured for widths 128 to 1,024: up to width 256 at
@@ -108,121 +111,124 @@ def fitting_threads(width: int, rows: int):
         torch.set_num_threads(before)
 
 
+@dataclass
+class Row:
+    """A response that is being decoded, in one row of the cache."""
+
+    prompt: int  # index of its prompt
+    response: int  # index among those of the prompt
+    prompt_tokens: list[int]
+    limit: int  # new tokens at most
+    key: int  # of its random numbers
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    truncated_logprobs: list[float] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)  # (t, l, a) of what was fed, in host memory
+
+    def sample(self, stopped: bool) -> Sample:
+        return Sample(
+            self.tokens,
+            self.logprobs,
+            self.truncated_logprobs or None,
+            "stop" if stopped else "length",
+            torch.cat(self.experts) if self.experts else None,
+        )
+
+
 class Decoder:
-    """The rows being decoded: their cache, their tokens so far, and the rollout of each row."""
+    """The responses that are decoded together: rows[i] is row i of the cache."""
 
-    def __init__(self, model: Model, rows: int, max_len: int, max_new: int, options: dict):
-        self.model, self.max_new, self.options = model, max_new, options
-        weight = model.embed.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.prefill = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
-        self.cache = Cache(model.config, rows, max_len, self.dtype, self.device)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.state = {  # per row; everything of a row moves together when the batch shrinks
-            "owner": torch.full((rows,), -1, device=self.device),  # flat rollout index, -1 = idle
-            "key": torch.zeros(rows, dtype=torch.long, device=self.device),
-            "count": torch.zeros(rows, dtype=torch.long, device=self.device),
-            "limit": torch.zeros(rows, dtype=torch.long, device=self.device),
-            "last": torch.zeros(rows, dtype=torch.long, device=self.device),
-            "tokens": torch.zeros(rows, max_new, dtype=torch.long, device=self.device),
-            "logprobs": torch.zeros(rows, max_new, dtype=wide, device=self.device),
-            "within": torch.zeros(rows, max_new, dtype=wide, device=self.device),
-        }
-        if options["return_experts"]:
-            shape = (rows, max_new, model.config.num_moe_layers, model.config.num_experts_per_tok)
-            self.state["experts"] = torch.zeros(shape, dtype=torch.long, device=self.device)
+    def __init__(
+        self,
+        model: Model,
+        max_rows: int,
+        max_len: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        return_experts: bool = False,
+    ):
+        self.model, self.return_experts = model, return_experts
+        self.draw = partial(draw, temperature=temperature, top_p=top_p, top_k=top_k)
+        self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
+        self.prefill_tokens = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
+        self.cache = Cache(model.config, max_rows, max_len, self.dtype, self.device)
+        self.rows: list[Row] = []
 
-    def routing(self) -> Routing | None:
-        wanted = self.options["return_experts"]
-        return Routing(self.model.config.num_moe_layers) if wanted else None
+    def tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
 
-    def admit(self, prompts: list[list[int]], owners, keys, limits) -> list[Tensor]:
-        """Prefill `prompts` and start owners, keys (p, r) of them in idle rows; limits (p,) tokens.
+    def new_routing(self) -> Routing | None:
+        return Routing(self.model.config.num_moe_layers) if self.return_experts else None
 
-        Returns the experts (t, l, a) of each prompt's tokens, where they are asked for.
-        """
-        lengths = torch.tensor([len(x) for x in prompts], device=self.device)  # (p,)
-        width = int(lengths.max())
-        ids = torch.tensor([x + [0] * (width - len(x)) for x in prompts], device=self.device)
-        valid = torch.arange(width, device=self.device) < lengths[:, None]  # (p, t)
-        cache = Cache(self.model.config, len(prompts), width, self.dtype, self.device)
-        routing = self.routing()
-        hidden = self.model(ids, cache=cache, mask=valid, routing=routing)  # (p, t, d)
-        ends = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]  # (p, d)
-        source = torch.arange(len(prompts), device=self.device).repeat_interleave(owners.shape[1])
-        rows = (self.state["owner"] < 0).nonzero()[: len(source), 0]  # (p*r,)
-        self.cache.write(rows, cache, source)
-        self.state["owner"][rows] = owners.flatten()
-        self.state["key"][rows] = keys.flatten()
-        self.state["count"][rows] = 0
-        self.state["limit"][rows] = limits[source]
-        self.draw_next(rows, self.model.logits(ends)[source])
-        if routing is None:
-            return []
-        return [x[:n] for x, n in zip(routing.experts(), lengths.tolist(), strict=True)]
+    def admit(self, groups: list[list[Row]]) -> None:
+        """Prefill the prompt of each group, packed, and start the group's rows."""
+        lengths = [len(group[0].prompt_tokens) for group in groups]
+        ids = self.tensor([[x for group in groups for x in group[0].prompt_tokens]])  # (1, n)
+        segments = torch.repeat_interleave(self.tensor(lengths))[None]  # (1, n)
+        cache = Cache(self.model.config, len(groups), max(lengths), self.dtype, self.device)
+        routing = self.new_routing()
+        hidden = self.model(ids, cache=cache, segments=segments, routing=routing)  # (1, n, d)
+        logits = self.model.logits(hidden[0, self.tensor(lengths).cumsum(0) - 1])  # (p, v)
+        source = self.tensor([i for i, group in enumerate(groups) for _ in group])  # (b,)
+        rows = [row for group in groups for row in group]
+        places = self.tensor(range(len(self.rows), len(self.rows) + len(rows)))  # (b,)
+        self.rows += rows
+        self.cache.use(len(self.rows))
+        self.cache.write(places, cache, source)
+        if routing is not None:
+            for group, experts in zip(
+                groups, routing.experts()[0].cpu().split(lengths), strict=True
+            ):
+                for row in group:
+                    row.experts.append(experts)  # (t, l, a)
+        self.draw_next(rows, logits[source])
 
     def step(self) -> None:
-        """Feed every row its last token and draw the next one. Idle rows decode padding."""
-        self.cache.lengths = self.cache.lengths.where(self.state["owner"] >= 0, 0)
-        routing = self.routing()
-        with fitting_threads(self.model.config.hidden_size, self.cache.rows):
-            hidden = self.model(self.state["last"][:, None], cache=self.cache, routing=routing)
+        """Feed every row its last token and draw the next one."""
+        last = [[row.tokens[-1]] for row in self.rows]
+        if not last:  # another rank has rows: decode padding with it
+            self.cache.use(1)
+            self.cache.lengths.zero_()
+        ids, routing = self.tensor(last or [[0]]), self.new_routing()  # (b, 1)
+        with fitting_threads(self.model.config.hidden_size, len(ids)):
+            hidden = self.model(ids, cache=self.cache, routing=routing)  # (b, 1, d)
         if routing is not None:
-            rows = torch.arange(self.cache.rows, device=self.device)
-            at = (self.state["count"] - 1).clamp(0, self.max_new - 1)  # idle rows write anywhere
-            self.state["experts"][rows, at] = routing.experts()[:, 0]
-        self.draw_next(slice(None), self.model.logits(hidden[:, -1]))
+            for row, experts in zip(self.rows, routing.experts().cpu(), strict=False):
+                row.experts.append(experts)  # (1, l, a)
+        self.draw_next(self.rows, self.model.logits(hidden[:, 0]))
 
-    def draw_next(self, rows, logits: Tensor) -> None:
-        """Draw the next token of `rows` from logits (b, v) and store it."""
-        state, opt = self.state, self.options
-        u = hash_uniform(state["key"][rows], self.cache.lengths[rows])  # (b,)
-        drawn = draw(logits, u, opt["temperature"], opt["top_p"], opt["top_k"])
-        count = state["count"][rows].clamp(max=self.max_new - 1)  # (b,)
-        index = torch.arange(self.cache.rows, device=self.device)[rows]  # (b,)
-        for name, values in zip(("tokens", "logprobs", "within"), drawn, strict=True):
-            if values is not None:
-                state[name][index, count] = values.to(state[name].dtype)
-        state["last"][rows] = drawn[0]
-        state["count"][rows] += 1
+    def draw_next(self, rows: list[Row], logits: Tensor) -> None:
+        """Draw the next token of the rows from logits (b, v)."""
+        keys = self.tensor([row.key for row in rows])  # (b,)
+        positions = self.tensor([len(row.prompt_tokens) + len(row.tokens) for row in rows])  # (b,)
+        drawn = self.draw(logits[: len(rows)], hash_uniform(keys, positions))  # (b,) each
+        tokens, logprobs, truncated = (None if x is None else x.tolist() for x in drawn)
+        for i, row in enumerate(rows):
+            row.tokens.append(tokens[i])
+            row.logprobs.append(logprobs[i])
+            if truncated is not None:
+                row.truncated_logprobs.append(truncated[i])
 
-    def finished(self, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows that are done, and which of them drew a stop token (others reached their limit)."""
-        active = self.state["owner"] >= 0  # (b,)
-        stopped = torch.isin(self.state["last"], stop_ids) & active  # (b,)
-        done = stopped | (active & (self.state["count"] >= self.state["limit"]))
-        rows = done.nonzero()[:, 0]
-        return rows, stopped[rows]
-
-    def collect(self, rows: Tensor, stopped: Tensor) -> list[tuple[int, Sample]]:
-        """Take finished rows out: (owner, Sample) of each; the rows become idle."""
-        take = {name: x[rows].tolist() for name, x in self.state.items() if name != "experts"}
-        truncated = self.options["top_p"] < 1 or self.options["top_k"] > 0
-        truncated = truncated and self.options["temperature"] > 0
-        out = []
-        for i, (owner, n, stop) in enumerate(
-            zip(take["owner"], take["count"], stopped.tolist(), strict=True)
-        ):
-            within = take["within"][i][:n] if truncated else None
-            experts = None
-            if self.options["return_experts"]:
-                experts = self.state["experts"][rows[i], : n - 1]  # the last token was never fed
-            reason = "stop" if stop else "length"
-            sample = Sample(take["tokens"][i][:n], take["logprobs"][i][:n], within, reason, experts)
-            out.append((owner, sample))
-        self.state["owner"][rows] = -1
-        return out
-
-    def shrink(self) -> None:
-        """Drop idle rows: the last active ones move into the places of finished ones."""
-        active = self.state["owner"] >= 0  # (b,)
-        rows = int(active.sum())
-        target = (~active[:rows]).nonzero()[:, 0]  # free places among the first
-        source = active[rows:].nonzero()[:, 0] + rows  # as many rows beyond them
-        self.cache.shrink(rows, source, target)
-        for name, x in self.state.items():
-            x[target] = x[source]
-            self.state[name] = x[:rows]
+    def finish(self, stop_ids: Sequence[int]) -> list[tuple[Row, Sample]]:
+        """Take out the rows that drew a stop token or have reached their limit; the last ones of
+        the others move into their places."""
+        finished, active = [], []
+        for i, row in enumerate(self.rows):
+            stopped = row.tokens[-1] in stop_ids
+            if stopped or len(row.tokens) >= row.limit:
+                finished.append((row, row.sample(stopped)))
+            else:
+                active.append(i)
+        if finished:
+            source = [i for i in active if i >= len(active)]
+            target = sorted({*range(len(active))} - {*active})
+            self.cache.write(self.tensor(target), self.cache, self.tensor(source))
+            for i, j in zip(source, target, strict=True):
+                self.rows[j] = self.rows[i]
+            self.rows = self.rows[: len(active)]
+            self.cache.use(len(active))
+        return finished
 
 
 @torch.inference_mode()
@@ -246,64 +252,46 @@ def generate(
 ) -> list[list[Sample]]:
     """Draw `num_samples` responses to each prompt from pi_inf: samples[p][r].
 
+    Three prompts, two responses each and max_rows 4: the first two prompts are prefilled and their
+    four rows decoded together, a token a step; when two rows have finished, the third prompt is
+    prefilled and its two rows take the free places.
+
     max_new_tokens: one limit, or one a prompt. temperature 0 is greedy; top_k 0 and top_p 1 are
     off. row_ids: names of the prompts for the random hash. max_rows: rows decoded at once.
     on_sample gets (p, r, sample) as each response finishes, on_token each token of a single
     response. keep_going(rows are left) returns whether to continue decoding (ranks may have to
     end together).
     """
-    num_prompts, longest = len(prompts), max(map(len, prompts), default=0)
     limits = max_new_tokens
     if isinstance(limits, int):
-        limits = [limits] * num_prompts
+        limits = [limits] * len(prompts)
     check_prompts(prompts, limits, model.config.max_position_embeddings)
-    options = dict(temperature=temperature, top_p=top_p, top_k=top_k, return_experts=return_experts)
-    max_len = max((len(x) + n for x, n in zip(prompts, limits, strict=True)), default=1)
-    part_size, num_rows = parts(num_prompts, num_samples, max_rows)
-    decoder = Decoder(model, num_rows, max_len, max(limits, default=1), options)
-    device = decoder.device
+    names = range(len(prompts)) if row_ids is None else row_ids
+    keys = sample_keys(seed, names, num_samples).tolist()  # [p][r]
 
     # A prompt's responses start together, or, where they are more than the rows, in equal parts.
-    parts_each = num_samples // part_size
-    names = range(num_prompts) if row_ids is None else row_ids
-    keys = sample_keys(seed, names, num_samples, device).view(-1, part_size)  # (parts, rows)
-    owners = torch.arange(keys.numel(), device=device).view(-1, part_size)  # (parts, rows)
-    part_prompts = [x for x in prompts for _ in range(parts_each)]
-    part_limits = torch.tensor(limits, dtype=torch.long).repeat_interleave(parts_each).to(device)
+    part_size, num_rows = parts(len(prompts), num_samples, max_rows)
+    waiting = deque()
+    for p, prompt in enumerate(prompts):
+        rows = [Row(p, r, prompt, limits[p], keys[p][r]) for r in range(num_samples)]
+        waiting.extend(rows[r : r + part_size] for r in range(0, num_samples, part_size))
 
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    max_len = max((len(x) + n for x, n in zip(prompts, limits, strict=True)), default=1)
+    decoder = Decoder(model, num_rows, max_len, temperature, top_p, top_k, return_experts)
     samples = [[None] * num_samples for _ in prompts]
-    prompt_experts = []  # of each part: (t, l, a)
-    started, active = 0, 0  # parts that have started, rows that are decoding
-    while keep_going(started < len(part_prompts) or active > 0):
-        waiting, free = len(part_prompts) - started, num_rows - active
-        # Start parts only when an eighth of the rows is free: each prefill call has a fixed cost.
-        if waiting and free >= part_size and (free * 8 >= num_rows or not active):
-            fitting = max(decoder.prefill // longest, 1)
-            end = started + min(free // part_size, fitting, waiting)
-            chosen = slice(started, end)
-            prompt_experts += decoder.admit(
-                part_prompts[chosen], owners[chosen], keys[chosen], part_limits[chosen]
-            )
-            active += (end - started) * part_size
-            started = end
+    while keep_going(bool(waiting or decoder.rows)):
+        free = num_rows - len(decoder.rows)
+        # Start rows only when an eighth of the places is free: each prefill call has a fixed cost.
+        if waiting and len(waiting[0]) <= free and free * 8 >= num_rows:
+            decoder.admit(take_groups(waiting, free, decoder.prefill_tokens))
         else:
             decoder.step()
-        done, stopped = decoder.finished(stops)
         if on_token:
-            on_token(int(decoder.state["last"][0]))
-        for owner, sample in decoder.collect(done, stopped) if len(done) else ():
-            if return_experts:
-                experts = torch.cat([prompt_experts[owner // part_size], sample.experts])
-                experts = experts.cpu()  # device memory holds only those of the rows being decoded
-                sample = sample._replace(experts=experts)  # (t, l, a)
-            prompt, response = divmod(owner, num_samples)
-            samples[prompt][response] = sample
+            on_token(decoder.rows[0].tokens[-1])
+        for row, sample in decoder.finish(stop_ids):
+            samples[row.prompt][row.response] = sample
             if on_sample is not None:
-                on_sample(prompt, response, sample)
-        active -= len(done)
-        if started == len(part_prompts) and active and len(done):
-            decoder.shrink()
+                on_sample(row.prompt, row.response, sample)
     return samples
 
 
@@ -313,6 +301,19 @@ def parts(num_prompts: int, num_samples: int, max_rows: int) -> tuple[int, int]:
     sizes = range(min(max_rows, num_samples), 0, -1)
     size = next(n for n in sizes if num_samples % n == 0)
     return size, max(min(max_rows, num_prompts * num_samples) // size, 1) * size
+
+
+def take_groups(waiting: deque, free: int, budget: int) -> list[list[Row]]:
+    """The first groups of rows that fit `free` places and, but for the first one, a prefill of
+    `budget` prompt tokens."""
+    groups, tokens = [], 0
+    while waiting and len(waiting[0]) <= free:
+        tokens += len(waiting[0][0].prompt_tokens)
+        if groups and tokens > budget:
+            break
+        groups.append(waiting.popleft())
+        free -= len(groups[-1])
+    return groups
 
 
 def check_prompts(prompts: list[list[int]], limits: list[int], context: int) -> None:

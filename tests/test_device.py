@@ -17,7 +17,7 @@ from nanocascade.engine.optim import make_optimizer, optimizer_step
 from nanocascade.grpo import grpo_loss
 from nanocascade.model.model import Model
 from nanocascade.model.moe import load_imbalance, update_correction_bias
-from nanocascade.sampler import Decoder, generate, sample_keys
+from nanocascade.sampler import Decoder, Row, generate
 
 PROMPTS = [[5, 17, 3], [9, 2, 30, 7, 7, 21, 4]]
 CONFIGS = {
@@ -85,20 +85,16 @@ def test_invariance_device(family, in_host):
 
 
 def test_numbers_waits():
-    """A decode step lets the host wait three times: for the shortest and the longest row, and for
-    the rows that are done."""
+    """A decode step lets the host wait three times: for the longest row, the drawn tokens and their
+    log-probs."""
     with pretend_device() as device:
         model = Model(parse_config(CONFIGS["qwen3"])).reset_parameters(0).to(NAME)
-        options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "return_experts": False}
-        decoder = Decoder(model, 2, 32, 16, options)
-        owners = torch.arange(2, device=NAME)[:, None]  # (p, r)
-        keys, limits = sample_keys(0, range(2), 1, NAME), torch.full((2,), 16, device=NAME)
-        decoder.admit(PROMPTS, owners, keys, limits)
-        stops = torch.tensor([8], device=NAME)
+        decoder = Decoder(model, 2, 32)
+        decoder.admit([[Row(i, 0, prompt, 16, i)] for i, prompt in enumerate(PROMPTS)])
         device.waits.clear()
         decoder.step()
-        decoder.finished(stops)
-        assert device.waits == {"_local_scalar_dense": 2, "nonzero": 1}
+        decoder.finish([8])
+        assert device.waits == {"_local_scalar_dense": 1, "_to_copy": 2}
 
 
 def test_errors_mixed_devices():

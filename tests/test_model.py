@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanocascade.checkpoint.weights import disk_names, experts_of, load_model
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.layout import parallelize
-from nanocascade.model import documents, logprobs
+from nanocascade.model import attention, logprobs
 from nanocascade.model.cache import Cache
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.moe import Routing
@@ -87,11 +87,11 @@ def gradients_of(network, hidden):
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("call_short", [documents.CALL_SHORT, 0])
+@pytest.mark.parametrize("call_short", [attention.CALL_SHORT, 0])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_invariance_packing(case, call_short, tmp_path, monkeypatch):
     """Packed documents see nothing of each other, in one attention call and one by one alike."""
-    monkeypatch.setattr(documents, "CALL_SHORT", call_short)
+    monkeypatch.setattr(attention, "CALL_SHORT", call_short)
     network, parts = build(case, tmp_path), texts()
     alone = torch.cat([network(x[None])[0] for x in parts])  # (t, d)
     ids = torch.stack([torch.cat(parts), torch.cat(parts[::-1])])  # two rows, other boundaries
@@ -119,6 +119,25 @@ def test_invariance_padding(case, side, tmp_path):
     hidden = network(ids, mask=mask)  # (b, t, d)
     for i, (x, span) in enumerate(zip(parts, spans, strict=True)):
         assert (hidden[i, span] - network(x[None])[0]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_invariance_prefill(case, tmp_path):
+    """Packed documents fill a cache's rows, and single tokens continue them: as one forward."""
+    network, sizes = build(case, tmp_path), (4, 1, 11)
+    ids = torch.randint(1, 32, (3, 14), generator=torch.Generator().manual_seed(1))
+    full, cache = network(ids), Cache(network.config, 3, 14, torch.float64)  # (b, t, d)
+    prompts = torch.cat([row[:n] for row, n in zip(ids, sizes, strict=True)])[None]
+    segments = torch.repeat_interleave(torch.tensor(sizes))[None]
+    hidden = network(prompts, cache=cache, segments=segments)[0].split(sizes)
+    pieces = [[x] for x in hidden]
+    for step in range(3):
+        single = torch.stack([row[n + step] for row, n in zip(ids, sizes, strict=True)])
+        hidden = network(single[:, None], cache=cache)  # (b, 1, d)
+        for piece, x in zip(pieces, hidden, strict=True):
+            piece.append(x)
+    for i, n in enumerate(sizes):
+        assert (torch.cat(pieces[i]) - full[i, : n + 3]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

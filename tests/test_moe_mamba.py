@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from nanocascade.engine.experts import local_sum
-from nanocascade.model import mamba2, moe
-from nanocascade.model.context import Context
-from nanocascade.model.documents import Documents, scan_plans
-from nanocascade.model.mamba2 import row_scan, scan_step
-from nanocascade.model.model import ModelConfig
+from nanocascade.model import moe, scan
+from nanocascade.model.documents import Documents
+from nanocascade.model.mamba2 import Mamba2
+from nanocascade.model.model import Context, ModelConfig
 from nanocascade.model.moe import Experts, Router, load_imbalance, update_correction_bias
+from nanocascade.model.scan import chunk_scan, scan_plan, scan_step
 
 
 def scan_inputs(t, dtype=torch.float64):
@@ -25,25 +25,25 @@ def scan_inputs(t, dtype=torch.float64):
 
 @pytest.mark.parametrize("t, chunk_size", [(8192, 128), (8191, 256), (1, 128), (130, 128)])
 def test_parity_scan(t, chunk_size):
-    """The chunked scan of a row is the recurrence, over 8,192 tokens, from any state."""
-    x, dt, A, B, C = scan_inputs(t)
-    start = torch.ones(1, 4, 3, 2, dtype=torch.float64)
-    state, outputs = start.clone(), []
-    for i in range(t):
+    """The chunked scan is the recurrence, over 8,192 tokens, from zeros and from the state at the
+    end of another document."""
+    x, dt, A, B, C = scan_inputs(5 + t)
+    state, outputs = torch.zeros(1, 4, 3, 2, dtype=torch.float64), []
+    for i in range(5 + t):
         outputs.append(scan_step(x[:, i], dt[:, i], A, B[:, i], C[:, i], state))
-    scanned, last = row_scan(x, dt, A, B, C, chunk_size, start)
-    assert (scanned - torch.stack(outputs, 1)).abs().max() < 1e-9
-    assert (last - state).abs().max() < 1e-9
-
-
-def test_invariance_step_blocks(monkeypatch):
-    """A decoding step works on a few rows at a time; how many is speed, not arithmetic."""
-    x, dt, A, B, C = (y.squeeze(0) if y.ndim > 1 else y for y in scan_inputs(5))  # 5 rows
-    states = torch.ones(2, 5, 4, 3, 2, dtype=torch.float64)
-    together = mamba2.scan_step(x, dt, A, B, C, states[0])
-    monkeypatch.setattr(mamba2, "STEP_BYTES", 2 * states[0, 0].numel() * 8)  # two rows
-    assert (mamba2.scan_step(x, dt, A, B, C, states[1]) - together).abs().max() < 1e-12
-    assert (states[1] - states[0]).abs().max() < 1e-12 and (states[0] != 1).any()
+    plan = scan_plan(Documents([5, t], [-1, 0]), chunk_size, 0, x.device, keep_ends=True)
+    scanned, states = [], [None]
+    for part in plan.parts:
+        inputs = [F.pad(y[0].flatten(1), (0, 0, 0, 1))[part.inputs] for y in (x, dt, B, C)]
+        x_part, dt_part, B_part, C_part = (
+            y.unflatten(-1, z.shape[2:]) for y, z in zip(inputs, (x, dt, B, C), strict=True)
+        )
+        y, ends = chunk_scan(x_part, dt_part, A, B_part, C_part, part, states[-1])
+        scanned.append(y.flatten(0, 1))
+        states += ends
+    scanned = torch.cat(scanned)[plan.outputs]  # (t, h, c)
+    assert (scanned - torch.cat(outputs)).abs().max() < 1e-9
+    assert (torch.cat(states[1:])[plan.ends[1]] - state).abs().max() < 1e-9
 
 
 def one_by_one(experts, x, chosen, weights):
@@ -64,8 +64,8 @@ def one_by_one(experts, x, chosen, weights):
     [(40, 8, 16, 8), (40, 3, 16, 8), (40, 2, 16, 8), (1, 8, 16, 8), (40, 8, 16, 6), (40, 8, 18, 8)],
 )
 def test_parity_experts(gated, n, top, d, f, monkeypatch):
-    """grouped_mm, the loop and an expert-parallel rank that has them all are every expert on its
-    own, in value and gradient, also in widths that grouped_mm does not take.
+    """grouped_mm and the loop are every expert on its own, in value and gradient, also in widths
+    that grouped_mm does not take.
 
     Experts from `top` on stay empty; with top = 2 all tokens go to the same two.
     """
@@ -77,14 +77,13 @@ def test_parity_experts(gated, n, top, d, f, monkeypatch):
     chosen = torch.rand(n, top).argsort(1)[:, :2]  # (n, a)
     x, weights = torch.randn(n, d, requires_grad=True), torch.rand(n, 2, requires_grad=True)
     inputs = [x, weights, *experts.parameters()]
-    results, grouped, looped = [], Experts.grouped, Experts.looped
+    results = []
     for form, product in (
-        (one_by_one, grouped),
-        (Experts.__call__, grouped),
-        (lambda experts, *inputs: local_sum(experts, 0, *inputs), grouped),
-        (Experts.__call__, looped),
+        (one_by_one, moe.fused_mm),
+        (Experts.__call__, moe.fused_mm),
+        (Experts.__call__, moe.looped_mm),
     ):
-        monkeypatch.setattr(Experts, "grouped", product)
+        monkeypatch.setattr(moe, "fused_mm", product)
         y = form(experts, x, chosen, weights)  # (n, d)
         slope = torch.linspace(-1, 1, y.numel()).view_as(y)
         results.append([y, *torch.autograd.grad((y * slope).sum(), inputs)])
@@ -145,32 +144,21 @@ def test_invariance_balance():
     assert worst[0] > 1.5 and worst[-1] < 1.2
 
 
-@pytest.mark.parametrize("kind", ["rows", "documents"])
-def test_invariance_spans(kind, monkeypatch):
-    """A scan in spans gives output, state and gradients of one scan: rows that start from states,
-    and documents of which one continues another over a span's edge (fp64)."""
+def test_invariance_spans(monkeypatch):
+    """A scan in spans gives output and gradients of one scan, also of a document that continues
+    another one over a span's edge (fp64)."""
     torch.manual_seed(0)
-    sizes = (2, 70, 4, 3), (2, 70, 4), (4,), (2, 70, 2, 5), (2, 70, 2, 5)  # of x, dt, A, B, C
-    inputs = [torch.rand(size, dtype=torch.float64, requires_grad=True) for size in sizes]
     config = ModelConfig(hidden_size=12, mamba_num_heads=4, mamba_head_dim=3, mamba_n_groups=2)
-    mixer = mamba2.Mamba2(config).double()
+    mixer = Mamba2(config).double()
     mixer.reset_parameters(0.5)
-    documents = Documents(torch.tensor([20, 20, 30, 70]), torch.tensor([-1, 0, -1, -1]))
-    entry = torch.rand(2, 4, 3, 5, dtype=torch.float64)
+    documents = Documents([20, 20, 30, 70], [-1, 0, -1, -1])
     packed = torch.randn(2, 70, 12, dtype=torch.float64, requires_grad=True)  # (b, t, d)
     found = []
     for span in (1000, 16):
-        monkeypatch.setattr(mamba2, "SPAN", span)
-        if kind == "rows":
-            x, dt, A, B, C = inputs
-            y, state = row_scan(x, dt, -A, B, C, 8, entry)
-            outputs, leaves = [y, state], inputs
-        else:
-            plans, places = scan_plans(documents, 8, config.conv_kernel - 1, span, packed.device)
-            assert len(plans) == (1 if span == 1000 else 5)
-            outputs = [mixer(packed, Context(scans=plans, scan_outputs=places))]
-            leaves = [packed, *mixer.parameters()]
-        loss = sum(x.square().sum() for x in outputs)
-        found.append([*outputs, *torch.autograd.grad(loss, leaves)])
+        monkeypatch.setattr(scan, "SPAN", span)
+        plan = scan_plan(documents, 8, config.conv_kernel - 1, packed.device)
+        assert len(plan.parts) == (1 if span == 1000 else 5)
+        y = mixer(packed, Context(scan=plan))
+        found.append([y, *torch.autograd.grad(y.square().sum(), [packed, *mixer.parameters()])])
     for one, spans in zip(*found, strict=True):
         assert (one - spans).abs().max() < 1e-13 * one.abs().max()

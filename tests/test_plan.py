@@ -12,7 +12,7 @@ from nanocascade import stages
 from nanocascade.checkpoint.hf_config import load_config
 from nanocascade.engine.distributed import Dist, Layout
 from nanocascade.engine.layout import parallelize
-from nanocascade.model import mamba2
+from nanocascade.model import scan
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.model import Model, ModelConfig
 from nanocascade.plan import meter, plan, report, seconds
@@ -53,7 +53,7 @@ def cpu_node():
 @pytest.fixture
 def short_spans(monkeypatch):
     """Traces of 3,072 tokens instead of 24,576: a few seconds instead of twenty."""
-    monkeypatch.setattr(mamba2, "SPAN", 1024)
+    monkeypatch.setattr(scan, "SPAN", 1024)
     monkeypatch.setattr(plan, "TRACED", (2048, 3072))
 
 

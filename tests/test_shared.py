@@ -10,8 +10,10 @@ from nanocascade.data.episode import Document, Rollout
 from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import new_routing, no_load, score_tokens
 from nanocascade.engine.layout import parallelize
-from nanocascade.model import documents, mamba2
-from nanocascade.model.documents import Documents, chunk_length, cut_chunks, share_calls
+from nanocascade.model import attention, scan
+from nanocascade.model.attention import share_calls
+from nanocascade.model.documents import Documents
+from nanocascade.model.scan import chunk_length, cut_chunks
 
 FAMILIES = ["nemotron_h-groups", "qwen3-wide", "qwen3_moe-dense", "llama-scaled"]
 
@@ -105,11 +107,11 @@ def test_invariance_shared_variants(case, variant, tmp_path, monkeypatch):
     replay = variant == "replay"
     own_scores, own_grads, own_load = one_step(plain, episodes, 60, False, replay)
     if variant == "kernels":
-        monkeypatch.setattr(documents, "CAUSAL_KERNELS", ("cpu",))
+        monkeypatch.setattr(attention, "CAUSAL_KERNELS", ("cpu",))
     if variant in ("one by one", "kernels"):
-        monkeypatch.setattr(documents, "CALL_SHORT", 0)
+        monkeypatch.setattr(attention, "CALL_SHORT", 0)
     if variant == "spans":
-        monkeypatch.setattr(mamba2, "SPAN", 8)
+        monkeypatch.setattr(scan, "SPAN", 8)
     scores, grads, load = one_step(network, episodes, 60, True, replay)
     assert (scores - own_scores).abs().max() < 1e-9
     assert (grads - own_grads).abs().max() < 1e-9 * own_grads.norm()
@@ -145,8 +147,9 @@ def test_numbers_batch():
 def test_numbers_plans():
     """Documents of like shapes share an attention call, and a chunk knows what it continues."""
     assert share_calls([(0, 30), (30, 5), (0, 2000), (30, 6)]) == [[0], [1, 3], [2]]
-    chunks = cut_chunks(Documents(torch.tensor([5, 3]), torch.tensor([-1, 0])), 2)
-    assert chunks.document.tolist() == [0, 0, 0, 1, 1] and chunks.place.tolist() == [0, 1, 2, 0, 1]
-    assert chunks.previous.tolist() == [-1, 0, 1, 2, 3] and chunks.level.tolist() == [0, 1, 2, 3, 4]
-    lengths = torch.tensor([18] * 8)  # a whole document a chunk, little padding
-    assert chunk_length(lengths, 64) == 20 and chunk_length(torch.tensor([6400]), 64) == 64
+    chunks, last_chunks, windows = cut_chunks(Documents([3, 1], [-1, 0]), 2, 1)
+    assert [x.inputs for x in chunks] == [[4, 0, 1], [1, 2, 4], [2, 3, 4]]
+    assert [x.previous for x in chunks] == [None, 0, 1] and [x.level for x in chunks] == [0, 1, 2]
+    assert last_chunks == [1, 2] and windows == [[2], [3]]
+    assert chunk_length([18] * 8, 64) == 20  # a whole document a chunk, little padding
+    assert chunk_length([6400], 64) == 64

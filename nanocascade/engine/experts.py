@@ -40,30 +40,17 @@ def reduce_scatter(x: Tensor, group) -> Tensor:
     return out
 
 
-class AllGather(torch.autograd.Function):
-    """all_gather, whose gradient is reduce_scatter."""
+class Collective(torch.autograd.Function):
+    """One of the two above, with the other one as its gradient."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return reduce_scatter(grad, ctx.group), None
-
-
-class ReduceScatter(torch.autograd.Function):
-    """reduce_scatter, whose gradient is all_gather."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return reduce_scatter(x, group)
+    def forward(ctx, x, group, collective, gradient):
+        ctx.group, ctx.gradient = group, gradient
+        return collective(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return all_gather(grad, ctx.group), None
+        return ctx.gradient(grad, ctx.group), None, None, None
 
 
 # ---- Experts over ranks --------------------------------------------------------------------------
@@ -96,10 +83,10 @@ class SpreadExperts(Experts):
         nn.Module.__init__(self)  # Experts.__init__ would allocate all experts
         self.group, self.length = dist.expert_group, length
         self.num_experts = len(experts.up_proj)
-        num_local = self.num_experts // dist.expert_parallel
-        self.first_local = num_local * self.group.rank()
+        self.num_local = self.num_experts // dist.expert_parallel
+        self.first_local = self.num_local * self.group.rank()
         for name, parameter in experts.named_parameters():
-            local = parameter.detach().narrow(0, self.first_local, num_local)
+            local = parameter.detach().narrow(0, self.first_local, self.num_local)
             local = local.clone()  # (e/ep, ...) without the memory of the other experts
             mesh = dist.expert_mesh["expert"]
             sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
@@ -108,47 +95,43 @@ class SpreadExperts(Experts):
     def matrices(self) -> tuple[Tensor, Tensor]:
         return self.up_proj.to_local(), self.down_proj.to_local()
 
+    def sort_pairs(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """As of Experts. Pairs of other ranks' experts are sorted behind the last group."""
+        ids = experts.flatten() - self.first_local  # (n*a,)
+        ids = ids.where((ids >= 0) & (ids < self.num_local), self.num_local)
+        order = ids.argsort(stable=True)  # (n*a,)
+        ends = group_ends(ids[order], self.num_local)  # (e/ep,)
+        # Drop those pairs. This costs one host sync, so skip it in decoding.
+        if ids.device.type == "cpu" or len(experts) > CHUNK_TOKENS // 4:
+            order = order[: max(int(ends[-1]), 1)]
+        return order, ends
+
+    def products(self, inputs: Tensor, ends: Tensor) -> Tensor:
+        """grouped_mm writes nothing behind the last group. Masks make these rows 0 in the outputs,
+        and in the inputs for their gradients."""
+        is_local = (torch.arange(len(inputs), device=ends.device) < ends[-1])[:, None]  # (n*a, 1)
+        outputs = super().products(inputs.where(is_local, 0.0), ends)  # (n*a, d)
+        return outputs.where(is_local, 0.0)
+
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (n, d), experts and weights (n, a) -> (n, d), like Experts.forward."""
         n = len(x)
         padding = (0, 0, 0, self.length.num_tokens - n)
         experts = F.pad(experts, padding, value=self.num_experts)  # (m, a) padding has no expert
-        x, weights = F.pad(x, padding), F.pad(weights, padding)  # (m, d), (m, a)
         experts = all_gather(experts, self.group)  # (ep*m, a)
-        x = AllGather.apply(x, self.group)  # (ep*m, d)
-        weights = AllGather.apply(weights, self.group)  # (ep*m, a)
+        x = Collective.apply(F.pad(x, padding), self.group, all_gather, reduce_scatter)  # (ep*m, d)
+        weights = F.pad(weights, padding)  # (m, a)
+        weights = Collective.apply(weights, self.group, all_gather, reduce_scatter)  # (ep*m, a)
         outputs = []
         for chunk in zip(*(y.split(CHUNK_TOKENS) for y in (x, experts, weights)), strict=True):
-            run = partial(local_sum, self, self.first_local)
+            run = super().forward
             if len(x) > CHUNK_TOKENS and torch.is_grad_enabled():
                 # Recompute in backward: only one chunk's inner activations are kept at a time.
                 run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             outputs.append(run(*chunk))
-        out = ReduceScatter.apply(torch.cat(outputs), self.group)  # (m, d)
+        out = torch.cat(outputs)  # (ep*m, d)
+        out = Collective.apply(out, self.group, reduce_scatter, all_gather)  # (m, d)
         return out[:n].clone()  # (n, d) not a view, on which FSDP's hooks would be lost
-
-
-def local_sum(experts: Experts, first: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """x (n, d), chosen and weights (n, a) -> (n, d), the weighted sum of `experts`: those of the
-    model from number `first` on.
-
-    (token, expert) pairs of other ranks' experts are sorted behind the last group, where grouped_mm
-    writes nothing. Masks make these rows 0 in the outputs, and in the inputs for their gradients.
-    """
-    e = len(experts.matrices()[0])
-    ids = chosen.flatten() - first  # (n*a,)
-    ids = ids.where((ids >= 0) & (ids < e), e)
-    order = ids.argsort(stable=True)  # (n*a,)
-    ends = group_ends(ids[order], e)  # (e,)
-    # Drop the pairs of other ranks' experts. This costs one host sync, so skip it in decoding.
-    if x.device.type == "cpu" or len(x) > CHUNK_TOKENS // 4:
-        order = order[: max(int(ends[-1]), 1)]
-    is_local = (ids[order] < e)[:, None]  # (n*a, 1)
-    token = order // chosen.shape[1]  # (n*a,)
-    inputs = x[token].where(is_local, 0.0)  # (n*a, d)
-    outputs = experts.products(inputs, ends).where(is_local, 0.0)  # (n*a, d)
-    outputs = outputs * weights.flatten()[order, None].to(x.dtype)  # (n*a, d)
-    return torch.zeros_like(x).index_add(0, token, outputs)  # (n, d)
 
 
 def spread_experts(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy) -> None:

@@ -1,9 +1,8 @@
 """The state of decoding rows: keys and values, the conv window, the SSM state.
 
-One row is one sequence. Keys and values are left-aligned: slot j of a row holds its token j,
-however the input was padded, and `lengths` says how many slots are filled. The last slot is extra:
-padding is written there and never read. SSM and conv states have a constant size (no slot per
-token): a row of the 30B hybrid costs 6,144 bytes of KV a token and 49 MB of state.
+One row is one sequence. Slot j of its keys and values holds its token j, and `lengths` says how
+many slots are filled. SSM and conv states have a constant size (no slot per token): a row of the
+30B hybrid costs 6,144 bytes of KV a token and 49 MB of state.
 """
 
 import torch
@@ -19,13 +18,13 @@ class Cache:
 
     def __init__(self, config, rows: int, max_len: int, dtype=torch.float32, device="cpu"):
         self.max_len = max_len
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (b,)
-        self.layers: list[dict[str, Tensor]] = []
+        self.all_lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (b,)
+        self.all_layers: list[dict[str, Tensor]] = []
         wide = torch.promote_types(dtype, torch.float32)
         for kind in config.pattern:
             layer = {}
             if kind == "*":
-                shape = (rows, config.num_kv_heads, max_len + 1, config.head_dim)
+                shape = (rows, config.num_kv_heads, max_len, config.head_dim)
                 layer["k"] = torch.zeros(shape, dtype=dtype, device=device)  # (b, k, t, c)
                 layer["v"] = torch.zeros(shape, dtype=dtype, device=device)  # (b, k, t, c)
             elif kind == "M":
@@ -33,37 +32,26 @@ class Cache:
                 state = (rows, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
                 layer["conv"] = torch.zeros(window, dtype=dtype, device=device)  # (b, w-1, m)
                 layer["ssm"] = torch.zeros(state, dtype=wide, device=device)  # (b, h, c, s)
-            self.layers.append(layer)
+            self.all_layers.append(layer)
+        self.use(rows)
 
-    @property
-    def rows(self) -> int:
-        return len(self.lengths)
+    def use(self, rows: int) -> None:
+        """Use the first `rows` rows: `lengths` and `layers` are views of these."""
+        self.lengths = self.all_lengths[:rows]  # (b,)
+        self.layers = [{name: x[:rows] for name, x in layer.items()} for layer in self.all_layers]
 
     @property
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
 
-    def shrink(self, rows: int, source: Tensor, target: Tensor) -> None:
-        """Keep the first `rows` places, rows `source` beyond them moved to free places `target`.
-
-        Nothing else is copied, and of keys and values only the filled slots.
-        """
-        filled = int(self.lengths[source].max()) if len(source) else 0
-        self.lengths[target] = self.lengths[source]
-        self.lengths = self.lengths[:rows]
-        for layer in self.layers:
-            for name, x in layer.items():
-                part = x[:, :, :filled] if name in ("k", "v") else x
-                part[target] = part[source]
-                layer[name] = x[:rows]
-
     def write(self, index: Tensor, other: "Cache", source: Tensor) -> None:
-        """Put rows `source` of another cache into rows `index` of this one: free rows refilled."""
+        """Put rows `source` of another cache into rows `index`; of keys and values only the slots
+        that are filled."""
+        filled = int(other.lengths[source].max()) if len(source) else 0
         self.lengths[index] = other.lengths[source]
-        filled = min(other.max_len, self.max_len)
         for layer, other_layer in zip(self.layers, other.layers, strict=True):
             for name, x in layer.items():
-                if name in ("k", "v"):  # only the prompt's slots: decoding writes the others
+                if name in ("k", "v"):
                     x[index, :, :filled] = other_layer[name][source, :, :filled]
                 else:
                     x[index] = other_layer[name][source]

@@ -11,22 +11,16 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias
 
+from nanocascade.model import scan
+from nanocascade.model.attention import Attention, AttentionPlan, attention_plan, rotary_table
 from nanocascade.model.cache import Cache
-from nanocascade.model.context import (
-    Context,
-    cached_context,
-    packed_context,
-    rotary_table,
-    split_documents,
-)
-from nanocascade.model.documents import AttentionPlan, gather
+from nanocascade.model.documents import Documents, split_documents
 from nanocascade.model.layers import MLP, RMSNorm, upcast
 from nanocascade.model.mamba2 import Mamba2
 from nanocascade.model.moe import Experts, MoE, Router, Routing
+from nanocascade.model.scan import ScanPlan, scan_plan
 
 
 @dataclass
@@ -124,89 +118,48 @@ class ModelConfig:
         return total
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate-half rotary embedding of x (b, t, h, c): (first, second) halves of the channels become
-    (first * cos - second * sin, second * cos + first * sin)."""
-    cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+@dataclass
+class Context:
+    """Facts about the tokens of one forward pass that every block needs, computed once.
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q (b, h, t, c) to k and v (b, k, t', c), causal where there is no mask.
-
-    On a GPU only 16-bit numbers without a mask of numbers have a kernel in which query heads share
-    a key head. Elsewhere torch would hold a score of every pair, so the key heads are repeated.
+    Packed documents have plans of how they attend and of their scan. A decode step has a mask
+    (b, 1, 1, t') over the cache's slots: 0 up to the token's own, -inf beyond. rows and slots
+    (b, t): where in the cache each token's key and value are written. rotary: cos and sin
+    (b, t, 1, c), or None.
     """
-    causal = mask is None or isinstance(mask, CausalBias)
-    shared = q.device.type == "cpu" or causal and q.itemsize == 2
-    if not shared:
-        times = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)  # (b, h, t', c)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared
-    )  # (b, h, t, c)
+
+    attention: AttentionPlan | None = None
+    scan: ScanPlan | None = None
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+    slots: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    routing: Routing | None = None
 
 
-class Attention(nn.Module):
-    """Causal grouped-query attention: the `*` mixer."""
+def packed_context(config, documents: Documents, dtype, device, keep_ends=False) -> Context:
+    """Context of packed documents: a prompt of 3 tokens and its two responses are one attention
+    call for the prompt, one for both responses, and a chunk of the scan for each of the three."""
+    ctx = Context()
+    if "*" in config.pattern:
+        ctx.attention = attention_plan(documents, dtype, device)
+    if "M" in config.pattern:
+        limit = min(config.chunk_size, scan.CPU_CHUNK if device.type == "cpu" else math.inf)
+        ctx.scan = scan_plan(documents, limit, config.conv_kernel - 1, device, keep_ends)
+    return ctx
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        d, c = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(d, config.num_heads * c, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(d, config.num_kv_heads * c, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(d, config.num_kv_heads * c, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_heads * c, d, bias=False)
-        norm = (c, config.norm_eps, config.norm_weight_in_fp32)
-        self.q_norm = RMSNorm(*norm) if config.qk_norm else None
-        self.k_norm = RMSNorm(*norm) if config.qk_norm else None
 
-    def forward(self, x: Tensor, ctx: Context, layer: dict | None = None) -> Tensor:
-        """x (b, t, d) -> (b, t, d); with `layer`, the block's cache, keys and values join it."""
-        c = self.config.head_dim
-        q = self.q_proj(x).unflatten(-1, (-1, c))  # (b, t, h, c)
-        k = self.k_proj(x).unflatten(-1, (-1, c))  # (b, t, k, c)
-        v = self.v_proj(x).unflatten(-1, (-1, c))  # (b, t, k, c)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if ctx.rotary is not None:
-            q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
-        if layer is None:
-            y = self.packed(q, k, v, ctx.attention)  # (b, t, h, c)
-        else:
-            y = self.cached(q, k, v, ctx, layer)  # (b, t, h, c)
-        return self.o_proj(y.flatten(2))  # (b, t, d)
-
-    def packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-        """Attention of packed documents, each to its parent's keys and its own: (b, t, h, c)."""
-        shape = q.shape
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (n, h | k, c)
-        q, k, v = gather(q, plan.queries), gather(k, plan.keys), gather(v, plan.keys)
-        q_sizes = [x.documents * x.own for x in plan.calls]
-        k_sizes = [x.documents * (x.inherited + x.own) for x in plan.calls]
-        pieces = zip(plan.calls, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), strict=True)
-        answers = []
-        for call, *qkv in pieces:
-            qkv = [x.unflatten(0, (call.documents, -1)).transpose(1, 2) for x in qkv]
-            y = attend(*qkv, call.mask)  # (m, h, own, c)
-            answers.append(y.transpose(1, 2).flatten(0, 1))  # (m*own, h, c)
-        return gather(torch.cat(answers), plan.answers).view(shape)
-
-    def cached(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, layer: dict) -> Tensor:
-        """Attention of tokens (b, t, h | k, c) that join the rows of a cache: (b, t, h, c)."""
-        b, t, h, c = q.shape
-        layer["k"][ctx.rows, :, ctx.slots] = k
-        layer["v"][ctx.rows, :, ctx.slots] = v
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, h | k, t, c)
-        if ctx.seen:  # 0: the cache was empty, and a prompt sees only itself
-            k, v = layer["k"][:, :, : ctx.seen], layer["v"][:, :, : ctx.seen]  # (b, k, t', c)
-        if t == 1:
-            # The queries that share a key head are rows of one product: each key is read once.
-            q = q.reshape(b, k.shape[1], -1, c)  # (b, k, h/k, c)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask)  # (b, k, h/k, c)
-            return y.reshape(b, 1, h, c)
-        return attend(q, k, v, ctx.mask).transpose(1, 2)
+def step_context(cache: Cache, dtype) -> Context:
+    """Context of one token that joins each row of a cache: after rows of 3 and 1 tokens slots 3 and
+    1 are written, and the second token sees slots 0 and 1 of 0 to 3."""
+    slots = cache.lengths[:, None].clone()  # (b, 1)
+    seen = int(slots.max()) + 1
+    assert seen <= cache.max_len, f"{seen} tokens in a cache of {cache.max_len}"
+    rows = torch.arange(len(slots), device=slots.device)[:, None]  # (b, 1)
+    later = torch.arange(seen, device=slots.device) > slots  # (b, t')
+    # Numbers, since attention would turn booleans into them once a block.
+    mask = torch.zeros_like(later, dtype=dtype).masked_fill_(later, -math.inf)[:, None, None]
+    return Context(mask=mask, rows=rows, slots=slots)
 
 
 class Block(nn.Module):
@@ -280,34 +233,54 @@ class Model(nn.Module):
         segments (b, t): document ids of packed rows; attention, conv and SSM state start anew where
         they change. parents: for each document the one that it continues, or -1; documents.py
         explains how a prompt's state reaches its responses. mask (b, t): False on padding, left or
-        right. cache: the tokens continue its rows, and are added to it. routing: records the chosen
-        experts, or replays recorded ones.
+        right. cache: with segments document i fills row i, which was empty; without them the tokens
+        of row i continue it; either way without gradients. routing: records the chosen experts, or
+        replays recorded ones.
         """
-        assert cache is None or segments is None, "packed rows have no cache"
-        ctx = self.context(ids, cache, segments, parents, mask, routing)
-        x = self.embed(ids)  # (b, t, d)
-        for i, block in enumerate(self.blocks):
-            x = block(x, ctx, cache.layers[i] if cache is not None else None)
-        if cache is not None:
-            added = ids.shape[1] if mask is None else mask.sum(1)  # (b,) or int
-            cache.lengths = cache.lengths + added
-        return self.norm(x)  # (b, t, d)
+        if cache is not None and segments is None and (mask is not None or ids.shape[1] > 1):
+            assert routing is None, "routing of tokens that join a cache: one token at a time"
+            return self.join(ids, cache, torch.ones_like(ids) if mask is None else mask)
+        ctx = self.context(ids, cache, mask if segments is None else segments, parents)
+        ctx.routing = routing
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            x = self.embed(ids)  # (b, t, d)
+            for i, block in enumerate(self.blocks):
+                x = block(x, ctx, cache.layers[i] if cache is not None else None)
+            return self.norm(x)  # (b, t, d)
 
-    def context(self, ids, cache, segments, parents, mask, routing) -> Context:
-        """The Context of a forward pass, computed once for all blocks."""
+    def context(self, ids, cache, segments, parents) -> Context:
+        """The Context of a forward pass; a cache's lengths grow by its tokens."""
         config, dtype = self.config, self.embed.weight.dtype
-        if cache is not None:
-            ctx, positions = cached_context(ids, cache, mask, dtype)
+        if cache is not None and segments is None:
+            ctx = step_context(cache, dtype)
+            positions = ctx.slots  # (b, 1)
+            cache.lengths += 1
         else:  # a row is a document, or its real tokens are one and its padding another
-            segments = mask if segments is None else segments
             segments = torch.zeros_like(ids) if segments is None else segments
             documents = split_documents(segments, parents)
-            ctx = packed_context(config, documents, dtype, ids.device)
-            positions = documents.positions.to(ids.device).view_as(ids)  # (b, t)
+            ctx = packed_context(config, documents, dtype, ids.device, cache is not None)
+            positions = documents.positions().to(ids.device).view_as(ids)  # (b, t)
+            if cache is not None:
+                cache.lengths.copy_(torch.tensor(documents.lengths))  # a row for each document
+                ctx.rows = torch.repeat_interleave(cache.lengths).view_as(ids)
+                ctx.slots = positions
         if config.rope_theta is not None:
             ctx.rotary = tuple(x.to(dtype) for x in rotary_table(config, positions))
-        ctx.routing = routing
         return ctx
+
+    def join(self, ids: Tensor, cache: Cache, mask: Tensor) -> Tensor:
+        """Hidden states (b, t, d) of tokens that continue the rows of a cache, where mask (b, t) is
+        True, one column after the other. For any input; the sampler has no use for it."""
+        weight = self.embed.weight
+        hidden = weight.new_zeros(*ids.shape, self.config.hidden_size)  # (b, t, d)
+        for j in range(ids.shape[1]):
+            rows = mask[:, j].nonzero()[:, 0]  # (b',)
+            part_rows = torch.arange(len(rows), device=ids.device)  # (b',)
+            part = Cache(self.config, len(rows), cache.max_len, weight.dtype, ids.device)
+            part.write(part_rows, cache, rows)
+            hidden[rows, j] = self(ids[rows, j, None], cache=part)[:, 0]
+            cache.write(rows, part, part_rows)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., v) of hidden states (..., d), in at least fp32."""

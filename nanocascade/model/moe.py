@@ -41,12 +41,16 @@ class Routing:
         return load.scatter_add_(1, chosen.flatten(1), counts)
 
 
-def group_ends(sorted_experts: Tensor, num_experts: int) -> Tensor:
-    """Where each expert's run ends in sorted expert ids (..., n): (..., e). A search in sorted data
-    is cheaper than counting by scatter, and needs no host sync."""
-    ids = torch.arange(num_experts, device=sorted_experts.device)  # (e,)
-    ids = ids.expand(*sorted_experts.shape[:-1], -1).contiguous()  # (..., e)
-    return torch.searchsorted(sorted_experts, ids, right=True)
+def fused_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """x (n, d), sorted by group, and weights (e, d, f) of the groups, which end at `ends` (e,):
+    each row times the matrix of its group (n, f), without a host sync."""
+    return F.grouped_mm(x, weights, offs=ends.to(torch.int32))
+
+
+def looped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """The same in a loop. unbind: the gradient of an index would be as large as all weights."""
+    groups = zip(x.tensor_split(ends[:-1].tolist()), weights.unbind(0), strict=True)
+    return torch.cat([rows @ weight for rows, weight in groups if len(rows)])
 
 
 class Experts(nn.Module):
@@ -65,22 +69,22 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (n, d), experts and weights (n, a) -> (n, d), the weighted sum of each token's experts.
 
-        The (token, expert) pairs are sorted by expert; grouped_mm then multiplies all groups in one
-        call without a host sync, or a loop slices them one by one. Fewer pairs than experts are not
-        sorted: on a CPU half the time of decoding one row went into that and into empty groups.
+        The (token, expert) pairs are sorted by expert, so that each expert multiplies its tokens
+        at once.
         """
-        a = experts.shape[1]
-        if x.device.type == "cpu" and experts.numel() < len(self.up_proj):
-            return self.one_by_one(x, experts, weights)
-        flat = experts.flatten()  # (n*a,)
-        order = flat.argsort(stable=True)  # (n*a,)
-        token = order // a  # (n*a,) whose pair this is
+        order, ends = self.sort_pairs(experts)  # (n*a,), (e,)
+        token = order // experts.shape[1]  # (n*a,) whose pair this is
         inputs = x.index_select(0, token)  # (n*a, d); x[token] would be slower backward
-        ends = group_ends(flat[order], len(self.up_proj))  # (e,)
         outputs = self.products(inputs, ends)  # (n*a, d)
         shares = weights.flatten().index_select(0, order)  # (n*a,)
         outputs = outputs * shares[:, None].to(x.dtype)  # (n*a, d)
         return torch.zeros_like(x).index_add(0, token, outputs)  # (n, d)
+
+    def sort_pairs(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """The order (n*a,) of pairs by their expert, and the place where each expert's end (e,)."""
+        ids = experts.flatten()  # (n*a,)
+        order = ids.argsort(stable=True)  # (n*a,)
+        return order, group_ends(ids[order], len(self.up_proj))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """up_proj and down_proj; under expert parallelism only this rank's (engine/experts.py)."""
@@ -88,44 +92,25 @@ class Experts(nn.Module):
 
     def products(self, inputs: Tensor, ends: Tensor) -> Tensor:
         """inputs (n*a, d), sorted by expert, through their experts: (n*a, d)."""
-        # grouped_mm takes neither fp64 nor rows whose bytes are no multiple of 16
-        odd = any(n * inputs.itemsize % 16 for n in self.down_proj.shape[1:])
-        looped = odd or inputs.dtype == torch.float64
-        return (self.looped if looped else self.grouped)(inputs, ends)
-
-    def grouped(self, inputs: Tensor, ends: Tensor) -> Tensor:
-        ends = ends.to(torch.int32)  # (e,)
         up_proj, down_proj = self.matrices()
-        up = F.grouped_mm(inputs, up_proj.flatten(2), offs=ends)  # (n*a, u*f)
-        hidden = activate(*self.halves(up))  # (n*a, f)
-        return F.grouped_mm(hidden, down_proj, offs=ends)  # (n*a, d)
+        up = self.multiply(inputs, up_proj.flatten(2), ends)  # (n*a, u*f)
+        hidden = activate(*up.chunk(up_proj.shape[2], -1))  # (n*a, f) of up, and gate
+        return self.multiply(hidden, down_proj, ends)
 
-    def looped(self, inputs: Tensor, ends: Tensor) -> Tensor:
-        groups = inputs.tensor_split(ends[:-1].tolist())
-        pieces = [self.expert(x, *w) for x, *w in zip(groups, *self.apart(), strict=True) if len(x)]
-        return torch.cat(pieces)  # (n*a, d)
+    def multiply(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        # grouped_mm takes neither fp64 nor rows whose bytes are no multiple of 16.
+        odd = any(n * x.itemsize % 16 for n in weights.shape[1:])
+        # On a CPU it visits all experts, which decoding one row takes 1.2 times as long.
+        few = x.device.type == "cpu" and len(x) < len(weights)
+        product = looped_mm if odd or few or x.dtype == torch.float64 else fused_mm
+        return product(x, weights, ends)
 
-    def one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        ups, downs = self.apart()
-        rows, weights = [], weights.to(x.dtype)
-        for token, chosen, shares in zip(x.split(1), experts.tolist(), weights, strict=True):
-            ys = [self.expert(token, ups[e], downs[e]) for e in chosen]  # (1, d) each
-            rows.append(shares @ torch.cat(ys))  # (d,)
-        return torch.stack(rows)  # (n, d)
 
-    def apart(self):
-        """up and down by expert. With gradients unbound at once: the gradient of an index is as
-        large as all experts."""
-        up_proj, down_proj = self.matrices()
-        both = up_proj.flatten(2), down_proj
-        return [x.unbind(0) if torch.is_grad_enabled() else x for x in both]
-
-    def expert(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return activate(*self.halves(x @ up)) @ down  # (n, d)
-
-    def halves(self, up: Tensor) -> tuple[Tensor, ...]:
-        """(up,) or (up, gate), (n, f) each, of their product (n, u*f)."""
-        return up.chunk(self.up_proj.shape[2], -1)
+def group_ends(sorted_experts: Tensor, num_experts: int) -> Tensor:
+    """Where each expert's run ends in sorted expert ids (n,): (e,). A search in sorted data is
+    cheaper than counting by scatter, and needs no host sync."""
+    ids = torch.arange(num_experts, device=sorted_experts.device)  # (e,)
+    return torch.searchsorted(sorted_experts, ids, right=True)
 
 
 class Router(nn.Module):

@@ -19,12 +19,12 @@ from torch.utils.flop_counter import flop_registry
 from nanocascade.engine.distributed import DTYPES, Dist, Layout
 from nanocascade.engine.experts import CHUNK_TOKENS
 from nanocascade.engine.layout import parallelize, unsharded
-from nanocascade.model import mamba2
+from nanocascade.model import scan
 from nanocascade.model.cache import Cache
-from nanocascade.model.context import Context, packed_context
 from nanocascade.model.documents import Documents
 from nanocascade.model.logprobs import token_logprobs
-from nanocascade.model.model import Model
+from nanocascade.model.model import Context, Model, packed_context
+from nanocascade.model.moe import fused_mm
 from nanocascade.sampler import draw
 
 NODE = 8  # devices of a node
@@ -112,14 +112,14 @@ def imaginary_node(gpu: bool = True):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not torch_dist.is_initialized(), "a plan has no ranks but imagined ones"
-    before = mamba2.CPU_CHUNK, mamba2.STEP_BYTES
+    before = scan.CPU_CHUNK
     torch_dist.init_process_group("fake", rank=0, world_size=NODE, store=FakeStore())
     if gpu:
-        mamba2.CPU_CHUNK, mamba2.STEP_BYTES = 1 << 30, 1 << 60
+        scan.CPU_CHUNK = 1 << 30
     try:
         yield
     finally:
-        mamba2.CPU_CHUNK, mamba2.STEP_BYTES = before
+        scan.CPU_CHUNK = before
         torch_dist.destroy_process_group()
 
 
@@ -150,9 +150,9 @@ def fake_block(config, kind: str, layout: Layout, num_tokens: int):
     dist = ImaginaryDist(layout)
     with torch.device("meta"):
         model = Model(replace(config, pattern=kind, vocab_size=8))
-        if kind == "E":  # a loop over experts would slice by numbers that fake tensors lack
-            model.blocks[0].mixer.experts.products = model.blocks[0].mixer.experts.grouped
         model = parallelize(model, dist)
+        if kind == "E":  # a loop over experts would slice by numbers that fake tensors lack
+            model.blocks[0].mixer.experts.multiply = fused_mm
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         with Meter(dist.busiest_pairs(config, num_tokens)) as meter:
@@ -231,7 +231,7 @@ def trace_draw(config, layout: Layout, rows: int) -> Trace:
 def packed_rows(config, ids: Tensor, dtype) -> Context:
     """The context of packed rows (b, t), each of which is one document."""
     rows, width = ids.shape
-    documents = Documents(torch.full((rows,), width), torch.full((rows,), -1))
+    documents = Documents([width] * rows)
     context = packed_context(config, documents, dtype, ids.device)
     context.rotary = rotary(config, ids, dtype)
     return context
@@ -242,7 +242,6 @@ def cached_rows(config, ids: Tensor, seen: int, dtype) -> Context:
     return Context(
         rows=torch.arange(len(ids))[:, None],  # (b, 1)
         slots=torch.zeros_like(ids),  # (b, t)
-        seen=seen,
         mask=torch.zeros(len(ids), 1, 1, seen, dtype=dtype),  # (b, 1, t, t')
         rotary=rotary(config, ids, dtype),
     )

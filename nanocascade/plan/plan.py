@@ -16,8 +16,8 @@ from nanocascade.engine.distributed import Dist, Layout
 from nanocascade.engine.lora import layers_of
 from nanocascade.model.cache import Cache
 from nanocascade.model.layers import KEEP_FP32
-from nanocascade.model.mamba2 import SPAN
 from nanocascade.model.model import Model, ModelConfig
+from nanocascade.model.scan import SPAN
 from nanocascade.plan.meter import HEAD, NODE, Trace, trace_block, trace_decoding
 from nanocascade.sampler import PREFILL_TOKENS, parts
 from nanocascade.stages import RL, SFT, TEACHER_OF, Stage
