@@ -39,6 +39,8 @@ from nanocascade.toy.judge import rule_judge
 
 @dataclass
 class Config:
+    """What is asked, and how it is answered."""
+
     model: str = ""  # directory of the checkpoint
     prompt: str = ""  # one user message (without it and --prompts, --tasks: a chat)
     system: str = ""  # system message of prompts and chats

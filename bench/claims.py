@@ -134,6 +134,10 @@ def main():
         raise ValueError(f"usage: python {sys.argv[0]} DIRECTORY")
     out = Path(sys.argv[1])
     runs = read_cascade(out)
+    if missing := {"sft", "rlhf_side", "mopd", "rlhf"} - set(runs):
+        raise ValueError(
+            f"{out}: the claims are about finished runs of {', '.join(sorted(missing))}"
+        )
     text = f"## What was to be shown\n\n{claim_table(runs)}\n\n"
     text += "## MOPD against the RL that made the teacher, from the same start\n\n"
     text += f"{NOTE}\n{race_table(runs)}\n"

@@ -97,3 +97,30 @@ def test_run_evidence(evidence, tmp_path, monkeypatch):
     assert "| math | -0.40 +-0.00 | multi_domain_rl 2 |" in text
     assert "| no_std | 2 | -0.20 +-1.27 | +0.00 +-0.00 |" in text
     assert (tmp_path / "assets/seeds.csv").read_text().count("\n") == 1 + 2 * 11 * 9
+
+
+def test_anchor_table(evidence, tmp_path, monkeypatch, capsys):
+    """Stored scores are not made again. Mathematics .5 -> .7 and .8 in one seed, .4 -> .6 and .7 in
+    the other: changes +.2 and +.3 in both, and the anchor gives +.1 in both."""
+    from bench import anchor
+
+    for seed, start in (("a", 0.5), ("b", 0.4)):
+        (tmp_path / seed / "anchor").mkdir(parents=True)
+        for name, gain in (("start", 0.0), ("report", 0.2), ("anchor", 0.3)):
+            scores = dict.fromkeys(MOPD_SHARES, 0.5) | {"math": start + gain}
+            (tmp_path / seed / "anchor" / f"{name}.json").write_text(json.dumps(scores))
+    monkeypatch.setattr(sys, "argv", ["anchor.py", tmp_path / "a", tmp_path / "b"])
+    anchor.main()
+    changes = "0.20 +-0.00 | 0.30 +-0.00 | 0.10 +-0.00 |"
+    line = f"| math | math | 0.45 +-0.64 | 0.65 +-0.64 | 0.75 +-0.64 | {changes}"
+    assert line in capsys.readouterr().out
+
+
+def test_claims_need_a_whole_cascade(evidence, tmp_path, monkeypatch):
+    from bench import claims
+
+    write_run(tmp_path / "sft", {"math": 0.5}, [step(0)], "sft")
+    write_run(tmp_path / "mopd", {"math": 0.5}, [step(0)], "mopd", "sft")
+    monkeypatch.setattr(sys, "argv", ["claims.py", tmp_path])
+    with pytest.raises(ValueError, match="finished runs of rlhf, rlhf_side"):
+        claims.main()

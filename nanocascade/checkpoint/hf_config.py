@@ -213,11 +213,13 @@ def read_values(family: Family, pattern: str, given: dict) -> dict:
     values, missing = {}, []
     for name, (key, block) in family.fields.items():
         want, x = types[name], given.get(key)
+        # A size may be 0 where no block needs it; no shared expert has size 0.
+        least = int(want is int and block in pattern and name != "shared_expert_intermediate_size")
         if x is None:
             missing += [key] if block in pattern and name not in OPTIONAL else []
         # type() and not isinstance(): true is no number
-        elif type(x) not in ((int, float) if want is float else (want,)) or x < 0:
-            raise ValueError(f"{key} is {x!r}, expected {want.__name__}, not negative")
+        elif type(x) not in ((int, float) if want is float else (want,)) or x < least:
+            raise ValueError(f"{key} is {x!r}, expected {want.__name__}, at least {least}")
         else:
             values[name] = want(x)
     if missing:
