@@ -42,8 +42,8 @@ def block(program):
     return f"So:\n```python\n{program}\n```\nDone."
 
 
-def grade(tests, program):
-    row = {"verifier_metadata": {"unit_tests": tests, "cpu_seconds": 0.5}}
+def grade(tests, program, cpu_seconds=0.5):
+    row = {"verifier_metadata": {"unit_tests": tests, "cpu_seconds": cpu_seconds}}
     code.check_tests(row)
     return code.verify_program(row, {"content": block(program)})
 
@@ -215,7 +215,8 @@ def test_expected_answers_are_out_of_reach():
         ({"inputs": [[1]], "outputs": ["qx7-answer"], "fn_name": "f"}, f),
         ({"asserts": ["assert f(1) == 'qx7-answer'"]}, f),
     ]:
-        assert grade(tests, search + use).reason == "wrong output on test 1"
+        # All objects are printed: on a busy machine that takes more than grade's half a second.
+        assert grade(tests, search + use, 5).reason == "wrong output on test 1"
 
 
 def test_assert_verdicts():

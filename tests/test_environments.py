@@ -32,6 +32,7 @@ from nanocascade.tokenizer.chat import TEMPLATE
 from nanocascade.tokenizer.template import render_template
 from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
+from nanocascade.toy.words import assistant, call_tool
 
 pytestmark = needs_landlock  # which implies the rest; tests import modules that are not loaded yet
 MAIN = "from a.ops import op\n\n\ndef f(x):\n    return op(x)\n"
@@ -332,8 +333,8 @@ def speak(sft, monkeypatch, capsys):
 def test_run_tools_in_sample(speak, monkeypatch, tmp_path):
     """With --tools python a program called in a chat, a prompt or a task is run and its output
     read, for as many turns as allowed; without it, or in a row with tools of its own, it is not."""
-    program = tasks.assistant("run", "", [tasks.tool_call("python", code="print(20 * 11 + 5)")])
-    talk = [program, program, tasks.assistant("so", "\\boxed{%s}" % 225)]
+    program, _ = call_tool("run", "", "python", code="print(20 * 11 + 5)")
+    talk = [program, program, assistant("so", "\\boxed{%s}" % 225)]
     told = "<tool_response>\n225\n</tool_response>"
     with_tool = ("--tools", "python", "--prompt", "15 * 15?")
     for args, times in ((with_tool, 2), ((*with_tool, "--max_turns", 2), 1), (with_tool[2:], 0)):

@@ -31,6 +31,7 @@ from nanocascade.tokenizer.tokenizer import Tokenizer
 from nanocascade.toy import tasks
 from nanocascade.toy.judge import rule_judge
 from nanocascade.toy.start import build_toy_tokenizer
+from nanocascade.toy.words import assistant, call_tool
 
 ALONE = Dist(0, 1, "cpu")
 ROWS = (tasks.tools(random.Random(i)) for i in range(40))  # (row, good, slip)
@@ -137,8 +138,8 @@ def test_episodes_in_a_repository(tokenizer, monkeypatch):
     row = tasks.math(random.Random(0))[0] | {"environment": {"name": "python"}}
     row |= {"domain": "math", "kind": "math"}
     program = f"print('{row['expected_answer']}')"
-    program = tasks.assistant("run", "", [tasks.tool_call("python", code=program)])
-    box = tasks.assistant("so", "\\boxed{%s}" % row["expected_answer"])
+    program, _ = call_tool("run", "", "python", code=program)
+    box = assistant("so", "\\boxed{%s}" % row["expected_answer"])
     (x,) = talk([program, box], row=row)
     assert x.turns[1] == {"role": "tool", "content": row["expected_answer"]} and x.reward == 1
 
