@@ -47,7 +47,8 @@ def row_ids(valid: Tensor) -> Tensor:
 
 def sum_by_response(x: Tensor, response_ids: Tensor) -> Tensor:
     """(b, t) -> (o,): the sum of x over the tokens of each response."""
-    sums = x.new_zeros(int(response_ids.max()) + 1)  # (o,)
+    num_responses = int(response_ids.max()) + 1 if response_ids.numel() else 0
+    sums = x.new_zeros(num_responses)  # (o,)
     return sums.scatter_add(0, response_ids.flatten(), x.flatten())
 
 

@@ -51,15 +51,22 @@ class Teachers:
     from drifting (self-anchor). Teachers of one directory share one frozen copy.
 
     Raises ValueError for an unknown name, a missing directory, or wanted domains without a teacher.
+    A teacher for whose domains there are no prompts is named and left out.
     """
 
     def __init__(self, items: tuple[str, ...], wanted: tuple[str, ...], drawn, dist):
         given = read_teachers(items)
+        for item in items:
+            for path in item.partition("=")[2].split("+"):
+                if not Path(path).is_dir():
+                    raise ValueError(f"--teachers {item}: no directory {path}")
         taught = assign_teachers(given, drawn)
         if untaught := set(wanted) - set(taught):
             raise ValueError(f"--domains {sorted(untaught)}: no teacher given for them")
         self.teacher_of = {d: x for d, x in taught.items() if not wanted or d in wanted}
         self.domains = tuple(self.teacher_of)
+        if (idle := set(given) - set(self.teacher_of.values())) and dist.is_main:
+            print("teachers without prompts of their domains, not used:", ", ".join(sorted(idle)))
         self.paths = {}
         for name in sorted(set(self.teacher_of.values())):
             domains = [d for d, x in self.teacher_of.items() if x == name]

@@ -147,6 +147,7 @@ def test_errors_of_teachers(refused, sft, tmp_path):
     refused("manifest.json has no evaluation of math", *mopd, f"math={sft}+{other}")
     refused("expected NAME=DIR once, NAME one of .*math", *mopd, f"maths={sft}")
     refused("expected NAME=DIR once", *mopd, f"math={sft},math={sft}")
+    refused("no directory /nowhere", *mopd, f"math={sft},swe=/nowhere")  # not even an unused one
     refused("--domains .*code.* no teacher", *mopd, f"math={sft}", "--domains", "math,code")
     refused("--teachers is needed", "train_mopd.py", "--init", sft)
 

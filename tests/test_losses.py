@@ -16,7 +16,7 @@ from nanocascade.engine.distributed import Dist
 from nanocascade.engine.forward import score_tokens
 from nanocascade.engine.update import Mean
 from nanocascade.grpo import group_advantages, grpo_loss
-from nanocascade.importance import importance_weight, mismatch_metrics
+from nanocascade.importance import importance_weight, mismatch_metrics, sequence_mask
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.mopd import compute_mopd_loss, denominators
 from nanocascade.sft import sft_loss
@@ -128,6 +128,12 @@ def test_numbers_mopd(gate, third):
     assert teacher.grad is None
     with pytest.raises(ValueError, match="'clip'"):
         run(MOPD, STUDENT, teacher, SAMPLER, MASK, gate="clip")
+
+
+def test_sequence_mask_of_no_tokens():
+    """A rank may have no responses in a micro-batch."""
+    none = torch.zeros(1, 0)
+    assert sequence_mask(none, none, none, none.long(), 2.0).shape == (1, 0)
 
 
 @pytest.mark.parametrize(

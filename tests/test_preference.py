@@ -14,7 +14,7 @@ from nanocascade.engine.distributed import Dist
 from nanocascade.rewards import check_row, checked_row, kind_of, preference, score
 from nanocascade.rewards.judge import EndpointJudge, parse_verdict
 from nanocascade.rewards.preference import score_group, win_rate
-from nanocascade.rollouts.scoring import Scorer
+from nanocascade.rollouts.scoring import GroupVerdicts, Scorer
 from nanocascade.toy.judge import rule_judge
 
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "About the cat."}]}}
@@ -303,3 +303,28 @@ def test_judged_rows_need_a_judge_that_answers(server):
         score(QUESTION, "5", judge=away)
     with pytest.raises(ValueError, match="patch"):
         check_row({"verifier_metadata": {"files": {"a.py": ""}}})
+
+
+def test_only_ended_episodes_are_compared():
+    """Response 2 has written a call of a tool, a whole turn: it is judged when its episode ends.
+    There it is cut off, so only the other two are compared, once. The better one is the shortest of
+    the best fifth, which pays a half for its thought and a half for its answer."""
+    asked = []
+
+    def judge(conversation, first, second):
+        asked.append((first, second))
+        return {"score_1": 3, "score_2": 4, "ranking": 4}
+
+    row = {"kind": "preference", "domain": "preference"}
+    row |= {"responses_create_params": {"input": [{"role": "user", "content": "Hi"}]}}
+    group = [Rollout(row, [1], 1, [False], [0.0]) for _ in range(3)]
+    for rollout, text in zip(group, "abc", strict=True):
+        rollout.turns = [{"role": "assistant", "content": text}]
+        rollout.stop_reason = "stop"
+    verdicts = GroupVerdicts(Scorer(judge), group)
+    verdicts.add(0)
+    verdicts.add(1)
+    group[2].stop_reason = "length"
+    verdicts.book(encode=list)
+    assert asked == [("a", "b")]
+    assert [x.reward for x in group] == [3.0, 4.0 + 0.5 + 0.5, 1.0]

@@ -24,6 +24,8 @@ from nanocascade.rollouts.groups import MAX_DRAWS
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.rollouts.scoring import NOT_SCORED, GroupVerdicts, Scorer
 from nanocascade.run import evaluate as evaluation
+from nanocascade.run.log import show_rollout
+from nanocascade.run.rows import check_prompts
 from nanocascade.sampler import Sample, step_seed
 from nanocascade.sandbox import sandbox
 from nanocascade.tokenizer.chat import parse_response
@@ -248,7 +250,8 @@ def test_judge_concurrency(concurrency):
         return rule_judge(conversation, first, second)
 
     verdicts = GroupVerdicts(Scorer(judge, judge_concurrency=concurrency), group)
-    verdicts.add(3)
+    for i in range(4):
+        verdicts.add(i)
     for verdict in verdicts.matches.values():
         verdict.result()
     assert max(most) == concurrency
@@ -370,6 +373,8 @@ def test_numbers_teachers(monkeypatch, tmp_path):
     assert teachers.assign_teachers({"if": "a"}, domains) == {"if": "if"}
     monkeypatch.setattr(teachers, "sha256_of", str)
     monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / name).mkdir()
     found = teachers.Teachers(("if=a", "multi_domain=b", "default=./b"), (), domains, ALONE)
     assert found.teacher_of == of and found.models["multi_domain"] is found.models["default"]
     assert found.models["if"] is not found.models["default"]
@@ -398,3 +403,29 @@ def test_numbers_best_teacher(monkeypatch):
         "mopd/prompt_share/math": 0.75,
         "mopd/prompt_share/if": 0.25,
     }
+
+
+def test_prompts_are_checked_as_they_will_be_rendered():
+    """A template may write more where there is no thought: 19 tokens instead of 13."""
+
+    class TwoLengths:
+        def render_text(self, messages, tools, thinking, add_generation_prompt):
+            return "x" * (13 if thinking else 19)
+
+        def render(self, *arguments):
+            return [0] * len(self.render_text(*arguments)), None
+
+    row = {"id": "a", "responses_create_params": {"input": [{"role": "user", "content": "Hi"}]}}
+    for thinking, context in ((True, 53), (False, 59)):
+        sampling = Sampling(max_new_tokens=40, thinking=thinking)
+        check_prompts([row], TwoLengths(), sampling, context)
+        with pytest.raises(ValueError, match="row a: 1[39] tokens . 40 new ones"):
+            check_prompts([row], TwoLengths(), sampling, context - 1)
+
+
+def test_a_masked_response_is_not_painted(tokenizer):
+    """Green are the tokens with a loss: none in a response that has left the loss."""
+    rollout = Rollout({"domain": "math"}, [5, 6], 1, [False, True], [0.0, -1.0])
+    assert "\033[32m" in show_rollout(rollout, tokenizer, 0)
+    rollout.loss = False
+    assert "\033[32m" not in show_rollout(rollout, tokenizer, 0)

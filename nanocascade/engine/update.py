@@ -65,8 +65,8 @@ class Update:
 
 
 def keep_token_values(batch: Batch, documents: list, values: dict[str, Tensor]) -> None:
-    """Append per-token values (1, n) of a batch to its rollouts that will be logged, so that each
-    list ends with one value for each token of the response."""
+    """Store per-token values (1, n) of a batch in its rollouts that will be logged: one value for
+    each token of the response."""
     for i, x in enumerate(documents):
         if x.token_values is not None:
             places = batch.response_ids == i  # (1, n)

@@ -20,18 +20,17 @@ def collect_groups(play, stream, prompts, num_samples, seed, dist, dynamic=False
     """The groups of one step, this rank's share of `prompts` of them, and how they were drawn.
 
     play(rows, num_samples, seed=, row_ids=) is roll_out for a model. With `dynamic` filtering a
-    group whose raw outcomes are all right or all wrong teaches nothing: it is dropped and the next
-    prompt of the stream takes its place, until the batch is full or MAX_DRAWS times the prompts
-    were tried. Groups are whole and ordered by prompt index, so it does
-    not matter which answers finished first.
+    group whose raw outcomes are all equal teaches nothing: it is dropped and the next prompt of the
+    stream takes its place, until the batch is full or MAX_DRAWS times the prompts were tried.
+    Groups are whole and ordered by prompt index, so it does not matter which answers finished
+    first.
     """
     num_useful, tried, collected, outcomes = 0, 0, [], []
     timing = {"time/rollout": 0.0, "time/score": 0.0}
     while num_useful < prompts and tried < MAX_DRAWS * prompts:
         drawn = stream.take(min(prompts - num_useful, MAX_DRAWS * prompts - tried))
         tried += len(drawn)
-        # Balance ranks by prompt length: long prompts prefill slower and usually get longer
-        # answers.
+        # Balance ranks by prompt length: long prompts prefill slower and get longer answers.
         local = dist.shard(drawn, size=lambda x: len(str(conversation(x[1]))))
         rows, positions = [row for _, row in local], [position for position, _ in local]
         groups, spent = play(rows, num_samples, seed=seed, row_ids=positions)

@@ -61,11 +61,14 @@ class GroupVerdicts:
     def __init__(self, scorer: Scorer, group: list[Rollout]):
         self.scorer, self.group, self.row = scorer, group, group[0].row
         self.compares = compares_groups(self.row)
+        self.ended: list[int] = []  # the responses whose episodes have ended
         self.verdicts: dict[int, Future] = {}  # of each response alone
         self.matches: dict[tuple[int, int], Future] = {}  # of pairs of responses
 
     def add(self, new: int) -> None:
-        """Start the verdict of response `new` and the matches that it makes possible."""
+        """Start the verdict of response `new`, whose episode has ended, and the matches that it
+        makes possible."""
+        self.ended = sorted([*self.ended, new])
         if self.scorer.grades(self.row):
             self.verdicts[new] = self.scorer.submit(self.group[new])
             answers = self.judged_answers() if self.compares else {}
@@ -75,19 +78,18 @@ class GroupVerdicts:
 
     def judged_answers(self) -> dict[int, str]:
         """{response: the text that the judge compares}, of those that are complete."""
-        done = {i: read_turn(x.turns[-1]) for i, x in self.finished() if x.stop_reason == "stop"}
+        complete = [i for i in self.ended if self.group[i].stop_reason == "stop"]
+        done = {i: read_turn(self.group[i].turns[-1]) for i in complete}
         return {i: x["content"] for i, x in done.items() if not x["unfinished"]}
 
-    def finished(self):
-        return [(i, x) for i, x in enumerate(self.group) if x.stop_reason]
-
     def new_pairs(self, new: int, judged: list[int]) -> list[tuple[int, int]]:
-        """All pairs: of `new` and each response that was finished before. A circle: every pair,
-        once the last response is there. judged: responses that are complete."""
+        """All pairs: of `new` and each response that ended before. A circle: every pair, once the
+        last response has ended. judged: responses that the judge compares."""
         if self.scorer.pairing == "all":
             return [(min(i, new), max(i, new)) for i in judged if i != new and new in judged]
-        complete = len(self.finished()) == len(self.group)
-        pairs = make_pairs(len(judged), self.scorer.pairing) if complete else []
+        if len(self.ended) < len(self.group):
+            return []
+        pairs = make_pairs(len(judged), self.scorer.pairing)
         return [(judged[i], judged[j]) for i, j in pairs]
 
     def book(self, encode) -> None:
@@ -97,7 +99,7 @@ class GroupVerdicts:
                 rollout.outcome, rollout.reason = None, NOT_SCORED
             return
         for i in range(len(self.group)):
-            if i not in self.verdicts:  # out of turns or tokens while a call was open
+            if i not in self.verdicts:  # no room for the result of its last call
                 self.add(i)
         try:
             results = [self.verdicts[i].result() for i in range(len(self.group))]

@@ -110,7 +110,8 @@ class Evaluation:
         self.results = {domain: {"before": x} for domain, x in scores.items()}
 
     def scores_of_parent(self, parent: dict) -> dict[str, dict] | None:
-        """The scores at the end of the parent, if it was evaluated as this run is."""
+        """The scores at the end of the parent, if it was evaluated as this run is, on whatever
+        number of rows it had: its --eval_samples of a domain that only this run trains."""
         results, config = parent.get("evaluation", {}), parent.get("config", {})
         scores = {d: x["after"] for d, x in results.items() if x.get("after") and d in self.rows}
         same = (
@@ -161,6 +162,8 @@ def make_scorer(
         evaluated = any(map(needs_judge, evaluation.all_rows()))
         toy_eval = evaluation.settings.eval_data == (TOY,)
         if trained and (needed or evaluated) or evaluated and not toy_eval:
-            raise ValueError("preference rows need --judge_url and --judge_model, so do judged")
+            raise ValueError(
+                "preference rows, and rows that a judge grades, need --judge_url and --judge_model"
+            )
         judge = None if trained else rule_judge
     return Scorer(judge, settings.score_workers, settings.judge_concurrency, pairing)

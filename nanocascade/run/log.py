@@ -106,7 +106,8 @@ def append_lines(path: str, records: list[dict]) -> None:
 def show_rollout(x: Rollout, tokenizer, step: int) -> str:
     """The text of an episode with its verdict; tokens with a loss are green."""
     text = ""
-    for trained, run in groupby(zip(x.mask, x.tokens, strict=True), key=itemgetter(0)):
+    losses = [x.loss and trained for trained in x.mask]
+    for trained, run in groupby(zip(losses, x.tokens, strict=True), key=itemgetter(0)):
         part = tokenizer.decode([token for _, token in run])  # a character may span tokens
         text += f"\033[32m{part}\033[0m" if trained else part
     verdict = f"reward {x.reward:.2f} ({x.reason}), advantage {x.advantage:+.2f}, {x.stop_reason}"

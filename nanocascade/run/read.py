@@ -51,7 +51,7 @@ def read_run(path: Path) -> dict:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether `path` is one finished run. A directory of runs may always get another one."""
+    """Whether `path` is a finished run. A directory of several runs is not one."""
     return (path / "manifest.json").exists()
 
 

@@ -67,7 +67,7 @@ def check_prompts(rows: list[dict], tokenizer: Tokenizer, sampling: Sampling, co
     if sampling.max_tokens:
         limit, new_tokens, name = sampling.max_tokens, 1, "--max_tokens"
     for row in rows:
-        prompt = (*conversation(row), True, True)
+        prompt = (*conversation(row), sampling.thinking, True)
         if num_bytes(row, tokenizer, *prompt) + new_tokens > limit:
             check_size(row, len(tokenizer.render(*prompt)[0]), new_tokens, limit, name)
 
@@ -95,11 +95,11 @@ def sft_arguments(row: dict, thinking: bool) -> tuple:
     return sft_conversation(row, thinking), conversation(row)[1], thinking
 
 
-def num_bytes(row: dict, tokenizer: Tokenizer, *conversation) -> int:
+def num_bytes(row: dict, tokenizer: Tokenizer, *arguments) -> int:
     """Bytes of a conversation's text: no fewer than its tokens, and found without encoding. An
     error of the chat template names the row."""
     try:
-        return len(tokenizer.render_text(*conversation).encode())
+        return len(tokenizer.render_text(*arguments).encode())
     except ValueError as error:
         raise ValueError(f"row {row['id']}: {error}") from None
 

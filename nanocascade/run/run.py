@@ -123,7 +123,8 @@ class Run:
     def report(self, rows: list[dict]) -> None:
         """Print the plan of a dry run, with the longest of a few hundred prompts."""
         some = rows[:: max(len(rows) // 256, 1)]
-        prompts = [self.tokenizer.render(*conversation(x), True, True)[0] for x in some]
+        thinking = self.evaluation.sampling.thinking
+        prompts = [self.tokenizer.render(*conversation(x), thinking, True)[0] for x in some]
         report(*self.flags, self.model_config, max(map(len, prompts)))
 
     # ---- Model and checkpoints ----
