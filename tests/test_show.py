@@ -108,7 +108,7 @@ def test_metric_table():
     assert table == copy, "copy the table of docs/metrics.md to nanocascade/show/metrics.md"
     known = {x["name"]: (x["low"], x["high"]) for x in metric_table()}
     assert known["group/all_right"] == (None, 0.5) and known["ratio/mean"] == (0.99, 1.01)
-    assert known["mismatch/prob_error"] == (None, 1e-5) and known["lr"] == (None, None)
+    assert known["mismatch/prob_error"] == (None, 0.01) and known["lr"] == (None, None)
     assert healthy_range("above 0: more") == (0.0, None) and healthy_range("3") == (None, None)
 
 
