@@ -58,7 +58,9 @@ def train(flags: Flags, dist: Dist):
     if recipe.lora_rank:
         teachers.share_base(model, run.base, recipe.lora_rank)
     # pi_inf is the student itself, with a cache (sampler.py).
-    play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
+    sample_groups = partial(
+        roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist
+    )
     micro_batches = partial(
         step_batches,
         model,
@@ -85,8 +87,10 @@ def train(flags: Flags, dist: Dist):
     for step in run.log.steps(first, recipe.steps, recipe.stage):
         # Rollouts from the student, scored if there is a verifier.
         seed = step_seed(settings.seed, step)
-        groups, timing = collect_groups(play, stream, recipe.prompts, recipe.rollouts, seed, dist)
-        timing |= scorer.judge_metrics(dist)
+        groups, drawn_metrics = collect_groups(
+            sample_groups, stream, recipe.prompts, recipe.rollouts, seed, dist
+        )
+        drawn_metrics |= scorer.judge_metrics(dist)
         apply_overlong(groups, recipe.overlong)
         run.log.choose(groups)
         rollouts = [x for group in groups for x in group]
@@ -96,9 +100,10 @@ def train(flags: Flags, dist: Dist):
         totals = dist.sum(sum(counts)), dist.sum(sum(x > 0 for x in counts))
         update = Update(model, optimizer, recipe, step, dist)
         for name, part in teachers.split(rollouts):  # one teacher on the device at a time
-            teacher, counts = teachers.models[name], [x.num_loss_tokens for x in part]
-            num_tokens = torch.tensor(counts or [0], device=dist.device)  # (o,)
-            num_tokens, num_responses = denominators(num_tokens, *totals, recipe.denominator)
+            teacher = teachers.models[name]
+            own_counts = [x.num_loss_tokens for x in part] or [0]
+            own_counts = torch.tensor(own_counts, device=dist.device)  # (o,)
+            num_tokens, num_responses = denominators(own_counts, *totals, recipe.denominator)
             for batch in micro_batches(part):
                 teacher_logprobs = teacher.logprobs(batch, recipe.temperature)
                 train_logprobs = update.forward(batch, recipe.temperature)
@@ -120,7 +125,7 @@ def train(flags: Flags, dist: Dist):
             teacher.park()
 
         # Log, look, save.
-        values = rollout_metrics(groups, dist) | update.finish() | timing
+        values = rollout_metrics(groups, dist) | update.finish() | drawn_metrics
         run.log.step(step, values | token_shares(rollouts, dist), groups)
         run.save(step + 1, model, optimizer, stream)
 

@@ -58,7 +58,9 @@ def train(flags: Flags, dist: Dist):
     # ---- Model -----------------------------------------------------------------------------------
     model = run.load_model()
     # pi_inf is the model itself, with a cache (sampler.py).
-    play = partial(roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist)
+    sample_groups = partial(
+        roll_out, model, run.tokenizer, sampling=sampling, scorer=scorer, dist=dist
+    )
     micro_batches = partial(
         step_batches,
         model,
@@ -72,7 +74,7 @@ def train(flags: Flags, dist: Dist):
         reference.share_base(model, run.base, recipe.lora_rank)
     if not recipe.train_router:
         freeze_routers(model)
-    kept = None if run.resumes else in_reach(play, rows, recipe, settings.seed, dist)
+    kept = None if run.resumes else in_reach(sample_groups, rows, recipe, settings.seed, dist)
 
     # ---- Optimizer -------------------------------------------------------------------------------
     in_host = flags.layout.offload_optimizer
@@ -86,10 +88,10 @@ def train(flags: Flags, dist: Dist):
     for step in run.log.steps(first, recipe.steps, recipe.stage):
         # Rollouts from the current policy, scored.
         seed, dynamic = step_seed(settings.seed, step), recipe.dynamic_filtering
-        groups, timing = collect_groups(
-            play, stream, recipe.prompts, recipe.rollouts, seed, dist, dynamic
+        groups, drawn_metrics = collect_groups(
+            sample_groups, stream, recipe.prompts, recipe.rollouts, seed, dist, dynamic
         )
-        timing |= scorer.judge_metrics(dist)
+        drawn_metrics |= scorer.judge_metrics(dist)
         apply_overlong(groups, recipe.overlong)
         mask_unsolved(groups, recipe.mask_unsolved)
         run.log.choose(groups)
@@ -125,7 +127,7 @@ def train(flags: Flags, dist: Dist):
             reference.park()
 
         # Log, look, save.
-        run.log.step(step, rollout_metrics(groups, dist) | update.finish() | timing, groups)
+        run.log.step(step, rollout_metrics(groups, dist) | update.finish() | drawn_metrics, groups)
         run.save(step + 1, model, optimizer, stream)
 
     # ---- Finish ----------------------------------------------------------------------------------

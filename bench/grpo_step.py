@@ -121,7 +121,7 @@ class Ours:
                     num_responses=len(rollouts),
                 )
             loss.backward()
-            load += routing.load(batch.copies, model.config.num_experts)
+            load += routing.tokens_per_expert(batch.copies, model.config.num_experts)
         optimizer_step(model, self.optimizer, 1e-6, 1.0, self.dist)
         update_correction_bias(model, load, 1e-3)
 

@@ -78,7 +78,7 @@ def train(model, tokenizer, steps: int, batch_tokens: int = 2048) -> None:
             loss.backward()
             total += float(loss.detach())
         optimizer_step(model, optimizer, 2e-3 * min(1, (step + 1) / 20), 1.0, Dist())
-        load = routing.load(batch.copies, model.config.num_experts)  # (l, e)
+        load = routing.tokens_per_expert(batch.copies, model.config.num_experts)  # (l, e)
         update_correction_bias(model, load, 1e-3)
         if step % 25 == 24:
             print(f"step {step + 1}: loss {total:.3f} a token", flush=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nanocascade.importance import (
+    ids_of_rows,
     importance_weight,
     masked_mean,
     mismatch_metrics,
-    row_ids,
     sequence_mask,
 )
 
@@ -52,6 +52,9 @@ def grpo_loss(
     Every token of the batch weighs the same, whatever the length of its response.
     # OURS: N is one count of loss tokens over the whole batch; the report prints it per group.
 
+    With a gate each token has its weight w_t of Eq. 3. The KL term has no weight; a response that
+    the sequence mask takes out loses it too.
+
     Args:
         train_logprobs: (b, t) with gradient. advantages: (b, t), a response's value on each of its
         tokens. mask: (b, t) True where a token carries loss. num_tokens: N, over all micro-batches
@@ -73,7 +76,8 @@ def grpo_loss(
         weight, ratio = importance_weight(train_logprobs, sampler_logprobs, *gate)
         outside = (ratio < gate[0]) | (ratio > gate[1])  # (b, t)
         metrics["gate/out_of_band"] = masked_mean(outside.to(valid.dtype), valid)
-    ids = row_ids(valid) if response_ids is None else response_ids  # (b, t)
+    assert not max_sequence_error or sampler_logprobs is not None, "the mask compares with them"
+    ids = ids_of_rows(valid) if response_ids is None else response_ids  # (b, t)
     kept = sequence_mask(train_logprobs, sampler_logprobs, valid, ids, max_sequence_error)  # (b, t)
     if max_sequence_error:
         metrics["mismatch/masked"] = masked_mean(1.0 - kept.to(valid.dtype), valid)

@@ -40,7 +40,7 @@ def sequence_mask(train_logprobs, sampler_logprobs, valid, response_ids, max_err
     return (valid > 0) & (errors <= max_error * num_tokens)[response_ids]
 
 
-def row_ids(valid: Tensor) -> Tensor:
+def ids_of_rows(valid: Tensor) -> Tensor:
     """(b, t) response ids of unpacked rows: a row is a response."""
     return torch.arange(len(valid), device=valid.device)[:, None].expand_as(valid)
 
@@ -53,6 +53,7 @@ def sum_by_response(x: Tensor, response_ids: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean () of x (b, t) where valid (b, t) is above 0; 0 of nothing."""
     return x.where(valid > 0, 0.0).sum() / valid.sum().clamp(min=1)
 
 

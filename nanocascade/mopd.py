@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nanocascade.importance import (
+    ids_of_rows,
     importance_weight,
     masked_mean,
     mismatch_metrics,
-    row_ids,
     sequence_mask,
     sum_by_response,
 )
@@ -54,19 +54,22 @@ def compute_mopd_loss(
     outer one over the responses. (`(w * a * logp).mean()` over a batch is this only where all
     responses have the same length.)
 
+    inf_logprobs are sampler_logprobs elsewhere: this is the name in the published sketch.
+
     Args:
         student_logprobs: (b, t) pi_train, with gradient. teacher_logprobs: (b, t) pi_i.
         inf_logprobs: (b, t) pi_inf, as the sampler returned them. mask: (b, t) True on response
         tokens, all by default. response_ids: (b, t) which response a token belongs to, where rows
         are packed; by default a row is a response. num_tokens: (o,) valid tokens of each response
         and num_responses: responses of the whole step, for when a response or the step spans
-        micro-batches or ranks; counted from the arguments by default. gate: importance_weight's.
+        micro-batches or ranks (with max_sequence_error a response must not); counted from the
+        arguments by default. gate: importance_weight's.
         max_sequence_error: mask responses as sequence_mask does (0 = off).
     Returns: the loss () and metrics, each a mean (or max) over this call's valid tokens ().
     """
     valid = torch.ones_like(student_logprobs) if mask is None else mask.to(student_logprobs.dtype)
     if response_ids is None:
-        response_ids = row_ids(valid)  # (b, t)
+        response_ids = ids_of_rows(valid)  # (b, t)
     if num_tokens is None:
         num_tokens = sum_by_response(valid, response_ids)  # (o,)
     if num_responses is None:

@@ -23,7 +23,7 @@ from nanocascade.model.moe import Routing
 
 PREFILL_TOKENS = 16384  # prompt tokens of one prefill call
 CPU_PREFILL_TOKENS = 2048  # fits a core's cache: 8,192 at once take 1.2 times as long
-# Waking a second CPU thread takes longer than its half of a small product. Decoding uses one thread
+# For a small product, waking a second CPU thread costs more than it saves. Decoding uses one thread
 # where width^2 * min(rows, 8) is at most this (measured for widths 128 to 1,024: up to width 256 at
 # any number of rows, and width 512 up to 2 rows).
 ONE_THREAD_WORK = 1 << 19
@@ -41,14 +41,15 @@ class Sample(NamedTuple):
 
 
 def mix(x: Tensor) -> Tensor:
-    """A 64-bit finaliser (xor-shift and multiply, as in splitmix64) over int64 tensors."""
+    """A 64-bit finaliser (xor-shift and multiply, as in splitmix64) of each int64 element."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x
 
 
 def hash_uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """u in [0, 1) for each (key, position), both int64 (b,): (b,) fp64 (on mps fp32, to 1)."""
+    """u in [0, 1) for each (key, position), both int64 (b,): (b,) fp64. On mps fp32,
+    which may be 1."""
     bits = mix(keys + positions * 0x1E3779B97F4A7C15)
     return ((bits >> 11) & ((1 << 53) - 1)).to(widest(bits.device)) / (1 << 53)
 
@@ -270,7 +271,7 @@ def generate(
     keys = sample_keys(seed, names, num_samples).tolist()  # [p][r]
 
     # A prompt's responses start together, or, where they are more than the rows, in equal parts.
-    part_size, num_rows = parts(len(prompts), num_samples, max_rows)
+    part_size, num_rows = split_responses(len(prompts), num_samples, max_rows)
     waiting = deque()
     for p, prompt in enumerate(prompts):
         rows = [Row(p, r, prompt, limits[p], keys[p][r]) for r in range(num_samples)]
@@ -295,7 +296,7 @@ def generate(
     return samples
 
 
-def parts(num_prompts: int, num_samples: int, max_rows: int) -> tuple[int, int]:
+def split_responses(num_prompts: int, num_samples: int, max_rows: int) -> tuple[int, int]:
     """(responses of a prompt that start together, rows decoded at once): 4 responses and 16 rows
     give (4, 16); of 64 responses and 32 rows, (32, 32), half of them at a time."""
     sizes = range(min(max_rows, num_samples), 0, -1)
@@ -318,10 +319,10 @@ def take_groups(waiting: deque, free: int, budget: int) -> list[list[Row]]:
 
 def check_prompts(prompts: list[list[int]], limits: list[int], context: int) -> None:
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if not prompt or len(prompt) + limit > context:
+        if not prompt or limit < 1 or len(prompt) + limit > context:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with {limit} new ones it must fit "
-                f"the context of {context}, and it must not be empty"
+                f"prompt {i} has {len(prompt)} tokens; with {limit} new ones, at least 1, "
+                f"it must fit the context of {context}, and it must not be empty"
             )
 
 

@@ -119,7 +119,7 @@ SFT_STAGE = dict(
     save_every=(10, 50, 10),
 )
 
-# Steps and rate of NeMo-RL, mopd-cascade. The report: 52 and 3e-6 (table), 40-50 (text).
+# Steps and rate of NeMo-RL, mopd-cascade. The report: 52 and 3e-6 (table), 40-50 and 2e-6 (text).
 # The toy's rate falls to 0: at a constant one Adam's noise costs mathematics (LOG.md).
 MOPD_STAGE = dict(
     steps=(52, 50),
@@ -226,7 +226,7 @@ class Stage:
     warmup_from: NonNegative = 0.0  # learning rate that the warm-up starts from
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # learning rate after warm-up
     lora_rank: Count = 0  # rank of LoRA adapters on frozen weights (0 = train all weights)
-    schedule_steps: Count = 0  # step at which the rate reaches --min_lr (0 = the last one)
+    schedule_steps: Count = 0  # step at which the rate is at --min_lr (0 = one after the last)
     # ---- Advanced ----
     # OURS: AdamW in every stage; two rows of the report's table say Adam, equal without decay.
     betas: tuple[Share, Share] = (0.9, 0.95)  # AdamW's decay rates of its two moments
@@ -253,7 +253,7 @@ class OnPolicy(Stage):
 
     prompts: Positive  # prompts a step, over all ranks
     rollouts: Positive  # responses a prompt
-    domains: tuple[str, ...] = ()  # domains to train on (default: the stage's, or all taught)
+    domains: tuple[str, ...] = ()  # domains to train, equal shares (default: the stage's, or all)
     thinking: bool = True  # open responses with a thought, in training and evaluation
     max_new_tokens: Positive  # maximum tokens of a response; with tools, of the whole episode
     max_tokens: Count = 0  # maximum tokens of prompt plus response (0 = no limit)
@@ -262,7 +262,7 @@ class OnPolicy(Stage):
     top_p: Annotated[float, 1e-3, 1] = 1.0  # nucleus of sampling; the loss ignores the cut
     # ---- Advanced ----
     # OURS: no gate in RL unless asked for (the Nano recipe masks tokens; Eq. 1 has no ratio).
-    gate_low: NonNegative = 0.0  # smallest train/sampler ratio in the band (RL: 0 = no gate)
+    gate_low: NonNegative = 0.0  # smallest train/sampler ratio in the band (in RL 0 = no gate)
     gate_high: NonNegative = 2.0  # largest train/sampler ratio in the band
     max_sequence_error: NonNegative = 0.0  # mask responses of a larger mean exp|train - sampler|
     routing_replay: bool = False  # train with the experts that were chosen while sampling
@@ -280,7 +280,7 @@ class RL(OnPolicy):
     stage: Literal[tuple(RL_STAGES)] = "math_rl"  # the stage to train, a row of stages.py
     rollouts: Annotated[int, 2]  # responses a prompt; one alone has no advantage
     overlong: Literal["penalty", "filter"] = "penalty"  # responses cut off: reward 0, or no loss
-    dynamic_filtering: bool = False  # replace groups that are all right or all wrong
+    dynamic_filtering: bool = False  # replace groups whose outcomes are all equal
     mask_unsolved: float = -1.0  # mask prompts whose best outcome is at most this (-1 = off)
     max_pass_rate: Share = 1.0  # drop prompts that the initial model solves more often
     keep_unsolved: Share = 1.0  # share kept of the prompts that the initial model never solves

@@ -66,7 +66,7 @@ def sample_and_train(family: str, device: str, in_host: bool):
             gate=(0.5, 2.0),
         )
         loss.backward()
-        load += routing.load(batch.copies, model.config.num_experts)
+        load += routing.tokens_per_expert(batch.copies, model.config.num_experts)
     norm = optimizer_step(model, optimizer, 1e-3, 1.0, dist)
     update_correction_bias(model, load, 1e-3)
     assert load_imbalance(load) >= 1

@@ -198,7 +198,7 @@ def test_flags_of_judges(refused, sft, skilled, tmp_path, outcome_of, capsys):
         "responses_create_params": {"input": "How many?"},
     }
     (tmp_path / "rows").write_text(json.dumps(judged))
-    refused("so do judged", *args[:2], "long_context_rl", *args[3:])
+    refused("as do rows that a judge grades", *args[:2], "long_context_rl", *args[3:])
     judged = outcome_of(RLHF, capsys)["metrics"]  # by pairs: rewards, but nothing that is right
     assert all("outcome/preference" not in x and x["reward/mean"] > 0 for x in judged)
     refused(

@@ -201,7 +201,9 @@ def test_invariance_checkpointed_blocks(case, tmp_path):
         network = parallelize(build(case, tmp_path), Dist(**options))
         routing = Routing(network.config.num_moe_layers)
         network.logits(network(ids, routing=routing)).square().mean().backward()
-        load = routing.load(torch.ones_like(ids, dtype=torch.bool), network.config.num_experts)
+        load = routing.tokens_per_expert(
+            torch.ones_like(ids, dtype=torch.bool), network.config.num_experts
+        )
         found.append([load, *(p.grad for p in network.parameters())])
     for other in found[1:]:
         assert all(x.equal(y) for x, y in zip(found[0], other, strict=True))

@@ -19,8 +19,8 @@ from nanocascade.sampler import (
     draw,
     generate,
     hash_uniform,
-    parts,
     sample_keys,
+    split_responses,
     take_groups,
     truncate,
 )
@@ -138,8 +138,16 @@ def test_invariance_company(tmp_path):
 
 def test_numbers_parts():
     """(rows of a part, rows at once): whole groups where they fit, else equal parts, never more."""
-    assert parts(10, 4, 16) == (4, 16) and parts(2, 4, 512) == (4, 8) and parts(0, 4, 16) == (4, 4)
-    assert parts(5, 64, 32) == (32, 32) and parts(3, 6, 4) == (3, 3) and parts(3, 7, 4) == (1, 4)
+    assert (
+        split_responses(10, 4, 16) == (4, 16)
+        and split_responses(2, 4, 512) == (4, 8)
+        and split_responses(0, 4, 16) == (4, 4)
+    )
+    assert (
+        split_responses(5, 64, 32) == (32, 32)
+        and split_responses(3, 6, 4) == (3, 3)
+        and split_responses(3, 7, 4) == (1, 4)
+    )
 
 
 def test_numbers_groups():

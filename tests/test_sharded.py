@@ -79,7 +79,7 @@ def train(model, optimizer, dist, rollouts, share=True) -> dict:
         )
         loss.backward()
         total += float(loss.detach())
-        load += routing.load(batch.copies, model.config.num_experts)
+        load += routing.tokens_per_expert(batch.copies, model.config.num_experts)
     dist.sum_gradients(model)
     grads = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
     alone, dist.sum_gradients = dist.sum_gradients, lambda model: None  # they are summed already

@@ -55,7 +55,7 @@ def one_step(network, episodes, micro_tokens, share, replay=False):
         routing = new_routing(network, batch)
         logprobs, entropy = score_tokens(network, batch, 0.7, routing)  # (1, n)
         (logprobs * batch.advantages * batch.targets).sum().backward()
-        load += routing.load(batch.copies, network.config.num_experts)
+        load += routing.tokens_per_expert(batch.copies, network.config.num_experts)
         for i in batch.response_ids.unique().tolist():
             own = batch.response_ids == i
             assert batch.targets[own].tolist() == episodes[i].tokens[episodes[i].prompt_length :]

@@ -21,7 +21,9 @@ def train(model, optimizer, steps):
         optimizer.step()
         optimizer.zero_grad()
         if model.config.router == "sigmoid":
-            load = routing.load(torch.ones_like(ids, dtype=torch.bool), model.config.num_experts)
+            load = routing.tokens_per_expert(
+                torch.ones_like(ids, dtype=torch.bool), model.config.num_experts
+            )
             update_correction_bias(model, load, 1e-2)
 
 

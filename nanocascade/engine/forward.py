@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanocascade.data.batch import Batch
-from nanocascade.model.documents import gather
+from nanocascade.model.documents import take_rows
 from nanocascade.model.logprobs import token_logprobs
 from nanocascade.model.model import Model
 from nanocascade.model.moe import Routing
@@ -19,7 +19,7 @@ def score_tokens(model: Model, batch: Batch, temperature: float = 1.0, routing=N
         batch.ids, segments=batch.segments, parents=batch.parents, routing=routing
     )  # (1, t, d)
     places = batch.mask[0].nonzero()[:, 0]  # (m,)
-    wanted = gather(hidden[0], batch.sources[0, places])  # (m, d)
+    wanted = take_rows(hidden[0], batch.sources[0, places])  # (m, d)
     targets = batch.targets[0, places]  # (m,)
     found = token_logprobs(wanted, model.head.weight, targets, temperature)  # (m,) twice
     blank = found[0].new_zeros(batch.mask.shape)  # (1, n)

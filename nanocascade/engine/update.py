@@ -43,7 +43,9 @@ class Update:
         mask = self.batch.mask
         entropy = masked_mean(self.entropy, mask)
         self.metrics.add(metrics | {"entropy": entropy}, weight=int(mask.sum()))
-        self.load += self.routing.load(self.batch.copies, self.model.config.num_experts)
+        self.load += self.routing.tokens_per_expert(
+            self.batch.copies, self.model.config.num_experts
+        )
 
     def check_finite(self, loss: Tensor, documents: list) -> None:
         """Raise ValueError with the rows before a NaN reaches the weights or a checkpoint."""

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from nanocascade.model.documents import Documents, gather
+from nanocascade.model.documents import Documents, take_rows
 from nanocascade.model.layers import RMSNorm
 
 CAUSAL_KERNELS = ("cuda",)  # devices that need no mask where all queries are a document's last
-# A call costs as much as 64 tokens: documents share one, sizes up to CALL_SHORT padded.
+# A call has the fixed cost of about 64 tokens, so documents share calls. Lengths up to CALL_SHORT
+# are rounded up to multiples of CALL_PADDING.
 CALL_PADDING, CALL_SHORT = 16, 128
 
 # ---- Packed documents ----------------------------------------------------------------------------
@@ -31,7 +32,7 @@ class AttentionCall(NamedTuple):
 class AttentionPlan(NamedTuple):
     queries: Tensor  # (sum of documents * own,) the token of each padded query
     keys: Tensor  # (sum of documents * (inherited + own),)
-    answers: Tensor  # (n,) the place of each token among the padded queries
+    unpad: Tensor  # (n,) the place of each token among the padded queries
     calls: list[AttentionCall]
 
 
@@ -39,7 +40,7 @@ def attention_plan(documents: Documents, dtype, device) -> AttentionPlan:
     """Documents of like shapes share a call; long ones get a call of their own.
 
     A prompt of 2 tokens and responses of 2 and 1, in calls of (0, 2) and (2, 2) if nothing else is
-    padded: queries 0 1 | 2 3 4 4, keys 0 1 | 0 1 2 3 0 1 4 4, answers 0 1 2 3 4. A padded place
+    padded: queries 0 1 | 2 3 4 4, keys 0 1 | 0 1 2 3 0 1 4 4, unpad 0 1 2 3 4. A padded place
     repeats the document's last token: no real query sees it.
     """
     queries, keys, calls, firsts = [], [], [], {}
@@ -49,17 +50,18 @@ def attention_plan(documents: Documents, dtype, device) -> AttentionPlan:
         own = max(documents.lengths[i] for i in members)
         for i in members:
             firsts[i] = len(queries)
-            tokens = padded(documents.tokens(i), own)
+            tokens = padded(documents.places(i), own)
             queries += tokens
-            keys += padded(documents.tokens(documents.parents[i]), longest) + tokens
+            keys += padded(documents.places(documents.parents[i]), longest) + tokens
         mask = call_mask(inherited, own, dtype, device)
         calls.append(AttentionCall(len(members), longest, own, mask))
-    answers = [firsts[i] + j for i, n in enumerate(documents.lengths) for j in range(n)]
-    indices = (torch.tensor(x, device=device) for x in (queries, keys, answers))
+    unpad = [firsts[i] + j for i, n in enumerate(documents.lengths) for j in range(n)]
+    indices = (torch.tensor(x, device=device) for x in (queries, keys, unpad))
     return AttentionPlan(*indices, calls)
 
 
 def padded(tokens: list[int], size: int) -> list[int]:
+    """tokens, the last one repeated up to `size`."""
     return tokens + tokens[-1:] * (size - len(tokens))
 
 
@@ -164,6 +166,7 @@ class Attention(nn.Module):
         if ctx.rotary is not None:
             q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
         if layer is not None:
+            # Indices on both sides of a slice: the assigned values are (b, t, k, c).
             layer["k"][ctx.rows, :, ctx.slots] = k
             layer["v"][ctx.rows, :, ctx.slots] = v
         if ctx.attention is not None:
@@ -176,19 +179,20 @@ class Attention(nn.Module):
         """Attention of packed documents, each to its parent's keys and its own: (b, t, h, c)."""
         shape = q.shape
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (n, h | k, c)
-        q, k, v = gather(q, plan.queries), gather(k, plan.keys), gather(v, plan.keys)
+        q, k, v = take_rows(q, plan.queries), take_rows(k, plan.keys), take_rows(v, plan.keys)
         q_sizes = [x.documents * x.own for x in plan.calls]
         k_sizes = [x.documents * (x.inherited + x.own) for x in plan.calls]
         pieces = zip(plan.calls, q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), strict=True)
-        answers = []
+        outputs = []
         for call, *qkv in pieces:
             qkv = [x.unflatten(0, (call.documents, -1)).transpose(1, 2) for x in qkv]
             y = attend(*qkv, call.mask)  # (m, h, own, c)
-            answers.append(y.transpose(1, 2).flatten(0, 1))  # (m*own, h, c)
-        return gather(torch.cat(answers), plan.answers).view(shape)
+            outputs.append(y.transpose(1, 2).flatten(0, 1))  # (m*own, h, c)
+        return take_rows(torch.cat(outputs), plan.unpad).view(shape)
 
     def step(self, q: Tensor, layer: dict, mask: Tensor) -> Tensor:
-        """Attention of one token of each row, q (b, 1, h, c), to the row's cache: (b, 1, h, c)."""
+        """Attention of one token of each row, q (b, 1, h, c), to the t' slots of the row's cache
+        that any row fills: (b, 1, h, c)."""
         seen = mask.shape[-1]
         k, v = layer["k"][:, :, :seen], layer["v"][:, :, :seen]  # (b, k, t', c)
         # The queries that share a key head are rows of one product: each key is read once.

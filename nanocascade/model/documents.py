@@ -42,8 +42,8 @@ class Documents:
             self.inherited.append(lengths[parent] if parent >= 0 else 0)
             self.num_tokens += length
 
-    def tokens(self, i: int) -> list[int]:
-        """Places of the tokens of document i; none of document -1."""
+    def places(self, i: int) -> list[int]:
+        """Places of document i's tokens in the row; none of document -1."""
         return list(range(self.starts[i], self.starts[i] + self.lengths[i])) if i >= 0 else []
 
     def positions(self) -> Tensor:
@@ -61,7 +61,7 @@ def split_documents(segments: Tensor, parents: list[int] | None) -> Documents:
     return Documents(lengths.tolist(), parents)
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index] over the first axis of x (n, ...). As an embedding: backward then sums the gradients
     of a row that is read many times in a fixed order, in fp32."""
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanocascade.model.documents import gather
+from nanocascade.model.documents import take_rows
 from nanocascade.model.layers import upcast
 from nanocascade.model.scan import ScanPart, ScanPlan, chunk_scan, scan_step
 
@@ -36,7 +36,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(h))
         self.A_log = nn.Parameter(torch.zeros(h))
         self.D = nn.Parameter(torch.ones(h))
-        self.norm = nn.Module()
+        self.norm = nn.Module()  # a name on disk
         self.norm.weight = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
@@ -67,7 +67,7 @@ class Mamba2(nn.Module):
         return dt if (low, high) == (0.0, math.inf) else dt.clamp(low, high)
 
     def gated_norm(self, y: Tensor, gate: Tensor) -> Tensor:
-        """RMS over each of g groups of y * silu(gate), both (b, t, h*c)."""
+        """RMS norm over each of g groups of y * silu(gate), both (b, t, h*c), times the weight."""
         cfg = self.config
         y = upcast(y) * F.silu(upcast(gate))  # (b, t, h*c)
         groups = y.unflatten(-1, (cfg.mamba_n_groups, -1))  # (b, t, g, h*c/g)
@@ -85,35 +85,37 @@ class Mamba2(nn.Module):
         return self.out_proj(self.gated_norm(y, gate))  # (b, t, d)
 
     def packed(self, inputs: Tensor, plan: ScanPlan, layer: dict | None) -> Tensor:
-        """inputs (n, m+h) of packed documents -> (n, h, c). Document i ends in row i of a cache.
+        """inputs (n, m+h) of packed documents -> (n, h, c). The end state of document i goes to
+        row i of a cache.
 
-        Inside a scan of the 30B model 0.3 MB a token live until backward, 15 GB at 49K: of long
-        documents each part is computed again in backward, from its inputs and the states it
-        continues.
+        Inside a scan of the 30B model 0.3 MB a token live until backward, 15 GB at 49K. So the
+        parts of long documents are recomputed in backward, from their inputs and the states that
+        they continue.
         """
-        tokens = F.pad(inputs, (0, 0, 0, 1))  # (n+1, m+h) the last one: no token
+        inputs = F.pad(inputs, (0, 0, 0, 1))  # (n+1, m+h) the last row stands for no token
         run = self.scan_part
         if len(plan.parts) > 1:
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         ys, states = [], [None]
         for part in plan.parts:
-            y, ends = run(tokens, part, states[-1])
+            y, ends = run(inputs, part, states[-1])
             ys.append(y.flatten(0, 1))
             states = [*states, *ends] if layer is not None else ends  # (m, h, c, s) of each level
         if layer is not None:
-            layer["conv"].copy_(tokens[plan.windows][..., : self.config.conv_dim])  # (o, w-1, m)
+            layer["conv"].copy_(inputs[plan.windows][..., : self.config.conv_dim])  # (o, w-1, m)
             layer["ssm"].copy_(torch.cat(states[1:])[plan.ends])  # (o, h, c, s)
-        y = ys[0] if len(ys) == 1 else torch.cat(ys)  # (k*q, h, c)
-        return gather(y, plan.outputs)
+        y = ys[0] if len(ys) == 1 else torch.cat(ys)  # (z*q, h, c)
+        return take_rows(y, plan.outputs)
 
-    def scan_part(self, tokens: Tensor, part: ScanPart, state: Tensor | None):
-        chunks = gather(tokens, part.inputs)  # (k, w-1+q, m+h)
+    def scan_part(self, inputs: Tensor, part: ScanPart, state: Tensor | None):
+        """inputs (n+1, m+h) -> y (z, q, h, c) of the part's chunks, and chunk_scan's end states."""
+        chunks = take_rows(inputs, part.inputs)  # (z, w-1+q, m+h)
         padded, raw_dt = chunks.split([self.config.conv_dim, self.config.mamba_num_heads], -1)
-        x, B, C = self.mixed(padded)
+        x, B, C = self.conv_xBC(padded)
         window = self.config.conv_kernel - 1
-        real = part.inputs[:, window:] < len(tokens) - 1  # (k, q)
+        real = part.inputs[:, window:] < len(inputs) - 1  # (z, q)
         # Padding gets dt = 0: softplus(dt_bias) would still decay the state.
-        dt = self.dt(raw_dt[:, window:]) * real[..., None]  # (k, q, h)
+        dt = self.dt(raw_dt[:, window:]) * real[..., None]  # (z, q, h)
         y, ends = chunk_scan(x, dt, self.decay_rate, B, C, part, state)
         return torch.addcmul(y, x, upcast(self.D)[:, None]), ends
 
@@ -122,7 +124,7 @@ class Mamba2(nn.Module):
         xBC, raw_dt = inputs.split([self.config.conv_dim, self.config.mamba_num_heads], -1)
         padded = torch.cat([layer["conv"], xBC], 1)  # (b, w, m)
         layer["conv"].copy_(padded[:, 1:])
-        x, B, C = self.mixed(padded)
+        x, B, C = self.conv_xBC(padded)
         dt = self.dt(raw_dt)  # (b, 1, h)
         y = scan_step(x[:, 0], dt[:, 0], self.decay_rate, B[:, 0], C[:, 0], layer["ssm"])[:, None]
         return torch.addcmul(y, x, upcast(self.D)[:, None]).flatten(-2)
@@ -131,7 +133,7 @@ class Mamba2(nn.Module):
     def decay_rate(self) -> Tensor:
         return -torch.exp(upcast(self.A_log))  # A (h,)
 
-    def mixed(self, padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def conv_xBC(self, padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Conv inputs (b, w-1+t, m) -> x (b, t, h, c), B and C (b, t, g, s) of the scan."""
         cfg = self.config
         y = F.silu(causal_conv(padded, self.conv1d.weight, self.conv1d.bias))  # (b, t, m)

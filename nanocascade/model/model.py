@@ -230,13 +230,19 @@ class Model(nn.Module):
     ) -> Tensor:
         """Hidden states (b, t, d) of ids (b, t), after the final norm.
 
-        segments (b, t): document ids of packed rows; attention, conv and SSM state start anew where
-        they change. parents: for each document the one that it continues, or -1; documents.py
-        explains how a prompt's state reaches its responses. mask (b, t): False on padding, left or
-        right. cache: with segments document i fills row i, which was empty; without them the tokens
-        of row i continue it; either way without gradients. routing: records the chosen experts, or
-        replays recorded ones.
+        ids alone           each row is a document
+        mask                each row is a document; mask (b, t) is False on padding, left or right
+        segments            packed rows: segments (b, t) are document ids; attention, conv and SSM
+                            state start anew where they change
+        segments, parents   parents: for each document the one that it continues, or -1
+        segments, cache     a prefill: document i fills row i of the cache, which was empty
+        cache (, mask)      the tokens of row i continue row i of the cache
+
+        With a cache there are no gradients. documents.py explains how a prompt's state reaches its
+        responses. routing: records the chosen experts, or replays recorded ones.
         """
+        assert segments is None or mask is None, "segments name the padding: a document of its own"
+        assert cache is None or parents is None, "a cache holds a row for each document"
         if cache is not None and segments is None and (mask is not None or ids.shape[1] > 1):
             assert routing is None, "routing of tokens that join a cache: one token at a time"
             return self.join(ids, cache, torch.ones_like(ids) if mask is None else mask)
@@ -275,6 +281,8 @@ class Model(nn.Module):
         hidden = weight.new_zeros(*ids.shape, self.config.hidden_size)  # (b, t, d)
         for j in range(ids.shape[1]):
             rows = mask[:, j].nonzero()[:, 0]  # (b',)
+            if not len(rows):
+                continue
             part_rows = torch.arange(len(rows), device=ids.device)  # (b',)
             part = Cache(self.config, len(rows), cache.max_len, weight.dtype, ids.device)
             part.write(part_rows, cache, rows)

@@ -1,4 +1,4 @@
-"""Mixture of experts: two routers, two equal forms of the experts, the balancing bias.
+"""Mixture of experts: two routers, two equivalent products, the balancing bias.
 
 nemotron_h: sigmoid scores, a correction bias that enters the CHOICE of experts only, one shared
 expert. qwen3_moe: softmax over all experts, none shared.
@@ -30,8 +30,8 @@ class Routing:
             raise ValueError("routing replay: this model is dense, it has no experts to replay")
         return torch.stack(self.chosen, 2)  # (b, t, l, a)
 
-    def load(self, copies: Tensor, num_experts: int) -> Tensor:
-        """Tokens each expert got (l, e), a token counted copies (b, t) times: 0 on padding, and on
+    def tokens_per_expert(self, copies: Tensor, num_experts: int) -> Tensor:
+        """Tokens of each expert (l, e), a token counted copies (b, t) times: 0 on padding, and on
         a shared prompt the number of its responses."""
         if not self.chosen:  # a dense model
             return torch.zeros(0, num_experts, dtype=torch.long, device=copies.device)
@@ -48,7 +48,7 @@ def fused_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def looped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """The same in a loop. unbind: the gradient of an index would be as large as all weights."""
+    """The same (n, f) in a loop; unbind, as the gradient of an index would be of all weights."""
     groups = zip(x.tensor_split(ends[:-1].tolist()), weights.unbind(0), strict=True)
     return torch.cat([rows @ weight for rows, weight in groups if len(rows)])
 
@@ -100,7 +100,7 @@ class Experts(nn.Module):
     def multiply(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         # grouped_mm takes neither fp64 nor rows whose bytes are no multiple of 16.
         odd = any(n * x.itemsize % 16 for n in weights.shape[1:])
-        # On a CPU it visits all experts, which decoding one row takes 1.2 times as long.
+        # On a CPU it visits all experts: decoding one row then takes 1.2 times as long.
         few = x.device.type == "cpu" and len(x) < len(weights)
         product = looped_mm if odd or few or x.dtype == torch.float64 else fused_mm
         return product(x, weights, ends)
@@ -133,13 +133,13 @@ class Router(nn.Module):
         logits = F.linear(upcast(x), upcast(self.weight))  # (n, e)
         if cfg.router == "sigmoid":
             scores = logits.sigmoid()  # (n, e)
-            choice = scores.detach() + self.e_score_correction_bias  # (n, e)
+            selection = scores.detach() + self.e_score_correction_bias  # (n, e)
             if cfg.n_group > 1:
-                choice = self.limit_groups(choice)
+                selection = self.limit_groups(selection)
         else:  # the chosen experts' shares of all, by their sum, are the softmax of the chosen
             scores = logits if cfg.norm_topk_prob else logits.softmax(-1)  # (n, e)
-            choice = scores.detach()
-        experts = choice.topk(cfg.num_experts_per_tok).indices if replay is None else replay
+            selection = scores.detach()
+        experts = selection.topk(cfg.num_experts_per_tok).indices if replay is None else replay
         weights = scores.gather(1, experts)  # (n, a) without the bias
         if cfg.norm_topk_prob and cfg.router == "sigmoid":
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -148,13 +148,13 @@ class Router(nn.Module):
         factor = cfg.routed_scaling_factor
         return experts, weights if factor == 1 else weights * factor
 
-    def limit_groups(self, choice: Tensor) -> Tensor:
-        """Keep the topk_group groups of experts whose two best choices sum highest."""
+    def limit_groups(self, selection: Tensor) -> Tensor:
+        """Scores (n, e) with -inf outside the topk_group groups whose two best sum highest."""
         cfg = self.config
-        groups = choice.unflatten(1, (cfg.n_group, -1))  # (n, n_group, e/n_group)
+        groups = selection.unflatten(1, (cfg.n_group, -1))  # (n, n_group, e/n_group)
         best = groups.topk(2).values.sum(-1).topk(cfg.topk_group).indices  # (n, topk_group)
         keep = torch.zeros_like(groups[..., 0]).scatter(1, best, 1.0).bool()  # (n, n_group)
-        # -inf and not 0: with the correction bias a kept choice may be negative
+        # -inf and not 0: with the correction bias a kept score may be negative
         return groups.masked_fill(~keep[..., None], -math.inf).flatten(1)  # (n, e)
 
 
@@ -170,6 +170,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, shared, config.gated_mlp) if shared else None
 
     def forward(self, x: Tensor, ctx, layer=None) -> Tensor:
+        """x (b, t, d) -> (b, t, d). Records the chosen experts in ctx.routing, or replays them."""
         flat = x.flatten(0, 1)  # (n, d)
         routing, replay = ctx.routing, None
         if routing is not None and routing.replay is not None:
@@ -196,7 +197,8 @@ def update_correction_bias(model: nn.Module, load: Tensor, rate: float) -> None:
 
 
 def load_imbalance(load: Tensor) -> float:
-    """moe/load_max: the busiest expert's load over the mean load, in the worst block (1 = even)."""
+    """moe/load_max: the busiest expert's load over the mean load, in the worst block (1 = even);
+    load (l, e)."""
     if not load.numel():
         return 1.0
     return float((load.amax(1) / load.float().mean(1).clamp(min=1e-9)).max())

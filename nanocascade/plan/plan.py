@@ -19,7 +19,7 @@ from nanocascade.model.layers import KEEP_FP32
 from nanocascade.model.model import Model, ModelConfig
 from nanocascade.model.scan import SPAN
 from nanocascade.plan.meter import HEAD, NODE, Trace, trace_block, trace_decoding
-from nanocascade.sampler import PREFILL_TOKENS, parts
+from nanocascade.sampler import PREFILL_TOKENS, split_responses
 from nanocascade.stages import RL, SFT, TEACHER_OF, Stage
 
 MEAN = 0.5  # mean length of a response as a share of its limit: assumed
@@ -57,7 +57,7 @@ def work_of(recipe: Stage, run, evaluation, config: ModelConfig, ranks: int, pro
     longest = min(prompt + new, getattr(recipe, "max_tokens", 0) or context)
     prompt = min(prompt, longest)
     if new:
-        rows = parts(-(-recipe.prompts // ranks), recipe.rollouts, run.max_rows)[1]
+        rows = split_responses(-(-recipe.prompts // ranks), recipe.rollouts, run.max_rows)[1]
         sampling["rollout"] = Sampling(rows, prompt, longest - prompt, recipe.routing_replay)
     if evaluation.eval_data:
         prompts = max(evaluation.own_eval_samples, evaluation.eval_samples)  # of one domain

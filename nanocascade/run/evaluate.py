@@ -163,7 +163,7 @@ def make_scorer(
         toy_eval = evaluation.settings.eval_data == (TOY,)
         if trained and (needed or evaluated) or evaluated and not toy_eval:
             raise ValueError(
-                "preference rows, and rows that a judge grades, need --judge_url and --judge_model"
+                "preference rows need --judge_url and --judge_model, as do rows that a judge grades"
             )
         judge = None if trained else rule_judge
     return Scorer(judge, settings.score_workers, settings.judge_concurrency, pairing)
