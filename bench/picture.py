@@ -2,8 +2,8 @@
 
     python -m bench.picture runs/out/page.html docs/images
 
-writes cascade.png (the page's top) and cascade-dark.png, and a group of rollouts of RL
-(advantage.png) and of MOPD (teacher.png). Debian: apt-get install -y chromium.
+writes cascade.png (the page's top), and a group of rollouts of RL (advantage.png) and of MOPD
+(teacher.png). Debian: apt-get install -y chromium.
 """
 
 import sys
@@ -21,17 +21,17 @@ PICTURES = {
 }
 
 
-def take(page: Path, out: Path, name: str, dark: bool = False) -> None:
+def take(page: Path, out: Path, name: str) -> None:
     section, state, most = PICTURES[name]
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # helpers may still write
-    with folder as profile, Browser(profile, WIDTH, 900, dark) as browser:
+    with folder as profile, Browser(profile, WIDTH, 900) as browser:
         browser.open(page.resolve(), f"#{state}")
         box = f"document.querySelectorAll('section')[{section}].getBoundingClientRect()"
         height = int(browser.run(f"{box}.bottom - {box}.top * {int(section > 0)}")) + 10
         browser.resize(WIDTH, min(height, most), SCALE)
         browser.run(f"scrollTo(0, {section and f'{box}.top + scrollY'})")
         browser.run("new Promise((done) => setTimeout(done, 300))")
-        browser.picture(out / f"{name}{'-dark' * dark}.png")
+        browser.picture(out / f"{name}.png")
 
 
 if __name__ == "__main__":
@@ -39,4 +39,3 @@ if __name__ == "__main__":
     out.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
         take(page, out, name)
-    take(page, out, "cascade", dark=True)
