@@ -4,9 +4,9 @@ A rollout is one episode: the prompt, what the model wrote, and, where the row h
 (environments/), the tool results in between. Only what the model wrote carries loss.
 
 Over ranks, each rank samples its own prompts (groups.py shards them), from weights that are
-gathered once (`unsharded`). With expert parallelism the ranks of a group must make the same forward calls:
-`keep_going` asks every few steps whether any of them has rows left (distributed.py), and a rank
-without rows decodes padding (Decoder.step).
+gathered once (`unsharded`). With expert parallelism the ranks of a group must make the same forward
+calls: `keep_going` asks every few steps whether any of them has rows left (distributed.py), and a
+rank without rows decodes padding (Decoder.step).
 """
 
 import time
