@@ -12,6 +12,9 @@ Axes, the same letters in every shape comment of the package:
     e  experts                            a  active experts     u  1 or 2: up, and gate
     f  hidden width of an MLP             p  prompts            r  rollouts per prompt (report: G)
     w  taps of the convolution            o  documents of a packed batch (responses, in a loss)
+    j  chunks of a level (scan.py)
+A primed letter, as z', counts some of the same things; the line where it stands says which. Losses
+are written for (b, t). A Batch has one row of t inputs and n predictions: they get (1, n).
 
 Paper symbol -> name in the code:
     pi_theta, pi_train    train_logprobs     log-probs of the trained model, with gradient

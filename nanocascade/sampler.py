@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 
 
 def mix(x: Tensor) -> Tensor:
-    """A 64-bit finaliser (xor-shift and multiply, as in splitmix64) of each int64 element."""
+    """A 64-bit finaliser (xor-shift and multiply, as in splitmix64), x (...) int64 -> (...)."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x
@@ -49,7 +49,7 @@ def mix(x: Tensor) -> Tensor:
 
 def hash_uniform(keys: Tensor, positions: Tensor) -> Tensor:
     """u in [0, 1) for each (key, position), both int64 (b,): (b,) fp64. On mps fp32,
-    which may be 1."""
+    which may round to 1."""
     bits = mix(keys + positions * 0x1E3779B97F4A7C15)
     return ((bits >> 11) & ((1 << 53) - 1)).to(widest(bits.device)) / (1 << 53)
 

@@ -43,7 +43,7 @@ def test_parity_scan(t, chunk_size):
         states += ends
     scanned = torch.cat(scanned)[plan.outputs]  # (t, h, c)
     assert (scanned - torch.cat(outputs)).abs().max() < 1e-9
-    assert (torch.cat(states[1:])[plan.ends[1]] - state).abs().max() < 1e-9
+    assert (torch.cat(states[1:])[plan.end_places[1]] - state).abs().max() < 1e-9
 
 
 def one_by_one(experts, x, chosen, weights):

@@ -89,7 +89,7 @@ def call_mask(inherited: list[int], own: int, dtype, device):
         if device.type in CAUSAL_KERNELS:
             return causal_lower_right(own, longest + own)
         inherited = [longest]
-    shape = (len(inherited), 1, own, longest + own)  # (m, 1, own, inherited + own)
+    shape = (len(inherited), 1, own, longest + own)  # (o', 1, own, inherited + own)
     seen = torch.ones(shape, dtype=torch.bool, device=device).tril(longest)
     for rows, n in zip(seen, inherited, strict=True):
         rows[..., n:longest] = False  # padding
@@ -155,8 +155,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(*norm) if config.qk_norm else None
         self.k_norm = RMSNorm(*norm) if config.qk_norm else None
 
-    def forward(self, x: Tensor, ctx, layer: dict | None = None) -> Tensor:
-        """x (b, t, d) -> (b, t, d). `ctx` is the forward's Context, `layer` the block's cache."""
+    def forward(self, x: Tensor, ctx, cached: dict | None = None) -> Tensor:
+        """x (b, t, d) -> (b, t, d). `ctx` is the forward's Context, `cached` the block's cache."""
         c = self.config.head_dim
         q = self.q_proj(x).unflatten(-1, (-1, c))  # (b, t, h, c)
         k = self.k_proj(x).unflatten(-1, (-1, c))  # (b, t, k, c)
@@ -165,14 +165,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rotary is not None:
             q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
-        if layer is not None:
-            # Indices on both sides of a slice: the assigned values are (b, t, k, c).
-            layer["k"][ctx.rows, :, ctx.slots] = k
-            layer["v"][ctx.rows, :, ctx.slots] = v
+        if cached is not None:
+            # Indices (b, t) on both sides of a slice put their axes first: (b, t, k, c).
+            cached["k"][ctx.rows, :, ctx.slots] = k
+            cached["v"][ctx.rows, :, ctx.slots] = v
         if ctx.attention is not None:
             y = self.packed(q, k, v, ctx.attention)  # (b, t, h, c)
         else:
-            y = self.step(q, layer, ctx.mask)  # (b, 1, h, c)
+            y = self.step(q, cached, ctx.mask)  # (b, 1, h, c)
         return self.o_proj(y.flatten(2))  # (b, t, d)
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -186,15 +186,15 @@ class Attention(nn.Module):
         outputs = []
         for call, *qkv in pieces:
             qkv = [x.unflatten(0, (call.documents, -1)).transpose(1, 2) for x in qkv]
-            y = attend(*qkv, call.mask)  # (m, h, own, c)
-            outputs.append(y.transpose(1, 2).flatten(0, 1))  # (m*own, h, c)
+            y = attend(*qkv, call.mask)  # (o', h, own, c)
+            outputs.append(y.transpose(1, 2).flatten(0, 1))  # (o'*own, h, c)
         return take_rows(torch.cat(outputs), plan.unpad).view(shape)
 
-    def step(self, q: Tensor, layer: dict, mask: Tensor) -> Tensor:
+    def step(self, q: Tensor, cached: dict, mask: Tensor) -> Tensor:
         """Attention of one token of each row, q (b, 1, h, c), to the t' slots of the row's cache
         that any row fills: (b, 1, h, c)."""
         seen = mask.shape[-1]
-        k, v = layer["k"][:, :, :seen], layer["v"][:, :, :seen]  # (b, k, t', c)
+        k, v = cached["k"][:, :, :seen], cached["v"][:, :, :seen]  # (b, k, t', c)
         # The queries that share a key head are rows of one product: each key is read once.
         queries = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (b, k, h/k, c)
         y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask)  # (b, k, h/k, c)

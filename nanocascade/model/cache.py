@@ -42,11 +42,12 @@ class Cache:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the rows in use, over all blocks."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
 
     def write(self, index: Tensor, other: "Cache", source: Tensor) -> None:
-        """Put rows `source` of another cache into rows `index`; of keys and values only the slots
-        that are filled."""
+        """Put rows `source` (b',) of another cache into rows `index` (b',); of keys and values
+        only the slots that are filled."""
         filled = int(other.lengths[source].max()) if len(source) else 0
         self.lengths[index] = other.lengths[source]
         for layer, other_layer in zip(self.layers, other.layers, strict=True):

@@ -24,7 +24,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(width, hidden, bias=False) if gated else None
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, ctx=None, layer=None) -> Tensor:
+    def forward(self, x: Tensor, ctx=None, cached=None) -> Tensor:
         gate = None if self.gate_proj is None else self.gate_proj(x)  # (b, t, f)
         return self.down_proj(activate(self.up_proj(x), gate))  # (b, t, d)
 

@@ -74,17 +74,17 @@ class Mamba2(nn.Module):
         groups = F.rms_norm(groups, groups.shape[-1:], None, cfg.norm_eps)
         return groups.flatten(-2).to(gate.dtype) * self.norm.weight  # (b, t, h*c)
 
-    def forward(self, x: Tensor, ctx, layer: dict | None = None) -> Tensor:
-        """x (b, t, d) -> (b, t, d). `ctx` is the forward's Context, `layer` the block's cache."""
+    def forward(self, x: Tensor, ctx, cached: dict | None = None) -> Tensor:
+        """x (b, t, d) -> (b, t, d). `ctx` is the forward's Context, `cached` the block's cache."""
         cfg = self.config
         gate, inputs = self.in_proj(x).tensor_split([cfg.mamba_inner], dim=-1)  # (b, t, h*c), ...
         if ctx.scan is not None:
-            y = self.packed(inputs.flatten(0, 1), ctx.scan, layer).view_as(gate)  # (b, t, h*c)
+            y = self.packed(inputs.flatten(0, 1), ctx.scan, cached).view_as(gate)  # (b, t, h*c)
         else:
-            y = self.step(inputs, layer)  # (b, 1, h*c)
+            y = self.step(inputs, cached)  # (b, 1, h*c)
         return self.out_proj(self.gated_norm(y, gate))  # (b, t, d)
 
-    def packed(self, inputs: Tensor, plan: ScanPlan, layer: dict | None) -> Tensor:
+    def packed(self, inputs: Tensor, plan: ScanPlan, cached: dict | None) -> Tensor:
         """inputs (n, m+h) of packed documents -> (n, h, c). The end state of document i goes to
         row i of a cache.
 
@@ -100,10 +100,10 @@ class Mamba2(nn.Module):
         for part in plan.parts:
             y, ends = run(inputs, part, states[-1])
             ys.append(y.flatten(0, 1))
-            states = [*states, *ends] if layer is not None else ends  # (m, h, c, s) of each level
-        if layer is not None:
-            layer["conv"].copy_(inputs[plan.windows][..., : self.config.conv_dim])  # (o, w-1, m)
-            layer["ssm"].copy_(torch.cat(states[1:])[plan.ends])  # (o, h, c, s)
+            states = [*states, *ends] if cached is not None else ends  # (j, h, c, s) of each level
+        if cached is not None:
+            cached["conv"].copy_(inputs[plan.windows][..., : self.config.conv_dim])  # (o, w-1, m)
+            cached["ssm"].copy_(torch.cat(states[1:])[plan.end_places])  # (o, h, c, s)
         y = ys[0] if len(ys) == 1 else torch.cat(ys)  # (z*q, h, c)
         return take_rows(y, plan.outputs)
 
@@ -119,14 +119,14 @@ class Mamba2(nn.Module):
         y, ends = chunk_scan(x, dt, self.decay_rate, B, C, part, state)
         return torch.addcmul(y, x, upcast(self.D)[:, None]), ends
 
-    def step(self, inputs: Tensor, layer: dict) -> Tensor:
+    def step(self, inputs: Tensor, cached: dict) -> Tensor:
         """inputs (b, 1, m+h), one token of each row of a cache, which is updated -> (b, 1, h*c)."""
         xBC, raw_dt = inputs.split([self.config.conv_dim, self.config.mamba_num_heads], -1)
-        padded = torch.cat([layer["conv"], xBC], 1)  # (b, w, m)
-        layer["conv"].copy_(padded[:, 1:])
+        padded = torch.cat([cached["conv"], xBC], 1)  # (b, w, m)
+        cached["conv"].copy_(padded[:, 1:])
         x, B, C = self.conv_xBC(padded)
         dt = self.dt(raw_dt)  # (b, 1, h)
-        y = scan_step(x[:, 0], dt[:, 0], self.decay_rate, B[:, 0], C[:, 0], layer["ssm"])[:, None]
+        y = scan_step(x[:, 0], dt[:, 0], self.decay_rate, B[:, 0], C[:, 0], cached["ssm"])[:, None]
         return torch.addcmul(y, x, upcast(self.D)[:, None]).flatten(-2)
 
     @property

@@ -120,20 +120,18 @@ class ModelConfig:
 
 @dataclass
 class Context:
-    """Facts about the tokens of one forward pass that every block needs, computed once.
+    """Facts about the tokens of one forward pass that every block needs, computed once."""
 
-    Packed documents have plans of how they attend and of their scan. A decode step has a mask
-    (b, 1, 1, t') over the cache's slots: 0 up to the token's own, -inf beyond. rows and slots
-    (b, t): where in the cache each token's key and value are written. rotary: cos and sin
-    (b, t, 1, c), or None.
-    """
-
+    # Packed documents: how they attend, and their scan.
     attention: AttentionPlan | None = None
     scan: ScanPlan | None = None
-    mask: Tensor | None = None
-    rows: Tensor | None = None
-    slots: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
+    # A decode step: 0 on the cache's slots up to the token's own, -inf beyond.
+    mask: Tensor | None = None  # (b, 1, 1, t')
+    # With a cache: where each token's key and value are written.
+    rows: Tensor | None = None  # (b, t)
+    slots: Tensor | None = None  # (b, t)
+    # Always.
+    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin (b, t, 1, c); None: no positions
     routing: Routing | None = None
 
 
@@ -178,8 +176,8 @@ class Block(nn.Module):
         else:
             self.mixer = MLP(config.hidden_size, config.intermediate_size, config.gated_mlp)
 
-    def forward(self, x: Tensor, ctx: Context, layer: dict | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x), ctx, layer)
+    def forward(self, x: Tensor, ctx: Context, cached: dict | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x), ctx, cached)
 
 
 class Model(nn.Module):

@@ -169,7 +169,7 @@ class MoE(nn.Module):
         shared = config.shared_expert_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared, config.gated_mlp) if shared else None
 
-    def forward(self, x: Tensor, ctx, layer=None) -> Tensor:
+    def forward(self, x: Tensor, ctx, cached=None) -> Tensor:
         """x (b, t, d) -> (b, t, d). Records the chosen experts in ctx.routing, or replays them."""
         flat = x.flatten(0, 1)  # (n, d)
         routing, replay = ctx.routing, None

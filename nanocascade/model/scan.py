@@ -46,8 +46,8 @@ class ScanPart(NamedTuple):
 
     inputs: Tensor  # (z, w-1+q) as of each Chunk
     roots: int
-    levels: list[Tensor]  # of each level (m,): the place in the level before that each continues
-    lasts: Tensor  # (m,) the same for the lasts, counted over all chunks that are continued
+    levels: list[Tensor]  # of each level (j,): the place in the level before that each continues
+    lasts: Tensor  # (j,) the same for the lasts, counted over all chunks that are continued
     alone: int
 
 
@@ -55,7 +55,7 @@ class ScanPlan(NamedTuple):
     parts: list[ScanPart]  # each starts from the end states of the last level of the one before
     outputs: Tensor  # (n,) the place of each token among the positions of all chunks
     windows: Tensor  # (o, w-1) the last tokens of each document: what its conv sees next
-    ends: Tensor  # (o,) each document's last chunk among all continued ones; empty unless keep_ends
+    end_places: Tensor  # (o,) of each document's last chunk among all continued ones, or empty
 
 
 def chunk_length(lengths: list[int], limit: int) -> int:
@@ -116,12 +116,12 @@ def scan_plan(documents: Documents, limit: int, window: int, device, keep_ends=F
             [places[chunks[i].previous] - places[former[0]] for i in level]
             for former, level in pairwise(readable)
         ]
-        first = places[readable[0][0]] if readable else 0
+        first_readable = places[readable[0][0]] if readable else 0
         part = ScanPart(
             inputs=indices([chunks[i].inputs for i in chain(*levels, lasts, alone)], device),
             roots=len(levels[0]) if levels and not level_before else 0,
             levels=[indices(x, device) for x in previous_of_levels],
-            lasts=indices([places[chunks[i].previous] - first for i in lasts], device),
+            lasts=indices([places[chunks[i].previous] - first_readable for i in lasts], device),
             alone=len(alone),
         )
         parts.append(part)
@@ -129,8 +129,8 @@ def scan_plan(documents: Documents, limit: int, window: int, device, keep_ends=F
     tokens = torch.cat([part.inputs[:, window:].flatten() for part in parts])  # (z*q,)
     outputs = torch.empty(documents.num_tokens + 1, dtype=torch.long, device=device)  # (n+1,)
     outputs[tokens] = torch.arange(len(tokens), device=device)  # the last one: of no token
-    ends = [places[i] for i in last_chunks] if keep_ends else []
-    return ScanPlan(parts, outputs[:-1], indices(windows, device), indices(ends, device))
+    end_places = [places[i] for i in last_chunks] if keep_ends else []
+    return ScanPlan(parts, outputs[:-1], indices(windows, device), indices(end_places, device))
 
 
 def sort_chunks(chunks: list[Chunk], members: list[int], continued: set[int]):
@@ -155,9 +155,9 @@ def chunk_scan(x, dt, A, B, C, part: ScanPart, state=None):
 
     Args:
         x: (z, q, h, c) inputs; dt: (z, q, h), 0 where a position must leave no trace; A: (h,) < 0;
-        B, C: (z, q, g, s); part: the order of the chunks; state: (m, h, c, s) that the first level
+        B, C: (z, q, g, s); part: the order of the chunks; state: (j, h, c, s) that the first level
         continues where there are no roots. All at least fp32.
-    Returns: y (z, q, h, c) and the end states of the continued chunks, (m, h, c, s) of each level.
+    Returns: y (z, q, h, c) and the end states of the continued chunks, (j, h, c, s) of each level.
     Source: Mamba-2 (arXiv 2405.21060), section 6, with a tree of chunks of our own.
     """
     z, q, h, c = x.shape
@@ -180,14 +180,14 @@ def chunk_scan(x, dt, A, B, C, part: ScanPart, state=None):
     carried = to_here[:num_continued]  # (z', g, h/g, q), z' chunks are continued
     to_end = (carried[..., -1:] - carried).exp()  # (z', g, h/g, q)
     added = (xdt[:num_continued] * to_end[..., None]).mT @ B[:num_continued]  # (z', g, h/g, c, s)
-    kept = carried[..., -1].exp()[..., None, None]  # (z', g, h/g, 1, 1) share of the state before
+    chunk_decay = carried[..., -1].exp()[..., None, None]  # (z', g, h/g, 1, 1)
     # split: the gradient of a slice would be a whole tensor of zeros for every level
     root_ends, *added = added.split(sizes)
-    _, *kept = kept.split(sizes)
+    _, *chunk_decay = chunk_decay.split(sizes)
     ends = [root_ends if state is None else state.view(-1, *root_ends.shape[1:])]
     entries = []  # the states that the levels and the lasts continue
-    for previous, new, share in zip(part.levels, added, kept, strict=True):
-        entries.append(take_rows(ends[-1], previous))  # (m, g, h/g, c, s)
+    for previous, new, share in zip(part.levels, added, chunk_decay, strict=True):
+        entries.append(take_rows(ends[-1], previous))  # (j, g, h/g, c, s)
         ends.append(torch.addcmul(new, entries[-1], share))
     if len(part.lasts):
         entries.append(take_rows(torch.cat(ends), part.lasts))
