@@ -56,13 +56,16 @@ def grpo_loss(
     the sequence mask takes out loses it too.
 
     Args:
-        train_logprobs: (b, t) with gradient. advantages: (b, t), a response's value on each of its
-        tokens. mask: (b, t) True where a token carries loss. num_tokens: N, over all micro-batches
-        and ranks. sampler_logprobs: (b, t), for the mismatch metrics and the gate. gate: (low,
-        high), weigh tokens as in Eq. 3 (masked importance sampling of the Nano recipe); None = off.
-        max_sequence_error: mask responses as sequence_mask does (0 = off). response_ids: (b, t)
-        which response a token belongs to; by default a row is a response.
-        ref_logprobs, kl_coef: (b, t) adds kl_coef * k3 of train against reference (RLHF), same N.
+        train_logprobs: (b, t) with gradient.
+        advantages: (b, t) a response's value on each of its tokens.
+        mask: (b, t) True where a token carries loss.
+        num_tokens: N, over all micro-batches and ranks.
+        sampler_logprobs: (b, t) for the mismatch metrics, the gate and the sequence mask.
+        ref_logprobs: (b, t) of the reference model, for the KL term.
+        kl_coef: adds kl_coef * k3 of train against reference (RLHF), over the same N.
+        gate: (low, high) weighs tokens as in Eq. 3, as the Nano recipe does; None = off.
+        max_sequence_error: mask responses as sequence_mask does (0 = off).
+        response_ids: (b, t) which response a token belongs to; by default a row is a response.
     Returns: the loss () and metrics, each a mean (or max) over this call's loss tokens ().
     """
     valid = mask.to(train_logprobs.dtype)  # (b, t)

@@ -54,16 +54,21 @@ def compute_mopd_loss(
     outer one over the responses. (`(w * a * logp).mean()` over a batch is this only where all
     responses have the same length.)
 
-    inf_logprobs are sampler_logprobs elsewhere: this is the name in the published sketch.
+    student_logprobs and inf_logprobs, elsewhere train_logprobs and sampler_logprobs, keep the names
+    of a published sketch of this loss, so that checks written for it run here.
 
     Args:
-        student_logprobs: (b, t) pi_train, with gradient. teacher_logprobs: (b, t) pi_i.
-        inf_logprobs: (b, t) pi_inf, as the sampler returned them. mask: (b, t) True on response
-        tokens, all by default. response_ids: (b, t) which response a token belongs to, where rows
-        are packed; by default a row is a response. num_tokens: (o,) valid tokens of each response
-        and num_responses: responses of the whole step, for when a response or the step spans
-        micro-batches or ranks (with max_sequence_error a response must not); counted from the
-        arguments by default. gate: importance_weight's.
+        student_logprobs: (b, t) pi_train, with gradient.
+        teacher_logprobs: (b, t) pi_i.
+        inf_logprobs: (b, t) pi_inf, as the sampler returned them.
+        mask: (b, t) True on response tokens; all by default.
+        eps_low, eps_high: the band of w_t, Eq. 3.
+        response_ids: (b, t) which response a token belongs to; by default a row is a response.
+        num_tokens: (o,) valid tokens of each response; counted here by default. Needed where a
+            response spans micro-batches, which max_sequence_error does not permit.
+        num_responses: responses of the whole step; counted here by default. Needed where the step
+            has several micro-batches or ranks.
+        gate: importance_weight's.
         max_sequence_error: mask responses as sequence_mask does (0 = off).
     Returns: the loss () and metrics, each a mean (or max) over this call's valid tokens ().
     """
