@@ -41,8 +41,8 @@ from nanocascade.teachers import Teachers, token_shares
 def train(flags: Flags, dist: Dist):
     # ---- Setup -----------------------------------------------------------------------------------
     recipe, settings = flags.recipe, flags.run
-    drawn = stages.MOPD_SHARES if settings.data == (TOY,) else stages.DOMAINS
-    teachers = Teachers(recipe.teachers, recipe.domains, drawn, dist)
+    domains_drawn = stages.MOPD_SHARES if settings.data == (TOY,) else stages.DOMAINS
+    teachers = Teachers(recipe.teachers, recipe.domains, domains_drawn, dist)
     run = Run(flags, dist, teachers.manifest)
     teachers.check_tokenizer(run.tokenizer, run.model_config.vocab_size)
     sampling = Sampling.of(recipe, settings.max_rows)
@@ -101,9 +101,8 @@ def train(flags: Flags, dist: Dist):
         update = Update(model, optimizer, recipe, step, dist)
         for name, part in teachers.split(rollouts):  # one teacher on the device at a time
             teacher = teachers.models[name]
-            own_counts = [x.num_loss_tokens for x in part] or [0]
-            own_counts = torch.tensor(own_counts, device=dist.device)  # (o,)
-            num_tokens, num_responses = denominators(own_counts, *totals, recipe.denominator)
+            own = torch.tensor([x.num_loss_tokens for x in part] or [0], device=dist.device)  # (o,)
+            num_tokens, num_responses = denominators(own, *totals, recipe.denominator)
             for batch in micro_batches(part):
                 teacher_logprobs = teacher.logprobs(batch, recipe.temperature)
                 train_logprobs = update.forward(batch, recipe.temperature)

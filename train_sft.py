@@ -61,7 +61,7 @@ def train(flags: Flags, dist: Dist):
         while size < recipe.batch_tokens:
             position, row = stream.take(1)[0]
             stripped = random.Random(f"{settings.seed} {position}").random() < recipe.strip_thinking
-            # If the template cannot show thoughts, train on answers with the work.
+            # If the template cannot show thoughts, train on `off` solutions, which show the work.
             thinking = tokenizer.thinks and not stripped
             documents.append(sft_document(row, tokenizer, thinking, recipe.row_tokens))
             size += len(documents[-1].tokens)

@@ -217,8 +217,9 @@ def preset(stage: str, config: str) -> dict:
 
 @dataclass(kw_only=True)
 class Stage:
-    """Recipe"""
+    """Settings of every stage: steps, learning rate and optimizer."""
 
+    # ---- Recipe ----
     steps: Positive  # optimizer steps
     lr: NonNegative  # peak learning rate
     min_lr: NonNegative = 0.0  # learning rate that a linear or cosine schedule falls to
@@ -237,8 +238,9 @@ class Stage:
 
 @dataclass(kw_only=True)
 class SFT(Stage):
-    """Recipe"""
+    """Settings of train_sft.py."""
 
+    # ---- Recipe ----
     stage = "sft"
     batch_tokens: Positive  # tokens a step, over all ranks
     row_tokens: Positive  # maximum tokens of a conversation, up to its last answer
@@ -249,11 +251,12 @@ class SFT(Stage):
 
 @dataclass(kw_only=True)
 class OnPolicy(Stage):
-    """Recipe"""
+    """Settings of the stages whose responses the trained model samples itself."""
 
+    # ---- Recipe ----
     prompts: Positive  # prompts a step, over all ranks
     rollouts: Positive  # responses a prompt
-    domains: tuple[str, ...] = ()  # domains to train, equal shares (default: the stage's, or all)
+    domains: tuple[str, ...] = ()  # domains to train; RL: in equal shares (default: the stage's)
     thinking: bool = True  # open responses with a thought, in training and evaluation
     max_new_tokens: Positive  # maximum tokens of a response; with tools, of the whole episode
     max_tokens: Count = 0  # maximum tokens of prompt plus response (0 = no limit)
@@ -262,7 +265,7 @@ class OnPolicy(Stage):
     top_p: Annotated[float, 1e-3, 1] = 1.0  # nucleus of sampling; the loss ignores the cut
     # ---- Advanced ----
     # OURS: no gate in RL unless asked for (the Nano recipe masks tokens; Eq. 1 has no ratio).
-    gate_low: NonNegative = 0.0  # smallest train/sampler ratio in the band (in RL 0 = no gate)
+    gate_low: NonNegative = 0.0  # smallest train/sampler ratio (0: in RL no gate, in MOPD no bound)
     gate_high: NonNegative = 2.0  # largest train/sampler ratio in the band
     max_sequence_error: NonNegative = 0.0  # mask responses of a larger mean exp|train - sampler|
     routing_replay: bool = False  # train with the experts that were chosen while sampling
@@ -275,8 +278,9 @@ class OnPolicy(Stage):
 
 @dataclass(kw_only=True)
 class RL(OnPolicy):
-    """Recipe"""
+    """Settings of train_rl.py."""
 
+    # ---- Recipe ----
     stage: Literal[tuple(RL_STAGES)] = "math_rl"  # the stage to train, a row of stages.py
     rollouts: Annotated[int, 2]  # responses a prompt; one alone has no advantage
     overlong: Literal["penalty", "filter"] = "penalty"  # responses cut off: reward 0, or no loss
@@ -293,8 +297,9 @@ class RL(OnPolicy):
 
 @dataclass(kw_only=True)
 class MOPD(OnPolicy):
-    """Recipe"""
+    """Settings of train_mopd.py."""
 
+    # ---- Recipe ----
     stage = "mopd"
     teachers: tuple[str, ...] = ()  # NAME=DIR; NAME: a domain, a group of stages.py, or default
     balance: bool = False  # draw equally many prompts of every domain, however many rows it has
