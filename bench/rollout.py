@@ -33,10 +33,8 @@ class ForcedDecoder(sampler.Decoder):
 
 @contextmanager
 def forced_decoder(lengths, rollouts: int):
-    plain, ForcedDecoder.lengths = (
-        sampler.Decoder,
-        torch.tensor(lengths).view(-1, rollouts).tolist(),
-    )
+    plain = sampler.Decoder
+    ForcedDecoder.lengths = torch.tensor(lengths).view(-1, rollouts).tolist()
     sampler.Decoder = ForcedDecoder
     try:
         yield

@@ -1,5 +1,6 @@
 """runs/small.sh, from a model directory to the report, on tiny random models of two families."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,17 @@ def make_directory(family, path):
     save_model(Model(config).reset_parameters(0), path, tokenizer)
 
 
+def run_small(*words, **variables):
+    environment = os.environ | {
+        "NANOCASCADE_PYTHON_READY": "1",
+        "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+        "DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["bash", ROOT / "runs/small.sh", *words]
+    return subprocess.run(command, env=environment | variables, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     "family, flags",
     [
@@ -57,15 +69,8 @@ def test_run_small(family, flags, tmp_path):
     """Every stage runs, each from the one before it; the report has their scores; with adapters all
     stages share the first base."""
     make_directory(family, tmp_path / "model")
-    out, path = tmp_path / "out", str(Path(sys.executable).parent)
-    environment = os.environ | {
-        "NANOCASCADE_PYTHON_READY": "1",
-        "PATH": path + os.pathsep + os.environ["PATH"],
-        "DEVICE": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = ["bash", ROOT / "runs/small.sh", tmp_path / "model", "--short", "--out", out, *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    out = tmp_path / "out"
+    done = run_small(tmp_path / "model", "--short", "--out", out, *flags)
     assert done.returncode == 0, done.stderr
     report = (out / "report.md").read_text()
     assert "| domain | sft | if_rl | choice_rl | mopd |" in report
@@ -74,3 +79,23 @@ def test_run_small(family, flags, tmp_path):
     assert all((out / stage / "model.safetensors").exists() for stage in stages)
     adapted = [(out / stage / "adapters.safetensors").exists() for stage in stages]
     assert adapted == [bool(flags)] * 4
+
+
+def test_run_small_on_one_domain(tmp_path):
+    """Rows of mathematics alone: the stages that have no rows are left out, MOPD too, whose only
+    teacher would be the student; RL's own flags reach it. Rows of no stage end before training."""
+    make_directory("nemotron_h", tmp_path / "model")
+    rows = [{"question": f"What is {i} and 1?", "answer": str(i + 1)} for i in range(8)]
+    texts = ["".join(json.dumps(x) + "\n" for x in part) for part in (rows[:6], rows[6:])]
+    for name, text in zip(("train.jsonl", "test.jsonl"), texts, strict=True):
+        (tmp_path / name).write_text(text)
+    words = (tmp_path / "model", tmp_path, "--short", "--out", tmp_path / "out")
+    done = run_small(*words, RL_FLAGS="--rollouts 3 --steps 1")
+    assert done.returncode == 0, done.stderr
+    assert [x.parent.name for x in (tmp_path / "out").glob("*/manifest.json")] == ["choice_rl"]
+    config = json.loads((tmp_path / "out/choice_rl/manifest.json").read_text())["config"]
+    assert (config["rollouts"], config["steps"], config["domains"]) == (3, 1, ["math"])
+    code = {"text": "Write one().", "code": "def one(): return 1", "test_list": ["assert one()"]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(code | {"task_id": 1}) + "\n")
+    done = run_small(*words[:-1], tmp_path / "other")
+    assert done.returncode == 2 and "no rows of if, math or mcqa" in done.stderr
