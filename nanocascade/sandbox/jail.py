@@ -11,6 +11,7 @@ not the start of an interpreter. A child is confined before it compiles its prog
 
 The server never reads a job, so the memory that a child inherits holds no other job. A child dies
 with its server, and the server with us. Elsewhere than on Linux only the rlimits hold (`probe`).
+
 Not covered: kernel bugs, timing channels, whether a path exists (stat), the contents of the
 readable directories. The number of threads is limited only by the memory of their stacks.
 """
@@ -101,8 +102,7 @@ def seccomp_filter(allowed):
 class Confinement:
     """Created in the server, which gives up files and capabilities; its children inherit that.
 
-    NANOCASCADE_UNCONFINED in the environment makes Linux behave like a system that has neither
-    Landlock nor seccomp. Tests use it; programs are then refused like there.
+    With NANOCASCADE_UNCONFINED set, Linux behaves like a system without Landlock and seccomp.
     """
 
     def __init__(self, grants=(), calls=OPENAT):
