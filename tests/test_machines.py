@@ -44,6 +44,7 @@ def test_plain_programs():
         "def f(x): return f(x)",
         "x = 1",
         "def f(x) return",
+        "@breakpoint\ndef f(x): return x",
         "def f(x):\n    return " + "-" * 2000 + "1",
         "\0",
     ):

@@ -98,6 +98,7 @@ def is_plain(source):
         (type(x).__name__ in PLAIN or isinstance(x, (ast.unaryop, ast.cmpop)))
         and (not isinstance(x, ast.Constant) or type(x.value) in (int, float))
         and (not isinstance(x, ast.Call) or getattr(x.func, "id", "") in ("abs", "max", "min"))
+        and not getattr(x, "decorator_list", [])  # a decorator is a call
         for x in nodes
     )
 
