@@ -55,9 +55,12 @@ if [ -z "$DATA" ]; then
   [ -f "$DATA/test.jsonl" ] ||
     python -m nanocascade.data.everyday "$DATA" --seed "$SEED" ${EVERYDAY[@]+"${EVERYDAY[@]}"}
 fi
-# The domains of the training rows, a line each: "math: 40 rows, prompts of ..." -> "math"
-DOMAINS=$(python -m nanocascade.data "$DATA/train.jsonl" | sed -n 's/: .* rows, .*//p')
-has() { grep -qx "$1" <<< "$DOMAINS"; }
+ROWS=$(python -m nanocascade.data "$DATA/train.jsonl")
+DOMAINS=" "  # those of the training rows: a line "math: 40 rows, prompts of ..." each
+while read -r line; do
+  if [[ $line == *": "*" rows, "* ]]; then DOMAINS+="${line%%:*} "; fi
+done <<< "$ROWS"
+has() { [[ $DOMAINS == *" $1 "* ]]; }
 CHOICE=  # the domains of the second RL stage: "math,mcqa" or one of them
 for domain in math mcqa; do if has $domain; then CHOICE+=${CHOICE:+,}$domain; fi; done
 if [ -z "$CHOICE" ] && ! has if; then
