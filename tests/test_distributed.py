@@ -126,8 +126,8 @@ def test_invariance_ranks(case, ranks, flags, skilled, sft, rows, tmp_path, monk
     responses are of unequal length, work is uneven, or one of them has nothing to do; plain, in
     shards (FSDP), or with each expert on one of two ranks, and of four, these in shards.
 
-    Weights are compared tensor by tensor: where a gradient is last-bit noise around 0, Adam makes
-    a visible step of it in single elements."""
+    Weights are compared tensor by tensor, but for one element in 10,000: where a gradient is
+    last-bit noise around 0, Adam makes up to a whole step of it, of either sign."""
     script, *args = CASES[case]
     for name, path in {"SKILLED": skilled, "SFT": sft, "ROWS": rows}.items():
         args = [str(x).replace(name, str(path)) for x in args]
@@ -143,10 +143,14 @@ def test_invariance_ranks(case, ranks, flags, skilled, sft, rows, tmp_path, monk
         for name in lasting(expected):
             assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-6), name
         assert found["grad_norm"] > 0 or case.startswith("idle")
+    manifests = [json.loads((x / "manifest.json").read_text()) for x in (one, two)]
+    opposite_steps = 2 * 2 * manifests[0]["config"]["lr"]
     weights = load_model(one).state_dict()
     for name, x in load_model(two).state_dict().items():
-        assert (x - weights[name]).norm() <= 1e-5 * weights[name].norm(), name
-    manifests = [json.loads((x / "manifest.json").read_text()) for x in (one, two)]
+        apart = (x - weights[name]).abs().flatten().sort().values
+        alike = apart[: len(apart) - len(apart) // 10_000]
+        assert alike.norm() <= 1e-5 * weights[name].norm(), name
+        assert apart[-1] <= opposite_steps, name
     assert manifests[0]["evaluation"] == manifests[1]["evaluation"]
 
 
