@@ -142,17 +142,17 @@ def chat(cfg: Config, model, tokenizer) -> None:
     tools = conversation(row)[1]
     while text := read_question():
         history.append({"role": "user", "content": text})
-        played = None
+        progress = None
         for turn in range(1, cfg.max_turns + 1):  # of one question
             history.append(reply(cfg, model, tokenizer, history, tools))
             calls = history[-1]["tool_calls"]
             if not cfg.tools or not calls or turn == cfg.max_turns:
                 break  # calls of the last turn get no answer, as in a rollout
             for call in calls:
-                played, result = answer(row, played, call["function"])
+                progress, result = answer(row, progress, call["function"])
                 history.append({"role": "tool", "content": result})
                 print(result)
-        end_episode(row, played)
+        end_episode(row, progress)
 
 
 def read_question() -> str:

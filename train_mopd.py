@@ -25,7 +25,7 @@ from nanocascade.engine.distributed import Dist
 from nanocascade.engine.optim import freeze_routers, make_optimizer
 from nanocascade.engine.update import Update
 from nanocascade.mopd import compute_mopd_loss, denominators
-from nanocascade.rollouts.groups import apply_overlong, collect_groups, rollout_metrics
+from nanocascade.rollouts.groups import collect_groups, mask_overlong, rollout_metrics
 from nanocascade.rollouts.rollout import roll_out
 from nanocascade.run.evaluate import make_scorer
 from nanocascade.run.run import Run, launch
@@ -91,7 +91,7 @@ def train(flags: Flags, dist: Dist):
             sample_groups, stream, recipe.prompts, recipe.rollouts, seed, dist
         )
         drawn_metrics |= scorer.judge_metrics(dist)
-        apply_overlong(groups, recipe.overlong)
+        mask_overlong(groups, recipe.overlong)
         run.log.choose(groups)
         rollouts = [x for group in groups for x in group]
 

@@ -24,9 +24,9 @@ from nanocascade.engine.optim import freeze_routers, make_optimizer
 from nanocascade.engine.update import Update
 from nanocascade.grpo import group_advantages, grpo_loss
 from nanocascade.rollouts.groups import (
-    apply_overlong,
     collect_groups,
-    in_reach,
+    filter_by_pass_rate,
+    mask_overlong,
     mask_unsolved,
     rollout_metrics,
 )
@@ -74,7 +74,9 @@ def train(flags: Flags, dist: Dist):
         reference.share_base(model, run.base, recipe.lora_rank)
     if not recipe.train_router:
         freeze_routers(model)
-    kept = None if run.resumes else in_reach(sample_groups, rows, recipe, settings.seed, dist)
+    kept = None  # all rows
+    if not run.resumes:
+        kept = filter_by_pass_rate(sample_groups, rows, recipe, settings.seed, dist)
 
     # ---- Optimizer -------------------------------------------------------------------------------
     in_host = flags.layout.offload_optimizer
@@ -92,7 +94,7 @@ def train(flags: Flags, dist: Dist):
             sample_groups, stream, recipe.prompts, recipe.rollouts, seed, dist, dynamic
         )
         drawn_metrics |= scorer.judge_metrics(dist)
-        apply_overlong(groups, recipe.overlong)
+        mask_overlong(groups, recipe.overlong)
         mask_unsolved(groups, recipe.mask_unsolved)
         run.log.choose(groups)
 

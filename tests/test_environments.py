@@ -63,11 +63,11 @@ MEND = ("edit", {"path": "a/ops.py", "old": "x - 1", "new": "x + 1"})
 
 def play(row, *calls):
     """What the calls of an episode are answered, one by one."""
-    played, results = None, []
+    progress, results = None, []
     for name, arguments in calls:
-        played, result = answer(row, played, {"name": name, "arguments": arguments})
+        progress, result = answer(row, progress, {"name": name, "arguments": arguments})
         results.append(result)
-    end_episode(row, played)
+    end_episode(row, progress)
     return results
 
 
@@ -124,8 +124,8 @@ def test_python_names_stay():
     )
     assert answer(TIR, one, {"name": "python", "arguments": talk[3][1]})[1] == "42"  # side by side
     assert answer(TIR, other, {"name": "python", "arguments": talk[3][1]})[1] == missing
-    for played in (one, other):
-        end_episode(TIR, played)
+    for progress in (one, other):
+        end_episode(TIR, progress)
 
 
 @pytest.mark.parametrize(
@@ -272,13 +272,13 @@ def test_any_call():
     ]
     keys = ["path", "old", "new", "text", "folder", "first", "last", "item", "count", "files"]
     for row in (TIR, REPAIR, SHOP):
-        before, played = deepcopy(row), None
+        before, progress = deepcopy(row), None
         tools = [x["function"]["name"] for x in row["responses_create_params"]["tools"]]
         tools = [x for x in (*tools, "\ud800", "") if x not in ("python", "test")]
         for i in range(2000):
             chosen = {key: rng.choice(values) for key in rng.sample(keys, rng.randint(0, 6))}
             call = {"name": rng.choice(tools), "arguments": chosen}
-            played, result = answer(row, played if i % 150 else None, call)
+            progress, result = answer(row, progress if i % 150 else None, call)
             assert len(result.encode()) < 4 * MAX_RESULT + 100
         assert row == before
     assert time.process_time() - began < allowance(20)

@@ -325,6 +325,6 @@ def test_only_ended_episodes_are_compared():
     verdicts.add(0)
     verdicts.add(1)
     group[2].stop_reason = "length"
-    verdicts.book(encode=list)
+    verdicts.set_rewards(encode=list)
     assert asked == [("a", "b")]
     assert [x.reward for x in group] == [3.0, 4.0 + 0.5 + 0.5, 1.0]

@@ -217,7 +217,7 @@ def test_pairs_are_asked_early(pairing):
         seen.append([pair for pair in verdicts.matches if pair not in known])
     late = {"all": [(0, 1), (1, 3)], "circle": [(0, 1), (1, 3), (3, 0)]}[pairing]
     assert seen == [[], [(0, 3)] * (pairing == "all"), [], late]
-    verdicts.book(list)
+    verdicts.set_rewards(list)
     assert len(asked) == len(late) + (pairing == "all") + 2 * 3  # both orders with the reference
     expected = score_group(
         row,
@@ -307,7 +307,7 @@ def test_numbers_masks(calls):
     groups[0][1].stop_reason = "length"
     kept = [[1, 1], [1, 1]]
     for mode, expected in (("penalty", kept), ("off", kept), ("filter", [[1, 0], [1, 1]])):
-        drawing.apply_overlong(groups, mode)
+        drawing.mask_overlong(groups, mode)
         assert [[x.num_loss_tokens for x in g] for g in groups] == expected
     drawing.mask_unsolved(groups, 0.5)
     assert [[x.loss for x in g] for g in groups] == [[True, False], [False, False]]
@@ -320,7 +320,7 @@ def test_numbers_in_reach(calls):
 
     def reach(**limits):
         recipe = SimpleNamespace(pass_samples=2, **limits)
-        kept = drawing.in_reach(calls, rows, recipe, 0, ALONE)
+        kept = drawing.filter_by_pass_rate(calls, rows, recipe, 0, ALONE)
         return [rows[i] for i in kept]
 
     assert reach(max_pass_rate=0.74, keep_unsolved=1.0) == rows[2:-1]

@@ -78,7 +78,7 @@ class Rollout(Document):
 
     turns: list[dict] = field(default_factory=list)
     stop_reason: str = ""
-    played: tuple | None = None  # (number of calls, state) of the row's environment
+    progress: tuple | None = None  # (number of calls, state) of the row's environment
     reward: float = 0.0
     outcome: float | None = 0.0  # None: no judge, or no stored answer to compare with
     reason: str = ""

@@ -74,11 +74,12 @@ def equip(row: dict) -> dict:
     return row | {"responses_create_params": params | {"tools": declared}}
 
 
-def answer(row: dict, played, call: dict):
-    """((number of calls, state) after one more call, its result). played: the pair before the call,
-    or None at the first."""
+def answer(row: dict, progress, call: dict):
+    """((number of calls, state) after one more call, its result).
+
+    progress: the pair before the call, None before the first."""
     environment = ENVIRONMENTS[row["environment"]["name"]]
-    number, state = played or (0, environment.start(row))
+    number, state = progress or (0, environment.start(row))
     if number == environment.max_calls:
         return (number, state), "error: no calls left"
     state, text = environment.step(state, call["name"], call["arguments"])
@@ -89,7 +90,7 @@ def answer(row: dict, played, call: dict):
     return (number + 1, state), text.encode(errors="replace").decode()
 
 
-def end_episode(row: dict, played) -> None:
-    """Close the episode's environment. played: as `answer` returned it, or None."""
-    if played is not None:
-        ENVIRONMENTS[row["environment"]["name"]].close(played[1])
+def end_episode(row: dict, progress) -> None:
+    """Close the episode's environment. progress: as `answer` returned it, or None."""
+    if progress is not None:
+        ENVIRONMENTS[row["environment"]["name"]].close(progress[1])

@@ -58,7 +58,7 @@ def group_metrics(outcomes: list[list]) -> dict[str, float]:
     return metrics
 
 
-def in_reach(play, rows: list[dict], recipe: RL, seed, dist) -> list[int] | None:
+def filter_by_pass_rate(play, rows: list[dict], recipe: RL, seed, dist) -> list[int] | None:
     """Indices of the rows that are neither too easy nor too hard for the model; None for all.
 
     A row is too easy if the model solves it more often than --max_pass_rate. Of the rows that it
@@ -92,7 +92,7 @@ def in_reach(play, rows: list[dict], recipe: RL, seed, dist) -> list[int] | None
     return kept
 
 
-def apply_overlong(groups: list[list[Rollout]], mode: str) -> None:
+def mask_overlong(groups: list[list[Rollout]], mode: str) -> None:
     """Mask the responses that were cut off at the limit, if mode is "filter".
 
     They still count in their group's mean and std. In the other modes they stay in the loss: in

@@ -71,7 +71,7 @@ def roll_out(model, tokenizer, rows, num_samples, sampling, seed, row_ids, score
             places = episodes.calling(places)
     episodes.end()
     sampled = time.perf_counter()
-    episodes.book_rewards()
+    episodes.set_rewards()
     spent = {"time/rollout": sampled - start, "time/score": time.perf_counter() - sampled}
     return episodes.groups, spent
 
@@ -143,12 +143,12 @@ class Episodes:
     def end(self) -> None:
         """Close the environments: a session of the Python tool is a process."""
         for rollout in (x for group in self.groups for x in group):
-            end_episode(rollout.row, rollout.played)
-            rollout.played = None
+            end_episode(rollout.row, rollout.progress)
+            rollout.progress = None
 
-    def book_rewards(self) -> None:
+    def set_rewards(self) -> None:
         for verdicts in self.verdicts:
-            verdicts.book(self.tokenizer.encode)
+            verdicts.set_rewards(self.tokenizer.encode)
 
 
 def wants_tool(rollout: Rollout, sampling: Sampling) -> bool:
@@ -163,6 +163,6 @@ def run_calls(rollout: Rollout) -> list[str]:
     """The results of the calls of the last turn; the environment goes on where it was."""
     results = []
     for call in rollout.turns[-1]["parsed"]["tool_calls"]:
-        rollout.played, result = answer(rollout.row, rollout.played, call["function"])
+        rollout.progress, result = answer(rollout.row, rollout.progress, call["function"])
         results.append(result)
     return results

@@ -52,7 +52,7 @@ class Scorer:
 
 
 class GroupVerdicts:
-    """The verdicts of one prompt's rollouts: `add` each when it is finished, then `book`.
+    """The verdicts of one prompt's rollouts: `add` each when it is finished, then `set_rewards`.
 
     A verifier grades each response alone. The responses to a preference row are compared two by
     two, which makes their rewards, and each with the row's reference, which makes its outcome.
@@ -92,7 +92,7 @@ class GroupVerdicts:
         pairs = make_pairs(len(judged), self.scorer.pairing)
         return [(judged[i], judged[j]) for i, j in pairs]
 
-    def book(self, encode) -> None:
+    def set_rewards(self, encode) -> None:
         """Wait for the verdicts and write rewards and outcomes into the rollouts."""
         if not self.scorer.grades(self.row):  # in MOPD, whose loss has no rewards
             for rollout in self.group:
