@@ -553,6 +553,20 @@ def test_forms_of_calls(form, tmp_path):
             lambda x: x.update(bos_token="<s>", chat_template="{{ bos_token }}" + CHATML),
             "lacks the bos_token '<s>'",
         ),
+        ("tokenizer_config", lambda x: x.update(pad_token=["<s>"]), "pad_token is .* expected str"),
+        ("tokenizer_config", lambda x: x.update(pad_token={"id": 1}), "pad_token is None"),
+        ("tokenizer_config", lambda x: x.update(chat_template=3), "chat_template is 3, expected a"),
+        ("tokenizer_config", lambda x: x.update(chat_template=[{"name": "a"}]), "chat_template is"),
+        (
+            "tokenizer_config",
+            lambda x: x.update(added_tokens_decoder=[1]),
+            "added_tokens_decoder is .* expected dict",
+        ),
+        (
+            "tokenizer_config",
+            lambda x: x.update(added_tokens_decoder={"a": "<new>"}),
+            "added_tokens_decoder a is <new>",
+        ),
         (
             "tokenizer_config",
             lambda x: x.update(add_bos_token=True, legacy=True, errors="replace"),
