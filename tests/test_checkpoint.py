@@ -417,10 +417,18 @@ def lose_shard(folder):
 
 
 EXPERT = "backbone.layers.1.mixer.experts.3.up_proj.weight"
+
+
+def break_map(source):
+    (source / WEIGHTS).unlink()
+    (source / f"{WEIGHTS}.index.json").write_text('{"weight_map": [1]}')
+
+
 DAMAGE = {
     "truncated": (truncate, WEIGHTS),
     "flipped": (flip, WEIGHTS),
     "shard": (lose_shard, "model-00002-of-"),
+    "map": (break_map, "weight_map must be an object"),
     "gone": (lambda x: (x / WEIGHTS).unlink(), WEIGHTS),
     "expert": (lambda x: edit_weights(x, lambda y: y.pop(EXPERT)), f"1 missing: {EXPERT}"),
     "extra": (lambda x: edit_weights(x, lambda y: y.update(extra=torch.ones(1))), "extra"),

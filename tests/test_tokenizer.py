@@ -455,6 +455,19 @@ def test_prompt_that_opens_a_thought(tmp_path):
     assert written(tokenizer, [USER, said("4", "so")], False) == f"</think>\n\n4{END}"
 
 
+def test_template_that_removes_thoughts(tmp_path):
+    """A thought at the start of a content is removed by a template that removes it, as R1's does
+    from the history, and is neither shown as text nor trained."""
+    cut = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip('\\n')")
+    tokenizer = with_template(tmp_path, cut)
+    assert not tokenizer.thinks and cut != CHATML
+    inline = [USER, said("<think>\nt\n</think>\n\n4", None)]
+    for more in ([], [USER]):
+        assert tokenizer.render([*inline, *more]) == tokenizer.render(
+            [USER, said("4", None), *more]
+        )
+
+
 def test_generation_tag_and_date(tmp_path):
     """{% generation %} is transparent, and strftime_now gives one date, as in transformers."""
     marked = CHATML.replace("m.role +", "m.role }}{% generation %}{{")
