@@ -69,6 +69,13 @@ def present(obj: dict) -> dict:
     return {key: x for key, x in obj.items() if x not in (None, "", [], {})}
 
 
+def check_types(what: str, given: dict, types: dict) -> None:
+    """Raise ValueError for a value of another type than `types` has for its key."""
+    for key, want in types.items():
+        if key in given and not isinstance(given[key], want):
+            raise ValueError(f"{what}: {key} is {given[key]!r:.99}, expected {want.__name__}")
+
+
 def check_keys(what: str, given: dict, used, without_effect, fixed: dict) -> None:
     """Raise ValueError for a key that is neither used nor known to have no effect, and for a value
     that is none of the `fixed` ones of its key. So nothing that a file says is lost silently."""

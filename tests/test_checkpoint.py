@@ -271,6 +271,16 @@ UNSUPPORTED = [
     ("llama-base", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not"),
     ("llama-base", {"norm_topk_prob": True}, "llama: norm_topk_prob True"),
     ("llama-base", {"eos_token_id": "2"}, r"eos_token_id is \['2'\]"),
+    # Values of another type than the key's, which transformers' own classes refuse too.
+    ("llama-base", {"model_type": ["llama"]}, r"model_type \['llama'\]"),
+    ("llama-base", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected dict"),
+    ("qwen3-base", {"rope_parameters": [1]}, r"rope_parameters is \[1\], expected dict"),
+    ("qwen3-base", {"rope_scaling": {"rope_type": [1]}}, "rotary embedding"),
+    ("qwen3_moe-base", {"mlp_only_layers": 1}, "mlp_only_layers is 1, expected list"),
+    ("qwen3_moe-base", {"mlp_only_layers": [[1]]}, "mlp_only_layers is"),
+    ("nemotron_h-base", {"layers_block_type": True}, "layers_block_type is True, expected list"),
+    ("nemotron_h-base", {"layers_block_type": [["mlp"]]}, "layers_block_type has"),
+    ("nemotron_h-base", {"hybrid_override_pattern": 4}, "hybrid_override_pattern is 4"),
 ]
 
 
@@ -407,10 +417,18 @@ def lose_shard(folder):
 
 
 EXPERT = "backbone.layers.1.mixer.experts.3.up_proj.weight"
+
+
+def break_map(source):
+    (source / WEIGHTS).unlink()
+    (source / f"{WEIGHTS}.index.json").write_text('{"weight_map": [1]}')
+
+
 DAMAGE = {
     "truncated": (truncate, WEIGHTS),
     "flipped": (flip, WEIGHTS),
     "shard": (lose_shard, "model-00002-of-"),
+    "map": (break_map, "weight_map must be an object"),
     "gone": (lambda x: (x / WEIGHTS).unlink(), WEIGHTS),
     "expert": (lambda x: edit_weights(x, lambda y: y.pop(EXPERT)), f"1 missing: {EXPERT}"),
     "extra": (lambda x: edit_weights(x, lambda y: y.update(extra=torch.ones(1))), "extra"),

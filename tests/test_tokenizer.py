@@ -455,6 +455,19 @@ def test_prompt_that_opens_a_thought(tmp_path):
     assert written(tokenizer, [USER, said("4", "so")], False) == f"</think>\n\n4{END}"
 
 
+def test_template_that_removes_thoughts(tmp_path):
+    """A thought at the start of a content is removed by a template that removes it, as R1's does
+    from the history, and is neither shown as text nor trained."""
+    cut = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip('\\n')")
+    tokenizer = with_template(tmp_path, cut)
+    assert not tokenizer.thinks and cut != CHATML
+    inline = [USER, said("<think>\nt\n</think>\n\n4", None)]
+    for more in ([], [USER]):
+        assert tokenizer.render([*inline, *more]) == tokenizer.render(
+            [USER, said("4", None), *more]
+        )
+
+
 def test_generation_tag_and_date(tmp_path):
     """{% generation %} is transparent, and strftime_now gives one date, as in transformers."""
     marked = CHATML.replace("m.role +", "m.role }}{% generation %}{{")
@@ -552,6 +565,20 @@ def test_forms_of_calls(form, tmp_path):
             "tokenizer_config",
             lambda x: x.update(bos_token="<s>", chat_template="{{ bos_token }}" + CHATML),
             "lacks the bos_token '<s>'",
+        ),
+        ("tokenizer_config", lambda x: x.update(pad_token=["<s>"]), "pad_token is .* expected str"),
+        ("tokenizer_config", lambda x: x.update(pad_token={"id": 1}), "pad_token is None"),
+        ("tokenizer_config", lambda x: x.update(chat_template=3), "chat_template is 3, expected a"),
+        ("tokenizer_config", lambda x: x.update(chat_template=[{"name": "a"}]), "chat_template is"),
+        (
+            "tokenizer_config",
+            lambda x: x.update(added_tokens_decoder=[1]),
+            "added_tokens_decoder is .* expected dict",
+        ),
+        (
+            "tokenizer_config",
+            lambda x: x.update(added_tokens_decoder={"a": "<new>"}),
+            "added_tokens_decoder a is <new>",
         ),
         (
             "tokenizer_config",

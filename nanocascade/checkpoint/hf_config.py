@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nanocascade.files import check_keys, present, read_json
+from nanocascade.files import check_keys, check_types, present, read_json
 from nanocascade.model.model import ModelConfig
 from nanocascade.tokenizer.stops import read_stop_ids
 
@@ -36,6 +36,9 @@ STRUCTURE = set(
     "model_type num_hidden_layers eos_token_id pad_token_id rope_theta rope_scaling rope_parameters"
     " partial_rotary_factor original_max_position_embeddings layer_types".split()
 )
+TYPES = dict.fromkeys(("rope_scaling", "rope_parameters"), dict)
+TYPES |= dict.fromkeys(("layer_types", "layers_block_type", "mlp_only_layers"), list)
+TYPES |= {"hybrid_override_pattern": str}
 SILU = ("silu", "swish")
 FIXED = {
     "attention_bias": (False,),
@@ -171,11 +174,12 @@ def load_config(path) -> ModelConfig:
 def parse_config(raw: dict) -> ModelConfig:
     """ModelConfig of a config.json's object, without eos ids; what is wrong is named by its key."""
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in list(FAMILIES):  # a list, for what has no hash
         raise ValueError(f"model_type {model_type!r} is none of {', '.join(FAMILIES)}")
     family, nemotron = FAMILIES[model_type], model_type == "nemotron_h"
     given = present(raw)
     unify_spellings(family, given)
+    check_types(model_type, given, TYPES)
     check_keys(model_type, given, family.used, family.ignored, family.fixed)
     pattern = read_pattern(given) if nemotron else read_layers(given)
     theta, scaling = (None, None) if nemotron else read_rope(given)
@@ -234,8 +238,8 @@ def read_values(family: Family, pattern: str, given: dict) -> dict:
 def read_pattern(given: dict) -> str:
     """The blocks of a nemotron_h, one character each: written out, or listed by kind."""
     kinds, written = given.get("layers_block_type", []), given.get("hybrid_override_pattern", "")
-    if unknown := set(kinds) - set(KINDS):
-        raise ValueError(f"layers_block_type has {sorted(unknown)}, known are {list(KINDS)}")
+    if unknown := [x for x in kinds if x not in list(KINDS)]:
+        raise ValueError(f"layers_block_type has {unknown}, known are {list(KINDS)}")
     pattern = "".join(KINDS[x] for x in kinds) or written
     layers = given.get("num_hidden_layers", len(pattern))
     if not pattern or written not in ("", pattern) or layers != len(pattern):
@@ -260,7 +264,7 @@ def read_layers(given: dict) -> str:
     step, dense = given.get("decoder_sparse_step", 1), given.get("mlp_only_layers", [])
     if type(step) is not int or step < 1:
         raise ValueError(f"decoder_sparse_step is {step!r}, expected 1 or more")
-    if not set(dense) <= set(range(layers)):
+    if not all(type(i) is int and 0 <= i < layers for i in dense):
         raise ValueError(f"mlp_only_layers is {dense}, expected some of {layers} layers")
     return "".join("*-" if i in dense or (i + 1) % step else "*E" for i in range(layers))
 
@@ -273,7 +277,7 @@ def read_rope(given: dict) -> tuple[float, dict | None]:
     kind = rope.pop("rope_type", rope.pop("type", "default"))  # "type" in older files
     theta = rope.pop("rope_theta", given.get("rope_theta", 10000.0))
     partial = rope.pop("partial_rotary_factor", given.get("partial_rotary_factor", 1))
-    wanted = {"default": (), "llama3": LLAMA3}.get(kind)
+    wanted = {"default": (), "llama3": LLAMA3}.get(str(kind))
     if kind == "llama3":
         longest = LLAMA3[-1]
         inside = rope.get(longest, given.get("max_position_embeddings"))

@@ -111,6 +111,8 @@ def read_headers(path: Path) -> tuple[dict[str, Stored], dict]:
     if not single.exists() and not index.exists():
         raise ValueError(f"{path} has neither {single.name} nor {index.name}")
     where = {} if single.exists() else read_json(index).get("weight_map", {})
+    if type(where) is not dict or not all(type(x) is str for x in where.values()):
+        raise ValueError(f"{index}: weight_map must be an object of tensors and their files")
     stored, files = {}, {}
     for file in sorted(path / shard for shard in set(where.values()) or {single.name}):
         try:

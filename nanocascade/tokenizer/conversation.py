@@ -79,16 +79,20 @@ class ChatTemplate:
     @property
     def thinks(self):
         """Whether the template shows thoughts; SmolLM2's drops them, so SFT must not use them."""
-        return self._thoughts_in is not None
+        return bool(self._thoughts_in)
 
     @cached_property
     def _thoughts_in(self):
-        """The field of a message that the template takes a thought from, if any."""
+        """The field of a message that the template takes a thought from, None if it shows those of
+        a content as they stand, "" if it removes them, too."""
         if "%thought%" in self._run_template(THOUGHTFUL, None, True, False):
             return "reasoning_content"
         inline = [QUESTION, inline_form(THOUGHTFUL[1])]
-        shown = "%thought%" in self._run_template(inline, None, True, False)
-        return "content" if shown and is_open(self.turn(True)[1]) else None
+        text = self._run_template(inline, None, True, False)
+        if "%thought%" in text and is_open(self.turn(True)[1]):
+            return "content"
+        plain = [QUESTION, {"role": "assistant", "content": "a"}]
+        return "" if text == self._run_template(plain, None, True, False) else None
 
     def _prepare(self, messages):
         """Messages in chat form whose markup is marked as text, and whose thoughts stand in
@@ -97,7 +101,8 @@ class ChatTemplate:
         for message in chat_form(messages):
             thought, answer, unfinished = split_thought(message["content"])
             inline = message["role"] == "assistant" and thought is not None and not unfinished
-            if self.thinks and inline and "reasoning_content" not in message:
+            taken = self._thoughts_in is not None
+            if taken and inline and "reasoning_content" not in message:
                 message["content"] = answer
                 if thought.strip():
                     message["reasoning_content"] = thought

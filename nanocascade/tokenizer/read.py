@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tokenizers
 
-from nanocascade.files import check_keys, present
+from nanocascade.files import check_keys, check_types, present
 from nanocascade.tokenizer.chat import MARKUP
 
 # tokenizer_config.json: what we read, ...
@@ -49,11 +49,13 @@ def check_config(path, config: dict, added: list[dict]) -> None:
     """Refuse what tokenizer_config.json says beyond tokenizer.json, or what we do not know."""
     file, given = f"{path}/tokenizer_config.json", present(config)
     check_keys(file, given, USED, WITHOUT_EFFECT, FIXED)
-    known = {token["id"]: token for token in added}
+    check_types(file, given, {"added_tokens_decoder": dict})
+    known = {str(token["id"]): token for token in added}
     for number, token in given.get("added_tokens_decoder", {}).items():
-        ours = known.get(int(number), {})
-        compared = token.keys() & {"content", "lstrip", "rstrip", "single_word"}
-        if any(ours.get(key) != token[key] for key in compared):
+        ours, compared = known.get(number, {}), ("content", "lstrip", "rstrip", "single_word")
+        if type(token) is not dict or any(
+            ours.get(x) != token.get(x, ours.get(x)) for x in compared
+        ):
             raise ValueError(
                 f"{file}: added_tokens_decoder {number} is {token}, tokenizer.json has {ours}"
             )
@@ -66,7 +68,11 @@ def read_templates(path, config: dict, files: dict) -> tuple[str, str]:
     template = files.get("chat_template.jinja") or config.get("chat_template") or ""
     if isinstance(template, str):
         return template, template
-    several = {x["name"]: x["template"] for x in template}
+    try:
+        several = {x["name"]: x["template"] + "" for x in template}
+    except (TypeError, KeyError):
+        what = f"chat_template is {template!r:.99}, expected a text, or a list of them with names"
+        raise ValueError(f"{path}: {what}") from None
     if "default" not in several:
         raise ValueError(f"{path}: of the chat templates {[*several]} none is the default")
     return several["default"], several.get("tool_use", several["default"])

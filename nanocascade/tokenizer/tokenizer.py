@@ -15,7 +15,7 @@ import json
 from functools import cache, lru_cache
 from pathlib import Path
 
-from nanocascade.files import present, read_json, read_text
+from nanocascade.files import check_types, present, read_json, read_text
 from nanocascade.tokenizer.chat import IM_END, parse_response
 from nanocascade.tokenizer.conversation import THOUGHTFUL, ChatTemplate
 from nanocascade.tokenizer.read import NAMES, check_config, read_spec, read_templates
@@ -56,8 +56,9 @@ class Tokenizer:
 
         given = present(older) | present(config)
         names = {key: given[key] for key in NAMES if key in given}
-        names = {key: x["content"] if isinstance(x, dict) else x for key, x in names.items()}
+        names = {key: x.get("content") if isinstance(x, dict) else x for key, x in names.items()}
         template, tool_template = read_templates(path, config, self.files)
+        check_types(str(path), names, dict.fromkeys(names, str))
         for key, token in names.items():  # transformers would add it, with an id of its own
             if token not in vocabulary and key in template:
                 raise ValueError(
