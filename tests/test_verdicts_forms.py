@@ -25,12 +25,28 @@ def check(row, right, wrong):
         (  # the text of an option inside another text or number
             LENIENT | {"expected_answer": "C"},
             ["5", r"\text{it is } 5", "C", "(C)", "C. 5"],
-            ["-5", "1.5", "5/7", "5,000", r"\pm 5", "15", r"\text{not } 5", "5 or 0.5", "C and D"],
+            [
+                "!C",
+                "-5",
+                "1.5",
+                "5/7",
+                "5,000",
+                r"\pm 5",
+                "15",
+                r"\text{not } 5",
+                "5 or 0.5",
+                "C and D",
+            ],
         ),
         (
             LENIENT | {"expected_answer": "A"},
             ["iron", r"\text{Iron.}", r"\text{Option A}", r"\text{A: iron}"],
-            [r"\text{it is not iron}", r"\text{cast iron pans}", r"\text{does iron rust?}"],
+            [
+                r"\text{A: not iron}",
+                r"\text{it is not iron}",
+                r"\text{cast iron pans}",
+                r"\text{does iron rust?}",
+            ],
         ),
         (  # a letter before its own text, also in the strict mode
             STRICT | {"expected_answer": "B"},
@@ -47,9 +63,26 @@ def test_choices_in_a_box(row, right, wrong):
 def test_choices_in_an_answer_line():
     """The letter that the line settles on, not one that it refuses; two are none; an article is no
     answer; the last line that names an option counts."""
-    right = ["C because A is wrong", "C, not B", "It is not B, the answer is C", "(C)", "**C**"]
+    right = [
+        "C because A is wrong",
+        "C, not B",
+        "It is not B, the answer is C",
+        "(C)",
+        "**C**",
+        "C rather than A",
+        "not A but C",
+    ]
     right += ["a safe bet would be C", "option C", "C. 5", "C - the only number"]
-    wrong = ["C. Alternatively D.", "C or D", "not C", "A lot of them, C too", "B", "C) and D)"]
+    wrong = [
+        "C. Alternatively D.",
+        "C or D",
+        "not C",
+        "C, but A is also right",
+        "all but C",
+        "A lot of them, C too",
+        "B",
+        "C) and D)",
+    ]
     row = COLON | {"expected_answer": "C"}
     check(row, [f"So.\nAnswer: {x}" for x in right], [f"So.\nAnswer: {x}" for x in wrong])
     check(row, ["Answer:\nC", "Answer: C\nI checked the answer: all is well."], ["Answer:\n\nD"])
@@ -62,7 +95,11 @@ def test_choices_by_pattern():
     row = STRICT | {"expected_answer": "A"}
     for pattern in (r"(Final )?Pick:\s*(\w)", [r"Choice:\s*(\w)", r"Pick:\s*(\w)"]):
         one = row | {"template_metadata": {"output_regex": pattern}}
-        check(one, ["Pick: A", r"\boxed{A}", "Pick: A because"], ["Pick: A lot of them", "Pick: B"])
+        check(
+            one,
+            ["Pick: A", r"\boxed{A}", "Pick: A because"],
+            ["Pick: A lot", "Pick: B", "Pick: A or B"],
+        )
     bare = {"options": [], "expected_answer": "A", "template_metadata": {"output_regex": "=(\\w)"}}
     check(bare, ["=A"], ["=B", "A"])
 
@@ -205,7 +242,7 @@ def test_documents(row, right, wrong):
     ("kind", "right", "wrong"),
     [
         ("integer", ["+3", "007", "-1"], ["3.5", "three"]),
-        ("number", [".5", "5.", "1e3", "2"], ["1,5"]),
+        ("number", [".5", "5.", "1e3", "2"], ["1,5", "\u0663"]),
         ("boolean", ["1", "0", "true", "False"], ["2", "yes"]),
     ],
 )
@@ -213,6 +250,12 @@ def test_xml_values(kind, right, wrong):
     """Numbers and truth values as XML Schema writes them."""
     row = document(thing(v={"type": kind}), "xml")
     check(row, [f"<r><v>{x}</v></r>" for x in right], [f"<r><v>{x}</v></r>" for x in wrong])
+
+
+def test_formats_are_ascii_and_exact():
+    """Digits of other scripts are none, and 01 is no part of an address."""
+    row = document(thing(at={"type": "string", "format": "ipv4"}))
+    check(row, ['{"at": "1.20.0.255"}'], ['{"at": "01.2.3.4"}', '{"at": "1.2.3.\u0664"}'])
 
 
 def test_xml_nil():
@@ -226,7 +269,11 @@ def test_yaml_as_in_version_1_2():
     """Dates and `on` are texts, exponents numbers, 010 is ten; tags are refused."""
     pytest.importorskip("yaml")
     row = document(thing(on=TEXT, n={"type": "number"}) | {"additionalProperties": False}, "yaml")
-    check(row, ["on: 2024-05-10\nn: 1e3", "on: off\nn: 010"], ["on: true\nn: 1", "true: x\nn: 1"])
+    check(
+        row,
+        ["on: 2024-05-10\nn: 1e3", "on: x\nn: 0o17", "on: off\nn: 010"],
+        ["on: true\nn: 1", "true: x\nn: 1"],
+    )
     check(document(thing(a=TEXT), "yaml"), ["a: hi"], ["a: !!binary aGk=", "a: !!set {x}"])
 
 
@@ -263,6 +310,8 @@ def test_arguments_of_calls():
         [f"<tool_call>\n{json.dumps(quoted)}\n</tool_call>", xml % (fields % 2)],
         [xml % (fields % 1 + fields % 2), xml % ""],
     )
+    row = row | {"ground_truth": [{"name": "book", "arguments": '{"date": "5"}'}]}
+    check(row, [as_json("book", date="5")], [as_json("book", date=5)])  # nor a number a text
 
 
 def test_look_ups_in_a_workplace_are_free():
@@ -323,7 +372,15 @@ def test_patches():
 def test_forms_of_long_context_answers():
     """Code marks and a fence around the last line are no part of it, nor are a fact's quotes."""
     row = {"problem_type": "bfs", "expected_answer": '["a1", "b2"]'}
-    check(row, ["Final Answer: [`a1`, `b2`]", "```\nFinal Answer: [a1, b2]\n```"], ["[a1]\n```"])
+    check(
+        row,
+        [
+            "Final Answer: [`a1`, `b2`]",
+            "Final Answer: `[a1, b2]`",
+            "```\nFinal Answer: [a1, b2]\n```",
+        ],
+        ["[a1]\n```"],
+    )
     check(row | {"expected_answer": "Blue Fox"}, ['"Blue Fox"', "`blue fox`."], ['"Fox"'])
 
 

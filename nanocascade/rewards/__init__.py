@@ -103,6 +103,9 @@ def checked_row(row):
     Run when data is read: a missing extra (math-verify, jsonschema, PyYAML) shows before the first
     step of a run.
     """
+    objects = isinstance(row, dict) and isinstance(row.get("responses_create_params") or {}, dict)
+    if not objects:
+        raise ValueError(f"a row and its responses_create_params are objects, got {row!r:.80}")
     clean, kind = canonical(row), ""
     try:
         kind = find_kind(clean)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from nanocascade.rewards.exact import HIGH, Unknown, close, evaluate
+from nanocascade.rewards.exact import HIGH, Unknown, close, evaluate, letter_value
 from nanocascade.rewards.latex import squeeze
 from nanocascade.rewards.units import unit_of
 
@@ -39,16 +39,18 @@ EMPTY |= {"\\emptyset", "\\{\\}", "thereisnosolution", "therearenosolutions"}
 THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
 RELATION = (
     r"=|<|>|\\(?:le|ge|ne|in|approx|sim|simeq|equiv|cong|notin|mid|to|Rightarrow|iff|Leftrightarrow"
-    r"|mapsto|propto|cap|setminus|subset|subseteq|dots)(?![a-zA-Z])|:(?!\d)|(?<!\d):"
+    r"|mapsto|propto|cap|land|wedge|setminus|subset|subseteq|dots)(?![a-zA-Z])|:(?!\d)|(?<!\d):"
 )
-NEGATED = re.compile(r"(?i)not(?![a-z])|never|except|neither|unless|without|wrong|\bno(?![a-z])")
+NEGATED = re.compile(
+    r"(?i)not(?![a-z])|never|except|neither|unless|without|wrong|most|least|\bno(?![a-z])"
+)
 UNIT = re.compile(
     r'(.*?[\d)}!%\w])\s*("[^"]+"(?:\^?\{?-?\d\}?)?(?:\s*/\s*"[^"]+"(?:\^?\{?\d\}?)?)?'
     r'|[kM]?\\Omega|\\mu\s*"?m"?)',
     re.DOTALL,
 )
 DATE = re.compile(  # a date, a range or a time
-    r"\d+-\d+(?:-\d+)?|\d+/\d+/\d+|(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?"
+    r"\d+(?:\.\d+)?-\d+(?:\.\d+)?|\d+-\d+-\d+|\d+/\d+/\d+|(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?"
     r'(?:\s*"([apAP])\.?[mM]\.?")?'
 )
 CONDITION = re.compile(  # of a set: {x in R | x < 2}
@@ -92,10 +94,13 @@ def read(text):
     text = re.sub(
         r'^(?:\\(?:approx|sim)(?![a-zA-Z])|"(?:about|approximately|approx|roughly)")\s*', "", text
     )
-    text = re.sub(r"\s*\(?\\[pb]?mod\s*\{?\w+\}?\)?$", "", text).rstrip(" .,;:").lstrip(" ,;:")
+    modulus = re.search(r"\s*\(?\\[pb]?mod\s*\{?(\w+)\}?\)?$", text)
+    text = (text[: modulus.start()] if modulus else text).rstrip(" .,;:").lstrip(" ,;:")
     while (outer := enclosed(text)) and outer[0] == "{":
         text = outer[1]
     node = interpret(text) if text else Node("other")
+    if modulus and node.kind == "num":  # is no unit, but as one must not differ
+        node = node._replace(unit=letter_value(f"mod {modulus[1]}"))
     return node._replace(text=squeeze(text))
 
 
@@ -139,7 +144,9 @@ def brackets(text):
     if re.fullmatch(r"(?:\([\d\s]+\)\s*)+", text) and re.search(r"\d\s+\d", text):  # permutations
         cycles = [x.split() for x in re.findall(r"\(([\d\s]+)\)", text)]
         turned = [x[x.index(min(x)) :] + x[: x.index(min(x))] for x in cycles if x]
-        return Node("code", frozenset(map(tuple, turned)))
+        flat = sum(turned, [])  # cycles that share a number do not commute
+        kind = frozenset if len(flat) == len({*flat}) else tuple
+        return Node("code", kind(map(tuple, turned)))
     if re.fullmatch(r"[(\[\]][^()\[\]]+,[^()\[\]]+[)\]\[]", text):  # ]0,1[ is (0,1)
         text = text[0].replace("]", "(") + text[1:-1] + text[-1].replace("[", ")")
     opening, inside, closing = enclosed(text) or ("", "", "")
@@ -160,7 +167,7 @@ def codes(text):
     """A date, a range, a time, a ratio or a numeral of another base; or None."""
     plain = re.sub(r"\s*:\s*", ":", text)
     if match := DATE.fullmatch(plain):
-        numbers = tuple(map(int, re.findall(r"\d+", plain)))
+        numbers = tuple(map(Fraction, re.findall(r"[\d.]+", plain)))
         return Node("code", numbers, name=(match[1] or "").lower())
     if re.fullmatch(r"\d+(?::\d+)+", plain):
         parts = [Fraction(x) for x in plain.split(":")]
@@ -168,9 +175,12 @@ def codes(text):
             return Node("num", parts[0] / parts[1])
         total = sum(parts)
         return Node("code", tuple(x / total for x in parts)) if total else None
-    if match := re.fullmatch(r"([0-9A-F]+)_\{?([1-9]\d*)\}?", plain):
+    based = r"\(?([0-9A-F]+)(?:\.([0-9A-F]+))?\)?_\{?\s*\(?([1-9]\d*)\)?\s*\}?|0[xob][0-9A-Fa-f]+"
+    if match := re.fullmatch(based, plain):
+        whole, part, base = match.groups("")
         try:
-            return Node("code", int(match[1], int(match[2])))
+            value = int(whole + part, int(base)) if base else int(plain, 0)
+            return Node("code", Fraction(value, int(base or 1) ** len(part)))
         except ValueError:
             return None
     return None
@@ -185,6 +195,8 @@ def number(text):
         unit, text = unit_of(match[2].replace('"', " ")), match[1]
         if NEGATED.search(match[2]):
             return None
+        if DATE.fullmatch(text):  # 4-9 km
+            return codes(text)._replace(name=str(unit or ""))
     try:
         value, letters = evaluate(text)
     except Unknown:

@@ -25,7 +25,9 @@ ANSWER_LINE = re.compile(r"answer[*_]{0,2}[ \t]*:[*_]{0,2}\s{0,9}([^\n]*)", re.I
 # "and C" right behind the first: further on they may be words of the option, "x = 2 and d = 3".
 OTHERS = re.compile(
     r"(?:^|[\s,/])\(?([a-z])\s?[).:](?!\w)|\bor ([a-z])$"
-    r"|\b(?:alternatively|maybe|perhaps|possibly|option|answer|choice|also|either)\W+([a-z])\b"
+    r"|\b(?:alternatively|maybe|perhaps|possibly|option|answer|choice|also|either|another is)"
+    r"\W+([a-z])\b"
+    r"|\b([a-z]) (?:is|may|might|could) (?:be )?(?:also|possible|correct|right|plausible)\b"
 )
 JOINED = re.compile(r"\s*(?:or|and|[,/&])\s*\(?([a-z])\b(?!\s*[=\w])[).:]?")
 REFUSED = re.compile(  # "not B", "B is wrong", "unlike (C)"
@@ -34,9 +36,11 @@ REFUSED = re.compile(  # "not B", "B is wrong", "unlike (C)"
 )
 OPENING = re.compile(r"^(?:(?:the|my|final|correct|best|answer|option|choice|letter|is)\b[\s:]*)+")
 AFTER_LABEL = r"\s?[).:](?!\w)|\)|\s*$|\s*[,;]|\s+-|\s+\(|\s+(?:because|since|as|is|due|or|and)\b"
+AFTER_LABEL += r"|\s+(?:not|rather than|instead of)\s\(?[a-z]\b"
 LABEL = re.compile(rf"\(?([a-z])(?={AFTER_LABEL})")  # "b", "(b)", "b: text"; not "a lot of"
 CLOSING = re.compile(
-    r"\b(?:is|be|choose|pick|select|option|answer|choice|letter|think|so|thus)\W*\(?([a-z])\)?$"
+    r"(?:^but|\b(?:is|be|choose|pick|select|option|answer|choice|letter|think|so|thus))"
+    r"\W*\(?([a-z])\)?$"
 )
 FILLERS = set("it is the answer option choice so thus therefore be would must a an i think".split())
 
@@ -57,19 +61,20 @@ def named_options(text, options):
     bare = plain(text)
     exact = {letter for letter, option in options.items() if option == bare}
     words = re.findall(r"\w+", bare)
-    if words and all(word in options for word in words):
+    if words and bare[0] not in "!\u00ac" and all(word in options for word in words):
         return set(words)
     if exact:
         return exact
     bare = OPENING.sub("", bare)
     label = None if REFUSED.match(bare) else LABEL.match(bare)
     if label and label[1] in options:  # what an option's own text says names no other
+        texts = named_texts(bare[label.end(1) :].lstrip("). :"), options)
         rest = bare[label.end(1) :].replace(options[label[1]] or "\0", " ").lstrip("). :")
         rest = REFUSED.sub(" ", rest)
         named = {label[1], *(x for letters in OTHERS.findall(rest) for x in letters)}
         while joined := JOINED.match(rest):
             named, rest = named | {joined[1]}, rest[joined.end() :]
-        return named & options.keys() | named_texts(rest, options)
+        return named & options.keys() | texts
     bare = REFUSED.sub(" ", bare).strip(" ,.;")
     if closing := CLOSING.search(bare):  # "a safe choice would be b"
         return {closing[1]} & set(options)
@@ -110,6 +115,8 @@ def by_pattern(patterns, text):
             answer, after = named
             word = re.match(r"\s+([a-z]+)", after)
             article = word and word[1] not in ("because", "since", "as", "is", "due", "and", "or")
+            if joined := JOINED.match(after.lower()):  # "B or C"
+                return f"{answer}, {joined[1]}"
             return "" if answer in ("A", "a") and article else answer
     return None
 
@@ -156,7 +163,7 @@ def is_capital_letter(answer, named, options):
     """Whether an answer is one capital letter, alone or before its own option's text."""
     bare = MARKUP.sub(" ", unicodedata.normalize("NFKC", answer))
     bare = re.sub(r"(?i)^\W*(?:(?:the|final|answer|option|choice|is)\b\W*)*", "", bare)
-    letter, rest = bare[:1], plain(bare[1:]).lstrip("). :,")
+    letter, rest = bare[:1], plain(bare[1:]).lstrip("). :,]").removeprefix("- ")
     return letter.isupper() and {letter.lower()} == named and rest in ("", options[letter.lower()])
 
 

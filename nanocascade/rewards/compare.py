@@ -80,18 +80,20 @@ def pairwise_same(one, two):
 
 def same(a, b):
     """Compare the expected Node `a` with a given Node `b`."""
-    if a.text and a.text == b.text:
+    if a.text and a.text == b.text and a.unit == b.unit:  # 2 mW is not 2 MW
         return True
     if sorted(MARKS.findall(a.text)) != sorted(MARKS.findall(b.text)):
         return False  # f' is not f, a transpose is not the matrix
     kinds = {a.kind, b.kind}
     if kinds == {"tuple"}:
-        return same_tuple(a.body, b.body)
+        turned = a.name != b.name and sorted(a.name) == sorted(b.name)  # (x,y) and (y,x)
+        return not turned and same_tuple(a.body, b.body)
     if kinds == {"union"} or kinds == {"union", "tuple"}:
         return pairwise_same(*(x.body if x.kind == "union" else [x] for x in (a, b)))
     if kinds & {"list", "set"}:
         if "tuple" in kinds:
-            return False if "set" in kinds else None
+            named = a.kind == "list" and len({x.name for x in a.body} - {""}) > 1
+            return pairwise_same(a.body, b.body[1]) if named else False if "set" in kinds else None
         return None if "other" in kinds else same_items(a, b)
     if kinds == {"num"}:
         return same_number(a, b)
@@ -123,7 +125,7 @@ def unread(a, b):
         return None
     if b.body == "relation" or "|" in b.text.strip("|") or not KNOWN.fullmatch(b.text):
         return False
-    worded = re.search(r"(?<![\\a-z])[a-z]{3}", b.text)
+    worded = re.search(r"(?<![\\A-Za-z])[^\W\d_]{3}|[@;]|[^\w\x00-\x7f]", b.text)
     several = worded and len(re.findall(r"\d+(?:\.\d+)?", b.text)) > 1  # "between 16 and 18"
     return False if NEGATED.search(b.text) or several else None
 

@@ -34,6 +34,7 @@ SPELLING = """- \u2212\u2013\u2014\u2010
 \\Rightarrow \u21d2
 \\lor \u2228
 \\land \u2227
+/ \u2044\u2215
 ; \u2022
 "euro" \u20ac
 "sterling" \u00a3
@@ -61,13 +62,15 @@ GROUPS = re.compile(  # 12,34,567 and 1.234.567: nothing else is written so
     r"(?<![\d.,])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:'\d{3})+)(?![\d.,])"
 )
 REPLACED = [
+    (r"(?i)^(?:\\mathbb\s*\{?R\}?|(?:\\text\{)?all real(?: number)?s\}?)$", r"(-\\infty,\\infty)"),
     (r",\\!\s*|\{,\}", ","),
+    (r"\{:\}", ":"),
     (r"\\\$", '"dollar"'),
     (r"\\%", "%"),
     (  # delimiters and sizes, which change no value
         r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|(?:no)?limits)"
         r"(?![a-zA-Z])|(?<!\\)\\[()\[\]]|\\!|\\(?:text)?color\s*\{[^{}]*\}|\*\*|`|\\label\{[^{}]*\}"
-        r"|\\(?:math(?:bf|it|sf|cal|bb)|bm|boldsymbol|underline|boxed|fbox)(?![a-zA-Z])",
+        r"|\\(?:math(?:bf|it|sf|cal|bb)|bm|boldsymbol|underline|boxed|fbox|angle)(?![a-zA-Z])",
         "",
     ),
     (r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~|\\(?:thin|med|thick)space(?![a-zA-Z])", " "),
@@ -75,6 +78,8 @@ REPLACED = [
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"<=|\\leqq|\\leqslant|\\leq(?![a-zA-Z])", r"\\le "),
     (r">=|\\geqq|\\geqslant|\\geq(?![a-zA-Z])", r"\\ge "),
+    (r"\\vec\s*(?:\{(\w)\}|(\w))", r"\1\2"),
+    (r"\\not\s*(?:=|\\(?:approx|equiv|sim)(?![a-z]))", r"\\ne "),
     (r"\\neq(?![a-zA-Z])|(?<![\d)\s])!=|(?<=\s)!=", r"\\ne "),
     (r"\\lt(?![a-zA-Z])", "<"),
     (r"\\gt(?![a-zA-Z])", ">"),
@@ -82,7 +87,7 @@ REPLACED = [
     (r"=>|\\implies(?![a-zA-Z])", r"\\Rightarrow "),
     (r"\.\.\.|\\[lc]?dots[a-z]?(?![a-zA-Z])", r"\\dots "),
     (r"\\(?:lor|vee)(?![a-zA-Z])", ";"),
-    (r"\\(?:land|wedge)(?![a-zA-Z])|\\&", ","),
+    (r"\\&", ","),
     (r"\^\s*(?:\{\s*\\prime\s*\}|\\prime)", "'"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", ' "degree"'),
     (r"\\varnothing", r"\\emptyset "),

@@ -20,11 +20,13 @@ from nanocascade.sandbox.worker import TookTooLong, require, worker
 
 MAX_BOX = 2_000  # characters, and so digits of a number
 BOX = "\\boxed{"
-# What may stand between boxes of one list: signs, commands, "x_1 =", "(a)" and these words.
+# What may stand between boxes of one list: signs, commands, "x_1 =", "(a)" and these words, one of
+# them JOINING: "or it could be", but not "answer:".
 JOINING = set(
-    "and or also either as well maybe perhaps possibly for alternatively respectively part case "
-    "und oder et ou".split()
+    "and or also either as well maybe perhaps possibly for alternatively alternative respectively "
+    "part case else otherwise vs versus option guess another und oder et ou".split()
 )
+FILLING = set("answer is it the could can might may be".split())
 WORD = re.compile(r"\\[A-Za-z]+|<\w+ */?>|[^\W\d_]{2,}")  # a command, a tag, a word
 
 
@@ -40,8 +42,9 @@ def boxed(rest):
 
 def joins(between):
     """Whether a text between two boxes makes them one list: "} or y = " does, "} no, " does not."""
-    words = [x for x in WORD.findall(between) if x[0] not in "\\<"]
-    return len(between) <= 100 and all(word.lower() in JOINING for word in words)
+    words = {x.lower() for x in WORD.findall(between) if x[0] not in "\\<"}
+    joined = words <= JOINING | FILLING and (not words or words & JOINING)
+    return len(between) <= 100 and bool(joined)
 
 
 def worded_list(between):
@@ -81,10 +84,10 @@ def apart(one, two, decimals):
 
     if not all(isinstance(x, sympy.Expr) and not x.free_symbols for x in (one, two)):
         return False
-    one, two = (sympy.N(x, 30) for x in (one, two))
+    one, two = (sympy.N(x, 60) for x in (one, two))
     if not (one.is_number and two.is_number):
         return False
-    return bool(abs(one - two) > (1e-6 if decimals else 1e-20) * abs(one))
+    return bool(abs(one - two) > (1e-6 if decimals else 1e-50) * abs(one))
 
 
 def latex_equal(gold, answer):

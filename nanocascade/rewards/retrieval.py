@@ -16,7 +16,7 @@ TAIL = 100_000  # characters that are read, from the end
 
 def plain(fact):
     """A fact without what does not count: case, spacing, quotes, a full stop."""
-    return " ".join(str(fact).casefold().split()).strip("\"'`\u201c\u201d").rstrip(".")
+    return " ".join(str(fact).casefold().split()).strip("\"'`\u201c\u201d\u00ab\u00bb").rstrip(".")
 
 
 def verify_retrieval(row, message):
@@ -24,7 +24,7 @@ def verify_retrieval(row, message):
     lines = [x for x in message["content"][-TAIL:].splitlines() if x.strip("`~ \t")]  # no fence
     line = lines[-1].strip(" \t*`") if lines else ""
     line = re.sub(r"^(?:final )?answer\s?:[*\s]{0,4}", "", line, flags=re.IGNORECASE)
-    answer, given = line.strip().rstrip("."), None
+    answer, given = line.strip(" \t*`").rstrip(". *`"), None
     if isinstance(row["wanted"], str):
         given = plain(answer)
     elif answer.startswith("[") and answer.endswith("]"):

@@ -39,7 +39,7 @@ FORMATS = {  # `format` of texts, as patterns, and of integers, as a number of b
     "email": r"[^@\s]+@[^@\s]+",
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s]*",
     "uuid": r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
-    "ipv4": r"(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?!$)|$)){4}",
+    "ipv4": r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}",
     "int32": 32,
     "int64": 64,
 }
@@ -77,6 +77,7 @@ YAML_FORMS = [  # of YAML 1.2: `on` and 2024-05-10 are texts, 007 is 7, 1e3 a nu
     (r"~|null|Null|NULL|", lambda text: None),
     (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     (r"[-+]?[0-9]+", int),
+    (r"0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0)),
     (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float),
 ]
 
@@ -141,7 +142,7 @@ def xml_value(elements, schema, whole):
         return text
     for kind, form, convert in XML_FORMS:
         known = kind in kinds or not kinds or kind == "integer" and "number" in kinds
-        if known and re.fullmatch(form, text):
+        if known and re.fullmatch(form, text, re.ASCII):
             return text if texts and kind not in kinds else convert(text)
     return text  # the schema will object to it
 
@@ -236,7 +237,7 @@ def fits_format(value, name):
     """Whether a text or integer has the format that a schema names; unknown ones say nothing."""
     form = FORMATS.get(name)
     if isinstance(form, str) and isinstance(value, str):
-        return bool(re.fullmatch(form, value)) and (
+        return bool(re.fullmatch(form, value, re.ASCII)) and (
             not name.startswith("date")
             or int(value[8:10]) <= monthrange(int(value[:4]) or 4, int(value[5:7]))[1]
         )

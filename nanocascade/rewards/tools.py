@@ -41,7 +41,9 @@ def read_call(call):
 def same_argument(expected, given, declared):
     """Equality of an expected value and one that came typed by the tool's schema, or as text."""
     if isinstance(expected, str):
-        return expected.strip() == (given.strip() if isinstance(given, str) else json.dumps(given))
+        if not isinstance(given, str):  # 5 for "5", where nothing says that it is a text
+            return not declared and expected.strip() == json.dumps(given)
+        return expected.strip() == given.strip()
     if isinstance(given, str) and not declared:
         try:
             given = parse_json(SPELLED.get(given.strip(), given))

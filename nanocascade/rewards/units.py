@@ -18,7 +18,11 @@ foot m .3048;feet m .3048;yd m .9144;yard m .9144;mi m 1609.344;mile m 1609.344;
 ounce g 28.349523125;lb g 453.59237;ton g 1000000;tonne g 1000000
 degree degree 1;deg degree 1;radian radian 1;rad radian 1
 dollar dollar 1;usd dollar 1;cent dollar .01;euro euro 1;eur euro 1;sterling sterling 1
-yen yen 1;rupee rupee 1;am am 1;pm pm 1"""
+yen yen 1;rupee rupee 1;am am 1;pm pm 1;penny dollar .01;nickel dollar .05;dime dollar .1
+decade month 120;century month 1200;centuries month 1200;gallon gallon 1;quart gallon .25
+pint gallon .125;cup gallon .0625;acre acre 1;hectare m^2 10000;atm Pa 101325;bar Pa 100000
+cal cal 1;calorie cal 1;kcal cal 1000;kilocalorie cal 1000;eV eV 1;keV eV 1000;MeV eV 1000000
+bit B .125;rpm rpm 1;parsec parsec 1;light ly 1"""
 SPOKEN = {
     r"\b(?:square|sq)[. ]+(\S+)": r"\1^2",
     r"\bcubic +(\S+)": r"\1^3",
@@ -27,6 +31,8 @@ SPOKEN = {
     r"\bper\b": "/",
     "mph": "mile/h",
     "kph": "km/h",
+    "mpg": "mile/gallon",
+    "light[- ]?years?": "light",
 }
 
 
