@@ -74,6 +74,10 @@ def main():
     (cfg,) = parse_args(Config)
     if not cfg.model:
         raise ValueError("--model DIR is needed: the checkpoint to sample from")
+    if len(asked := [x for x in ("prompt", "prompts", "tasks") if getattr(cfg, x)]) > 1:
+        raise ValueError(f"--{' and --'.join(asked)}: give one of them")
+    if not cfg.tasks and (cfg.limit or cfg.pass_rates):
+        raise ValueError("--limit and --pass_rates need --tasks FILE")
     tokenizer = Tokenizer(cfg.model)
     if cfg.show_mask:
         return show_mask(cfg, tokenizer)

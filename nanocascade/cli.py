@@ -33,6 +33,9 @@ def run_main(main) -> None:
     except BrokenPipeError:  # the reader has closed the pipe: `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # Ctrl-C
+        print("\ninterrupted; a training run goes on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:  # OSError: missing file, no permission, disk full
         if os.environ.get("NANOCASCADE_DEBUG"):
             raise

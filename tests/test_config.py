@@ -128,6 +128,18 @@ def test_run_main_turns_user_errors_into_one_line(capsys):
     assert stop.value.code == 2 and "/nonexistent/model" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_one_line(capsys):
+    """Ctrl-C prints no traceback and says how to go on."""
+
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 130 and "--resume" in error and "Traceback" not in error
+
+
 def test_closed_pipe_is_no_error():
     """A reader that closes the pipe early, as in `--help | head`, leaves no message behind."""
     program = "from nanocascade.cli import run_main; run_main(lambda: print('x' * 10**6))"

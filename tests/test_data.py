@@ -61,6 +61,9 @@ def test_three_forms_become_one(tmp_path):
         (GYM | {"responses_create_params": {"input": [BOX]}}, False, "must end with a user"),
         ({"messages": [USER]}, True, "answer"),
         ({"messages": [USER, BOX]}, False, "fits no verifier"),
+        ({"question": "2+2?", "answer": ["4"]}, False, "not one text or number"),
+        ({"prompt": "", "entry_point": "f", "test": "assert f()"}, False, "define check"),
+        ({"prompt": "Q", "instruction_id_list": ["no"]}, False, "row 'rows.jsonl:2' .if"),
         (GYM | {"pass_rate": 2}, False, "pass_rate 2 is not"),
         (GYM | {"environment": {"name": "chess"}}, False, "environment 'chess' is unknown"),
         ({"messages": [{"role": "robot", "content": "x"}, BOX]}, True, "robot"),
@@ -85,6 +88,8 @@ def test_empty_and_broken_files(tmp_path):
     for path, words in ((write(tmp_path / "a.jsonl", "", ""), "a.jsonl: no rows"), (cut, "broken")):
         with pytest.raises(ValueError, match=words):
             list(read_rows(path))
+    with pytest.raises(ValueError, match="no file"):
+        data_main([])
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared data is not here")

@@ -121,6 +121,9 @@ def test_errors_of_data(script, refused, sft, tmp_path):
         refused(r"row own: .* 940 new ones; the model's context is 1024$", *args, *own)
         words = "stage if_rl trains .*if.*; --data holds .*math"
         refused(words, *args, "--stage", "if_rl", "--data", path)
+        # A misspelled domain beside a right one.
+        own = ("--stage", "multi_domain_rl", "--domains", "math,mqca", "--data", path)
+        refused("--domains mqca: --data has no rows of it", *args, *own)
 
 
 def test_errors_of_teachers(refused, sft, tmp_path):
@@ -180,6 +183,8 @@ def test_errors_of_references(refused, sft, tmp_path, monkeypatch):
         ("must fit the context of 1024", ("--model", "SFT", "--prompt", "word " * 2000)),
         ("FILE: no prompts", ("--model", "SFT", "--prompts", "FILE")),
         ("FILE: no rows", ("--model", "SFT", "--tasks", "FILE")),
+        ("give one of them", ("--model", "SFT", "--prompt", "hi", "--tasks", "toy:math")),
+        ("need --tasks", ("--model", "SFT", "--prompt", "hi", "--limit", 3)),
         ("--show_mask needs --tasks", ("--model", "SFT", "--show_mask", 1)),
         ("expected single, majority", ("--model", "SFT", "--strategy", "x", "--tasks", "toy:math")),
         ("and --tasks", ("--model", "SFT", "--strategy", "refine", "--prompt", "hi")),

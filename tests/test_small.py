@@ -1,5 +1,6 @@
 """runs/small.sh, from a model directory to the report, on tiny random models of two families."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -87,15 +88,43 @@ def test_run_small_on_one_domain(tmp_path):
     make_directory("nemotron_h", tmp_path / "model")
     rows = [{"question": f"What is {i} and 1?", "answer": str(i + 1)} for i in range(8)]
     texts = ["".join(json.dumps(x) + "\n" for x in part) for part in (rows[:6], rows[6:])]
-    for name, text in zip(("train.jsonl", "test.jsonl"), texts, strict=True):
-        (tmp_path / name).write_text(text)
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(texts[0].encode()))
+    (tmp_path / "test.jsonl").write_text(texts[1])
     words = (tmp_path / "model", tmp_path, "--short", "--out", tmp_path / "out")
     done = run_small(*words, RL_FLAGS="--rollouts 3 --steps 1")
     assert done.returncode == 0, done.stderr
     assert [x.parent.name for x in (tmp_path / "out").glob("*/manifest.json")] == ["choice_rl"]
+    assert [x in done.stdout for x in ("SFT is left out", "IF-RL is left out")] == [True, True]
     config = json.loads((tmp_path / "out/choice_rl/manifest.json").read_text())["config"]
     assert (config["rollouts"], config["steps"], config["domains"]) == (3, 1, ["math"])
     code = {"text": "Write one().", "code": "def one(): return 1", "test_list": ["assert one()"]}
+    (tmp_path / "train.jsonl.gz").unlink()
     (tmp_path / "train.jsonl").write_text(json.dumps(code | {"task_id": 1}) + "\n")
     done = run_small(*words[:-1], tmp_path / "other")
     assert done.returncode == 2 and "no rows of if, math or mcqa" in done.stderr
+
+
+def test_wrong_words_end_before_training(tmp_path):
+    """A wrong flag of a late stage ends the run before the first; paths that do not exist are
+    named; --out=DIR is --out DIR."""
+    make_directory("nemotron_h", tmp_path / "model")
+    words = (tmp_path / "model", "--short", f"--out={tmp_path / 'out'}")
+    done = run_small(*words, MOPD_FLAGS="--rolouts 2")
+    assert (done.returncode, "unknown flag --rolouts" in done.stderr) == (2, True)
+    assert [x.name for x in (tmp_path / "out").iterdir()] == ["rows"]
+    rows = {"x": "chats without an expected answer", "y": "train.jsonl:1: bad row: no final answer"}
+    for name, words in rows.items():
+        (tmp_path / name).mkdir()
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+        row = (
+            {"messages": turns}
+            if name == "x"
+            else {"question": "Why?", "answer": "Because so. " * 9}
+        )
+        (tmp_path / name / "train.jsonl").write_text(json.dumps(row))
+        done = run_small(tmp_path / "model", tmp_path / name, "--out", tmp_path / "out")
+        assert done.returncode == 2 and words in done.stderr
+    for words in ((tmp_path / "nodir",), (tmp_path / "model", tmp_path / "nodir")):
+        done = run_small(*words)
+        assert done.returncode == 2 and f"{tmp_path / 'nodir'}" in done.stderr
+        assert done.stderr.count("\n") == 1

@@ -60,6 +60,8 @@ def split(path: str, share: float, problems: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
     (cfg,) = parse_args(Config, argv=[str(x) for x in argv], positional="files")
+    if not cfg.files:
+        raise ValueError("no file: python -m nanocascade.data ROWS.jsonl ...")
     problems: list[str] = []
     for path in cfg.files if cfg.split else ():
         split(path, cfg.split, problems)

@@ -34,6 +34,8 @@ def gym_form(row: dict) -> dict:
     if keys >= {"prompt", "instruction_id_list"}:
         return asking(row, row["prompt"], id=row.get("id", row.get("key")))
     if keys >= {"entry_point", "test", "prompt"}:
+        if "def check(" not in row["test"]:
+            raise ValueError("the test must define check(candidate)")
         tests = [row["test"], f"check({row['entry_point']})"]
         text = f"Complete this function.\n\n```python\n{row['prompt']}\n```{PROGRAM}"
         return program(row, text, tests, row["prompt"] + row.get("canonical_solution", ""))
@@ -99,6 +101,8 @@ def final_answer(row: dict) -> tuple[str, str]:
     short, text = row.get("expected_answer"), row.get("answer", row.get("solution", ""))
     if short is None and "solution" in row:
         short, text = row.get("answer"), row["solution"]
+    if isinstance(text if short is None else short, list | dict):
+        raise ValueError(f"the answer is not one text or number: {short or text!r:.80}")
     text = str(text).strip()
     work, final = split_answer(text)
     if short is not None and str(short).strip():

@@ -83,7 +83,8 @@ def normalize(row: dict, name: str) -> dict:
         raise ValueError("the prompt must end with a user turn or a tool's result")
     if not 0 <= row.get("pass_rate", 0) <= 1:
         raise ValueError(f"pass_rate {row['pass_rate']} is not within 0 and 1")
-    row = {"id": row.get("uuid") or row.get("hash_id") or name} | row
+    if row.get("id") is None:  # nor does the form's own key say one
+        row = row | {"id": row.get("uuid") or row.get("hash_id") or name}
     row = equip(row | {"responses_create_params": params | {"input": messages}})
     return row if "domain" in row else row | {"domain": kind_of(row)}
 

@@ -103,6 +103,9 @@ class Run:
             settings, domains, sampling, self.tokenizer, references, context
         )
         rows = read_training_rows(self.settings, self.stage, domains, self.dist)
+        asked = {*getattr(self.recipe, "domains", ())}  # SFT has no --domains
+        if missing := sorted(asked - {row["domain"] for row in rows}):
+            raise ValueError(f"--domains {','.join(missing)}: --data has no rows of it")
         graded = self.evaluation.all_rows()
         if self.stage != "sft":
             check_prompts(rows, self.tokenizer, sampling, context)
