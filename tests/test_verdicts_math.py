@@ -100,6 +100,8 @@ KINDS = {
         ("stone", [r"\text{Stone}"], ["notes", "onset"]),
         (r"(1\ 4\ 2)", [r"(4\ 2\ 1)"], [r"(1\ 2\ 4)"]),
         (r"u \times v", ["u\\times v"], [r"v \times u"]),
+        ("PQ^T", ["PQ^{T}"], ["QP^T", "P^TQ"]),
+        ("A^{-1}B", [], ["BA^{-1}"]),
         ("3pq", ["3qp"], ["3p"]),
         ("(1 2)(2 3)", [], ["(2 3)(1 2)"]),
         ("(1 2)(3 4)", ["(4 3)(1 2)"], ["(1 3)(2 4)"]),
@@ -143,7 +145,7 @@ KINDS = {
         ("1.5-4", ["1.50\u20134"], ["-2.5"]),
     ],
     "order and relations": [
-        ("a=2, b=9", ["b=9, a=2", "2, 9", "(2,9)"], ["9, 2", "a=9, b=2", "(9,2)"]),
+        ("a=2, b=9", ["b=9, a=2", "2, 9", "(2,9)"], ["9, 2", "a=9, b=2", "(9,2)", r"\{2,9\}"]),
         ("(x,y)=(4,1)", ["(4,1)"], ["(y,x)=(4,1)"]),
         ("(4,1)", ["(4, 1)"], ["(1,4)", r"\{4,1\}"]),
         ("m+n=12", [], ["12"]),
@@ -206,6 +208,7 @@ def test_boxes_that_only_or_joins_are_one_list(between):
     assert score({"expected_answer": "7, 6"}, both).value == 1
     assert last_boxed(both.replace("6", "7")) == ("7", None)
     assert last_boxed(r"\boxed{6} no, I mean \boxed{7}") == ("7", None)
+    assert last_boxed(r"\fbox{6} or \boxed{7}") == ("6, 7", None)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ MARKS = re.compile(
     r"|\\(?:bar|overline|d?dot)\s*\{?[A-Za-z]"
 )
 LETTERS = re.compile(r"(?:[A-Za-z](?:\\times)?){2,}")
+MATRICES = re.compile(r"(?:[A-Z](?:\^\{?(?:T|\\top|-1)\}?)?){2,}")
 LOOSE_UNIT = re.compile(
     r"(.*[\d.}])\s*([A-Za-z]{1,3}(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,2}(?:\^\{?\d\}?)?)?)"
 )
@@ -84,6 +85,8 @@ def same(a, b):
         return True
     if sorted(MARKS.findall(a.text)) != sorted(MARKS.findall(b.text)):
         return False  # f' is not f, a transpose is not the matrix
+    if MATRICES.fullmatch(a.text) and MATRICES.fullmatch(b.text):  # do not commute
+        return re.sub("[{}]", "", a.text) == re.sub("[{}]", "", b.text)
     kinds = {a.kind, b.kind}
     if kinds == {"tuple"}:
         turned = a.name != b.name and sorted(a.name) == sorted(b.name)  # (x,y) and (y,x)
@@ -186,6 +189,8 @@ def same_items(a, b):
     if max(len(wanted), len(given)) > MAX_ITEMS or len(set(names)) not in (1, len(names)):
         return None
     if len(set(names)) > 1 and all(names):
+        if b.kind == "set":  # {2, 9} does not say which is x
+            return False
         if sorted(x.name for x in given) == sorted(names):
             given = [next(x for x in given if x.name == name) for name in names]
         elif any(x.name for x in given):

@@ -57,7 +57,7 @@ def last_boxed(text, joins=joins):
 
     Boxes that are joined are one list: r"\boxed{1} and \boxed{2}" -> "1, 2".
     """
-    before, mark, rest = text.rpartition(BOX)
+    before, mark, rest = text.replace("\\fbox{", BOX).rpartition(BOX)
     if not mark:
         return None, "no boxed answer"
     if not (box := boxed(rest)):
