@@ -430,6 +430,7 @@ DAMAGE = {
     "shard": (lose_shard, "model-00002-of-"),
     "map": (break_map, "weight_map must be an object"),
     "gone": (lambda x: (x / WEIGHTS).unlink(), WEIGHTS),
+    "adapters": (lambda x: (x / "adapter_config.json").write_text("{}"), "holds adapters"),
     "expert": (lambda x: edit_weights(x, lambda y: y.pop(EXPERT)), f"1 missing: {EXPERT}"),
     "extra": (lambda x: edit_weights(x, lambda y: y.update(extra=torch.ones(1))), "extra"),
     "shape": (lambda x: edit_weights(x, lambda y: y.update({EXPERT: torch.ones(16, 31)})), EXPERT),

@@ -163,6 +163,8 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 def load_config(path) -> ModelConfig:
     """ModelConfig of a directory's config.json, in published or in transformers-5 spelling."""
     path = Path(path)
+    if (path / "adapter_config.json").exists():  # transformers would apply them
+        raise ValueError(f"{path} holds adapters (adapter_config.json): merge them first")
     try:
         config = parse_config(read_json(path / "config.json"))
     except ValueError as error:
