@@ -150,7 +150,7 @@ def race_rows(seeds: list[dict]) -> str:
     return text + (
         "\n\nMathematics was never taught by RL in the cascade, so that no RL has shown what its"
         f" teacher costs. GRPO on it, from where MOPD started: {ends['math_rl']}, MOPD:"
-        f" {ends['mopd']}, for about as many samples (assets/claims.md has them for seed 0)."
+        f" {ends['mopd']}, for about as many samples (assets/report.md has them for seed 0)."
     )
 
 
