@@ -55,8 +55,8 @@ def seed_sections(seeds: list[dict], assets: Path) -> list[tuple[str, str]]:
     means = [over(report.mean_score(x, name) for x in seeds) for name in names]
     rows.append(["mean", *means])
     scores = [
-        [i, name, d, f"{x['after']['mean']:.4f}", f"{x['after']['interval']:.4f}"]
-        for i, runs in enumerate(seeds)
+        [run["seed"], name, d, f"{x['after']['mean']:.4f}", f"{x['after']['interval']:.4f}"]
+        for runs in seeds
         for name, run in runs.items()
         for d, x in run["evaluation"].items()
         if x.get("after")
@@ -266,9 +266,10 @@ def long_sections(out: Path, assets: Path) -> list[tuple[str, str]]:
 
 def read_probes(out: Path, name: str) -> list[dict]:
     rows = []
-    for i, path in enumerate(sorted(out.glob(f"seed*/{name}.csv"))):
+    for path in sorted(out.glob(f"seed*/{name}.csv")):
+        seed = path.parent.name.removeprefix("seed")
         with open(path) as file:
-            rows += [x | {"seed": i} for x in csv.DictReader(file)]
+            rows += [x | {"seed": seed} for x in csv.DictReader(file)]
     return rows
 
 
