@@ -126,6 +126,8 @@ def test_parse_verdict(text):
     assert parse_verdict(f"{thought}{text}{found}") == verdict(4, 3, 2)
     with pytest.raises(ValueError, match="no verdict"):
         parse_verdict(thought + text)
+    with pytest.raises(ValueError, match="no verdict"):
+        parse_verdict(thought.removesuffix("</think>") + text)
 
 
 class Handler(BaseHTTPRequestHandler):

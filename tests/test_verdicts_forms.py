@@ -352,6 +352,17 @@ def test_patches():
     ]
     right = [f"So:\n{name}\n{gap}{BLOCK}" for name in names for gap in ("", "\n", "```python\n")]
     right += [right[0].replace("\n", "\r\n"), HUNK, "```diff\n" + HUNK + "```"]
+    right += [
+        f"In pkg/area.py:\n{BLOCK}",
+        f"```python pkg/area.py\n{BLOCK}\n```",
+        f"1. a/pkg/area.py\n{BLOCK}",
+    ]
+    heads = ["./pkg/area.py", '"b/pkg/area.py"', "w/pkg/area.py", "pkg/area.py 2026-01-01 10:00:00"]
+    right += [HUNK.replace("b/pkg/area.py", head) for head in heads]
+    right += [
+        HUNK.partition("@@")[0]
+        + "@@ -3,1 +2,0 @@\n-    return w + h\n@@ -3,0 +3,1 @@\n+    return w * h\n"
+    ]
     wrong = [
         BLOCK,
         f"other.py\n{BLOCK}",
@@ -359,6 +370,11 @@ def test_patches():
         HUNK.replace("-3,1", "-9,1"),
     ]
     check(row, right, [*wrong, HUNK.replace("w * h", "w + h")])
+    crlf = {path: text.replace("\n", "\r\n") for path, text in FILES.items()}
+    check({"verifier_metadata": metadata | {"files": crlf}}, [right[0], HUNK], wrong[:2])
+    gone = HUNK + "--- a/old.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-x = 1\n"
+    check({"verifier_metadata": metadata | {"files": {**FILES, "old.py": "x = 1\n"}}}, [gone], [])
+    check(row, [], [gone, gone.replace("old.py", "pkg/area.py")])
     entry = {"main.py": "from pkg.area import area\n"}
     adding = {"verifier_metadata": metadata | {"files": entry, "entry": "main.py"}}
     body = "def area(w, h):\n    return w * h\n"
@@ -366,7 +382,10 @@ def test_patches():
         "    ret", "+    ret"
     )
     new = f"pkg/area.py\n<<<<<<< SEARCH\n=======\n{body}>>>>>>> REPLACE\n"
-    check(adding, [new, diff.replace("def", "+def")], [new.replace("pkg/area", "../area")])
+    diff = diff.replace("def", "+def")
+    check(adding, [new, diff], [new.replace("pkg/area", "../area")])
+    filling = metadata | {"files": {**entry, "pkg/area.py": ""}, "entry": "main.py"}
+    check({"verifier_metadata": filling}, [new, diff.replace("/dev/null", "a/pkg/area.py")], [])
 
 
 def test_forms_of_long_context_answers():
@@ -402,3 +421,6 @@ def test_fields_under_verifier_metadata():
     check(row, ["Fine."], ["Fine, so."])
     row = document(thing(a=NUMBER), response_mode="tool_call", tool_name=None)
     check(row, [as_json("any", a=1)], [as_json("any", a=1) * 2, '{"a": 1}'])
+    check({"verifier_metadata": row}, [as_json("any", a=1)], ['{"a": 1}'])
+    choice = {"verifier_metadata": LENIENT | {"expected_answer": "A"}}
+    check(choice, [r"\boxed{iron}"], [r"\boxed{not iron}"])

@@ -145,16 +145,20 @@ class Edit(NamedTuple):
 
 def path_above(lines, start, files):
     """The path named above a block: bare, or as "### path", "**path**", "`path`:", with blank lines
-    or a fence between. Of several, the last that exists, else the last that is a valid path."""
+    or a fence between; or the one file of ours in a line: "In path:", "```python path". Of several,
+    the last that exists, else the last that is a valid path."""
     named = []
     for line in reversed(lines[max(start - 4, 0) : start]):
         if line.startswith(">>>>>>>"):
             break
-        if not line.strip() or re.match(r"\s*(`{3,}|~{3,})", line):
-            continue
-        if match := MARKED.fullmatch(line):
+        words = [x.rstrip(".") for x in re.findall(r"[\w./-]+", line)]
+        ours = {y for x in words for y in (x, re.sub(r"^[ab.]?/", "", x)) if y in files}
+        fence = re.match(r"\s*(`{3,}|~{3,})", line)
+        if len(ours) == 1:
+            named.append(ours.pop())
+        elif match := not fence and MARKED.fullmatch(line):
             named.append(match[1].removeprefix("./").removeprefix("/"))
-        else:
+        elif line.strip() and not fence:
             break
     known = [path for path in named if path in files]
     return next(iter(known + named), "")
@@ -178,12 +182,15 @@ def block_edits(lines, files):
     return edits
 
 
-def diff_edits(lines):
-    """The hunks of a unified diff as Edits; a hunk is as long as its header says."""
+def diff_edits(lines, files):
+    """The hunks of a unified diff as Edits; a hunk is as long as its header says. What a diff
+    deletes (+++ /dev/null) stays as an empty file."""
     edits, path, rest = [], "", iter(lines)
     for line in rest:
-        if line.startswith("+++ "):
-            path = line[4:].partition("\t")[0].strip().removeprefix("b/")
+        if line.startswith(("--- ", "+++ ")):
+            given = re.split(r"\t| +\d{4}-\d\d-\d\d ", line[4:])[0].strip().strip('"')
+            short = given if given in files else re.sub(r"^[abciow.]/", "", given)
+            path = path if given == "/dev/null" else short
         elif head := HUNK.match(line):
             num_old, num_new = (int(count or 1) for count in head.groups()[1:])
             old, new = [], []
@@ -202,12 +209,13 @@ def diff_edits(lines):
 
 def patched(files, text):
     """(files after the edits of an answer, None), or (None, reason). The old lines of an edit must
-    occur exactly once, or at the line of its hunk. An edit without old lines makes a new file."""
+    occur exactly once, or at the line of its hunk. An edit without old lines makes a new file,
+    fills an empty one, or adds below the line of its hunk."""
     if len(text) > MAX_PATCH:
         return None, "patch too long"
     before, lines = files, [x.rstrip("\r") for x in text.split("\n")]
     lines = [x.rstrip() if MARKER.match(x) else x for x in lines]
-    edits = block_edits(lines, files) if "<<<<<<< SEARCH" in lines else diff_edits(lines)
+    edits = block_edits(lines, files) if "<<<<<<< SEARCH" in lines else diff_edits(lines, files)
     if not edits:
         return None, "unfinished patch" if edits is None else "no patch"
     files, moved = dict(files), {}
@@ -217,15 +225,18 @@ def patched(files, text):
             continue
         if path not in files:
             return None, "patch of a file that is not there"
-        body = files[path].split("\n")
+        end = "\r\n" if files[path].count("\r\n") == files[path].count("\n") > 0 else "\n"
+        body = files[path].split(end)
         found = [k for k in range(len(body)) if old and body[k : k + len(old)] == old]
         place = line - 1 + moved.get(path, 0)  # earlier hunks shifted the lines below
         if line and place in found:
             found = [place]
+        if not old and (line or not files[path]) and place + 1 < len(body):
+            found = [place + 1]
         if len(found) != 1:
             return None, f"lines to replace found {len(found)} times"
         body[found[0] : found[0] + len(old)] = new
-        files[path] = "\n".join(body)
+        files[path] = end.join(body)
         moved[path] = moved.get(path, 0) + len(new) - len(old)
     return (files, None) if files != before else (None, "patch that changes nothing")
 

@@ -54,7 +54,10 @@ VERIFIERS = {
     "preference": Verifier({"genrm"}, lambda row: None, None),
 }
 # Keys that some files have in verifier_metadata and others in the row itself.
-LIFTED = "instruction_id_list kwargs options expected_answer schema_str schema_type".split()
+LIFTED = (
+    "instruction_id_list kwargs options expected_answer grading_mode template_metadata"
+    " schema_str schema_type response_mode tool_name"
+).split()
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, re.error)
 MAX_RESPONSE = 2_000_000  # characters of all turns; the report's longest are 256K tokens
 

@@ -38,7 +38,7 @@ from nanocascade.sandbox.sandbox import Limits, read_reply, shared_sandbox
 
 PYTHON = ("python", "py", "python3")
 MAX_VERDICTS = 20_000
-NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
+NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
 FENCE = re.compile(r"(\s*)(`{3,}|~{3,})[ \t]*([\w+#.-]*)(?!.*\2)")  # indentation, marks, language
 
 lock, verdicts = threading.Lock(), {}  # digest of a program and its tests -> Reward, oldest first
@@ -83,7 +83,7 @@ def same_token(expected, printed):
     if not numbers or not re.search("[.eE]", expected + printed):
         return False
     a, b = float(expected), float(printed)
-    if a.is_integer() and (b.is_integer() or not re.search("[.eE]", expected)):
+    if math.isinf(a) or a.is_integer() and (b.is_integer() or not re.search("[.eE]", expected)):
         return Decimal(expected) == Decimal(printed)
     return close(a, b)
 

@@ -48,6 +48,8 @@ def parse_verdict(text: str, bounds=COMPARED, quoted=()) -> dict:
     the `quoted` texts, which the judge repeats, is none of its own. ValueError if there is none.
     """
     answer = text.rpartition("</think>")[2]
+    if answer.lstrip().startswith("<think>"):  # cut off: what it drafts there is no verdict
+        answer = ""
     places = [place for place, sign in enumerate(answer) if sign == "{"]
     for place in places[:-200:-1]:
         try:
